@@ -1,0 +1,148 @@
+"""One training step, ours against transformers' LlamaForCausalLM: tokens/s and peak memory, interleaved.
+
+    python benchmarks/train_step.py                        # S = 2,048 and 8,192, Llama 3's vocabulary of 128,256
+    python benchmarks/train_step.py --lengths 256 --vocab-size 4096 --repeats 2
+
+Same configuration, weights, dtype, batch and optimizer settings (AdamW, fused where transformers' side allows it). Two
+child processes take turns, one step each, so that a slow minute of the machine hits both; the ratio is of medians.
+Peak memory is the child's largest resident size (CPU) or torch.cuda.max_memory_allocated. Prints a table, writes JSON.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import Llama, ModelConfig  # noqa: E402
+from parallel import Grid, ShardedAdamW  # noqa: E402
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
+
+
+def configuration(a: argparse.Namespace, length: int) -> dict:
+    """A Hugging Face Llama configuration."""
+    return {"model_type": "llama", "vocab_size": a.vocab_size, "hidden_size": a.hidden_size, "hidden_act": "silu",
+            "intermediate_size": 3 * a.hidden_size, "num_hidden_layers": a.layers,
+            "num_attention_heads": a.hidden_size // 64, "num_key_value_heads": max(1, a.hidden_size // 256),
+            "head_dim": 64, "max_position_embeddings": length, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}
+
+
+def our_step(config: dict, dtype: torch.dtype, device: str):
+    """A function that makes one step of this project's training and returns the mean loss."""
+    model = Llama(ModelConfig.from_hf(config)).initialise(0).to(device, dtype)
+    optimizer = ShardedAdamW(model, Grid(), weight_decay=WEIGHT_DECAY)
+
+    def step(tokens, targets):
+        optimizer.zero_gradients()
+        loss, count = model.loss(tokens, targets)
+        (loss / count).backward()
+        optimizer.step(LEARNING_RATE, max_norm=1.0)
+        return float(loss) / int(count)
+
+    return step
+
+
+def transformers_step(config: dict, dtype: torch.dtype, device: str):
+    """The same step with transformers' model (SDPA attention) and torch's AdamW, from the same weights."""
+    import transformers
+
+    hf = transformers.LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
+    hf._attn_implementation = "sdpa"
+    model = transformers.LlamaForCausalLM(hf).to(device, dtype)
+    model.load_state_dict(Llama(ModelConfig.from_hf(config)).initialise(0).state_dict(), strict=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY,
+                                  fused=True)
+
+    def step(tokens, targets):
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=tokens, shift_labels=targets, labels=targets, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def serve(pipe, build, config: dict, batch: int, length: int, dtype: torch.dtype, device: str, threads: int) -> None:
+    """Child process: one step whenever asked, answering (seconds, loss, peak bytes)."""
+    torch.set_num_threads(threads)
+    step = build(config, dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config["vocab_size"], (batch, length + 1), generator=generator).to(device)
+    while pipe.recv():
+        start = time.perf_counter()
+        loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        seconds = time.perf_counter() - start
+        peak = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        pipe.send((seconds, loss, peak))
+
+
+def compare(a: argparse.Namespace, length: int) -> dict:
+    """Interleaved steps of both at one sequence length."""
+    context = multiprocessing.get_context("spawn")
+    sides = {}
+    for name, build in (("ours", our_step), ("transformers", transformers_step)):
+        pipe, other = context.Pipe()
+        arguments = (other, build, configuration(a, length), a.batch_size, length, getattr(torch, a.dtype), a.device, a.threads)
+        process = context.Process(target=serve, args=arguments, daemon=True)
+        process.start()
+        sides[name] = (process, pipe, [])
+    for _ in range(a.repeats + 1):
+        for process, pipe, results in sides.values():
+            pipe.send(True)
+            while not pipe.poll(1.0):
+                if not process.is_alive():
+                    raise SystemExit(f"error: a child ended with code {process.exitcode} at S = {length} (out of memory?)")
+            results.append(pipe.recv())
+    row = {"length": length}
+    for name, (process, pipe, results) in sides.items():
+        pipe.send(False)
+        process.join()
+        seconds = [r[0] for r in results[1:]]  # the first step warms up
+        row[name] = {"tokens_per_second": a.batch_size * length / statistics.median(seconds), "seconds": seconds,
+                     "losses": [r[1] for r in results], "peak_gib": results[-1][2] / 2**30}
+    row["speed_ratio"] = row["ours"]["tokens_per_second"] / row["transformers"]["tokens_per_second"]
+    row["memory_ratio"] = row["ours"]["peak_gib"] / row["transformers"]["peak_gib"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--vocab-size", type=int, default=128256)
+    parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 256")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("out/train_step.json"))
+    a = parser.parse_args()
+    device = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"CPU, {a.threads} threads"
+    print(f"{device}, torch {torch.__version__}, {a.dtype}, {a.layers} layers of width {a.hidden_size}, vocabulary {a.vocab_size}")
+    rows = [compare(a, length) for length in a.lengths]
+    print(f"{'S':>6} {'ours tok/s':>11} {'HF tok/s':>11} {'speed':>7} {'ours GiB':>9} {'HF GiB':>8} {'memory':>7} {'loss difference':>16}")
+    for row in rows:
+        ours, other = row["ours"], row["transformers"]
+        difference = max(abs(x - y) for x, y in zip(ours["losses"], other["losses"]))
+        print(f"{row['length']:>6} {ours['tokens_per_second']:>11,.0f} {other['tokens_per_second']:>11,.0f} "
+              f"{row['speed_ratio']:>6.2f}x {ours['peak_gib']:>9.2f} {other['peak_gib']:>8.2f} {row['memory_ratio']:>6.2f}x {difference:>16.1e}")
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "arguments": vars(a), "rows": rows},
+                                indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,565 @@
+"""Llama in plain PyTorch: configuration, blocks, memory-tiled loss, generation, Hugging Face load and save.
+
+Read from the top: `ModelConfig` is what a config.json says, `Attention`, `MLP` and `Block` are one layer, `Llama`
+stacks them. Module names are Hugging Face's, so `state_dict()` keys are the names in a checkpoint's safetensors.
+Llama 2, 3, 3.1, 3.2 and Qwen2 differ only in what `ModelConfig` says.
+
+    python model.py MODEL_DIR --prompt "Why is the sky blue?"      # chat with a checkpoint
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from parallel import Grid, document_segments, ring_attention
+from rope_yarn import RopeScaling, apply_rotary, inverse_frequencies, ntk_theta, rope_theta_from_hf, rotary_tables
+
+LOGITS_TILE_BYTES = 2**27  # float32 logits that exist at once during a loss, whatever S and V
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model, under Hugging Face's names. `hf` keeps the other keys of the config.json it came from."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    initializer_range: float = 0.02
+    hf: dict = field(default_factory=dict)
+
+    @classmethod
+    def from_hf(cls, config: dict) -> ModelConfig:
+        """Read a config.json of transformers 4 or 5. Raises ValueError naming the key that is missing or unsupported."""
+        family = config.get("model_type", "llama")
+        if family not in ("llama", "qwen2"):
+            raise ValueError(f"config.json: model_type {family!r} is not supported; supported are llama and qwen2")
+        unsupported = {"hidden_act": (config.get("hidden_act", "silu"), "silu"),
+                       "mlp_bias": (config.get("mlp_bias", False), False),
+                       "use_sliding_window": (config.get("use_sliding_window", False), False)}
+        for key, (found, needed) in unsupported.items():
+            if found != needed:
+                raise ValueError(f"config.json: {key} is {found!r}; only {needed!r} is supported")
+        shape = {key: positive_integer(config, key) for key in
+                 ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+        heads = shape["num_attention_heads"]
+        kv_heads = positive_integer(config, "num_key_value_heads", default=heads)
+        head_dim = positive_integer(config, "head_dim", default=shape["hidden_size"] // heads)
+        if "head_dim" not in config and shape["hidden_size"] % heads:
+            raise ValueError(f"config.json: hidden_size {shape['hidden_size']} is not a multiple of "
+                             f"num_attention_heads {heads}; state head_dim or change one of them")
+        if heads % kv_heads:
+            raise ValueError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if head_dim % 2:
+            raise ValueError(f"config.json: head_dim {head_dim} is odd; rotary embedding turns pairs, so it must be even")
+        bias = bool(config.get("attention_bias", False))
+        return cls(**shape, num_key_value_heads=kv_heads, head_dim=head_dim,
+                   max_position_embeddings=positive_integer(config, "max_position_embeddings", default=2048),
+                   rope_theta=rope_theta_from_hf(config), rope_scaling=RopeScaling.from_hf(config),
+                   rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                   tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                   qkv_bias=family == "qwen2" or bias, output_bias=family == "llama" and bias,
+                   initializer_range=float(config.get("initializer_range", 0.02)), hf=dict(config))
+
+    def to_hf(self) -> dict:
+        """A config.json that transformers 4.43+, transformers 5 and vLLM read, and compute the same model from."""
+        theta, scaling = self.rope_theta, self.rope_scaling
+        if scaling.kind == "ntk":  # Hugging Face has no static NTK kind: it is the default kind at a larger theta
+            theta, scaling = ntk_theta(theta, scaling.factor, self.head_dim), RopeScaling()
+        family = self.hf.get("model_type", "qwen2" if self.qkv_bias and not self.output_bias else "llama")
+        kept = {key: value for key, value in self.hf.items() if key not in ("rope_parameters", "dtype")}
+        architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]
+        bias = {"attention_bias": self.output_bias} if family == "llama" else {}
+        return kept | bias | {
+            "architectures": [architecture], "model_type": family, "hidden_act": "silu",
+            "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers, "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads, "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position_embeddings, "rope_theta": theta,
+            "rope_scaling": None if scaling.kind == "default" else scaling.to_hf(),
+            "rms_norm_eps": self.rms_norm_eps, "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.initializer_range}
+
+
+def positive_integer(config: dict, key: str, default: int | None = None) -> int:
+    """config[key] if it is an integer above zero; a missing or null key gives the default, if there is one."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json: {key} must be a positive integer, found {config.get(key, 'nothing')!r}")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------- architecture
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, grid: Grid) -> None:
+        super().__init__()
+        self.head_dim, self.grid = config.head_dim, grid
+        q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (project(x).view(heads).transpose(1, 2)  # (B, H or Hkv, S, D)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary(q, context.cos, context.sin), apply_rotary(k, context.cos, context.sin)
+        if context.cache is None:
+            out = ring_attention(q, k, v, self.grid, context.segments)
+        else:
+            out = context.cache.attend(layer, q, k, v)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, S, hidden)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, grid: Grid) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, grid)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: (B, Hkv, capacity, D) each."""
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys_values = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k, v (B, Hkv, S, D) and attend with q: a whole prompt first (length 0), then one token a call."""
+        end = self.length + q.shape[2]
+        keys, values = self.keys_values[layer]
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
+        return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], is_causal=self.length == 0,
+                                              enable_gqa=q.shape[1] != k.shape[1])
+
+
+@dataclass
+class Context:
+    """What every layer shares in one forward pass: rotary tables, document borders, the KV cache."""
+
+    cos: Tensor
+    sin: Tensor
+    segments: list[list[int]] | None = None
+    cache: KVCache | None = None
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: what Hugging Face calls `model`."""
+
+    def __init__(self, config: ModelConfig, grid: Grid) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, grid) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """A Llama for causal language modelling. `recompute` trades one more forward a block for its activations."""
+
+    def __init__(self, config: ModelConfig, grid: Grid | None = None) -> None:
+        super().__init__()
+        self.config, self.grid, self.recompute = config, grid or Grid(), False
+        self.model = Decoder(config, self.grid)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def initialise(self, seed: int) -> Llama:
+        """Normal(0, initializer_range) matrices, zero biases, unit norms: the same weights for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            with torch.no_grad():
+                if parameter.ndim == 2:
+                    values = torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range, generator=generator)
+                    parameter.copy_(values)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection (V, hidden): the embedding itself when tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Final-norm hidden states: tokens (B, S) int64 -> (B, S, hidden). `document_ids` (B, S) masks documents apart."""
+        start = cache.length if cache else 0
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        inv_freq, factor = inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        cos, sin = rotary_tables(positions, inv_freq.to(tokens.device), factor)  # float32 (S, D / 2), shared by layers
+        context = Context(cos, sin, None if document_ids is None else document_segments(document_ids), cache)
+        x = self.model.embed_tokens(tokens)  # (B, S, hidden)
+        for layer, block in enumerate(self.model.layers):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, layer, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context, layer)
+        if cache:
+            cache.length += tokens.shape[1]
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token: hidden (..., hidden) -> (..., V)."""
+        return F.linear(hidden, self.head_weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of every position: tokens (B, S) int64 -> (B, S, V). For a loss use `loss`, which never builds them."""
+        return self.logits(self.hidden_states(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over the targets that are not -100, and their number; no S x V logits exist.
+
+        tokens, targets (B, S) int64, targets already shifted. Returns (float32 scalar, int64 scalar): divide the sum
+        by the number over the whole global batch. A batch without a target gives (0, 0) and zero gradients.
+        """
+        hidden = self.hidden_states(tokens, document_ids)
+        valid = targets != -100
+        # the head sees only rows that have a target: in chat data that is a small share of them
+        losses = tiled_cross_entropy(hidden[valid], self.head_weight, targets[valid])
+        return losses, valid.sum()
+
+    @torch.no_grad()
+    def token_losses(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Cross-entropy of every position, (B, S) float32, 0 where the target is -100: for loss by position."""
+        hidden = self.hidden_states(tokens, document_ids).flatten(0, 1)  # (B * S, hidden)
+        rows = tile_rows(self.config.vocab_size)
+        losses = [F.cross_entropy(self.logits(part).float(), target, reduction="none", ignore_index=-100)
+                  for part, target in zip(hidden.split(rows), targets.flatten().split(rows))]
+        return torch.cat(losses).view(targets.shape)
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+                 stop_tokens: tuple[int, ...] = (), seed: int | None = None) -> Tensor:
+        """Continue prompts (B, S) of equal length -> (B, S + n) int64, n <= max_new_tokens.
+
+        temperature 0 is greedy; otherwise nucleus sampling from the smallest set of probability >= top_p
+        (arXiv 1904.09751). Ends once every row has produced a stop token; later tokens of a finished row repeat it.
+        """
+        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+        cache = KVCache(self.config, tokens.shape[0], tokens.shape[1] + max_new_tokens, self.head_weight)
+        stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
+        done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        hidden = self.hidden_states(tokens, cache=cache)
+        for step in range(max_new_tokens):
+            new = sample(self.logits(hidden[:, -1]).float(), temperature, top_p, generator)  # (B,)
+            new = torch.where(done, tokens[:, -1], new)
+            tokens = torch.cat([tokens, new[:, None]], dim=1)
+            done |= torch.isin(new, stops)
+            if done.all() or step == max_new_tokens - 1:
+                break
+            hidden = self.hidden_states(new[:, None], cache=cache)
+        return tokens
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, grid: Grid | None = None, dtype: torch.dtype | None = None,
+                        device: torch.device | str | None = None, rope_scaling: RopeScaling | None = None) -> Llama:
+        """Load a Hugging Face directory (one safetensors file, or shards with an index).
+
+        dtype None keeps the file's; `rope_scaling` replaces the checkpoint's own scaling (they never stack) and sets
+        max_position_embeddings to original x factor. Raises ValueError or FileNotFoundError naming the file or tensor.
+        """
+        config = read_config(path)
+        if rope_scaling is not None:
+            config = rescale(config, rope_scaling)
+        with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
+            model = cls(config, grid)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        weights = read_weights(Path(path), shapes, dtype, device)
+        model.load_state_dict(weights, strict=True, assign=True)
+        return model
+
+    def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write config.json and sharded safetensors with an index into the directory `path`, under HF names."""
+        path = Path(path)
+        if (path / "config.json").exists():
+            raise ValueError(f"{path}: already holds a model; choose another directory")
+        path.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.head_weight.dtype).removeprefix("torch.")
+        config = self.config.to_hf() | {"torch_dtype": dtype}
+        write_weights(path, {name: p.detach() for name, p in self.named_parameters()}, max_shard_bytes)
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: a directory without it is no model
+
+
+# ------------------------------------------------------------------------------------------------ loss, sampling
+
+
+def tile_rows(vocab_size: int) -> int:
+    """How many rows of float32 logits fit in one tile."""
+    return max(1, LOGITS_TILE_BYTES // (4 * vocab_size))
+
+
+class TiledCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of hidden @ weight.T, one tile of rows at a time, gradients formed in the same pass.
+
+    The gradient of a row's logits is softmax - onehot, known as soon as the logits are: so each tile's logits are
+    used up (for the loss, the hidden gradient, the weight gradient) and forgotten, and backward multiplies two
+    stored results by a scalar. Peak memory is one tile, and no product is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """hidden (N, hidden), weight (V, hidden), targets (N,) in [0, V) -> float32 scalar (float64 for float64 input)."""
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=total.dtype)
+        rows = tile_rows(weight.shape[0])
+        for h, d_h, target in zip(hidden.split(rows), d_hidden.split(rows), targets.split(rows)):
+            logits = F.linear(h, weight).to(total.dtype)  # (rows, V)
+            index = target[:, None]
+            picked = logits.gather(1, index)
+            log_sum_exp = logits.logsumexp(dim=1, keepdim=True)
+            total += (log_sum_exp - picked).sum()
+            d_logits = logits.sub_(log_sum_exp).exp_()
+            d_logits.scatter_add_(1, index, torch.full_like(picked, -1.0))
+            d_logits = d_logits.to(hidden.dtype)
+            torch.mm(d_logits, weight, out=d_h)
+            if d_weight.dtype == hidden.dtype:
+                d_weight.addmm_(d_logits.T, h)
+            else:  # a bfloat16 product, summed over tiles in float32
+                d_weight += d_logits.T @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total: Tensor) -> tuple[Tensor, Tensor, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden.mul_(d_total), d_weight.mul_(d_total), None
+
+
+def tiled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over rows of -log softmax(hidden @ weight.T)[target]: (N, hidden), (V, hidden), (N,) -> scalar; N may be 0."""
+    return TiledCrossEntropy.apply(hidden, weight, targets)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """One token a row from logits (B, V) -> (B,) int64; temperature 0 takes the largest."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens ranked above
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+
+
+# ------------------------------------------------------------------------------------- Hugging Face directories
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """ModelConfig of a model directory, or of a config.json itself. Raises FileNotFoundError or ValueError, one line."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no config.json there; expected a Hugging Face model directory")
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    return ModelConfig.from_hf(config)
+
+
+def rescale(config: ModelConfig, scaling: RopeScaling) -> ModelConfig:
+    """`config` with `scaling` in place of its own rope scaling (they never stack), and the window that follows."""
+    original = scaling.original_max_position or config.rope_scaling.original_max_position or config.max_position_embeddings
+    if scaling.kind == "default":
+        return replace(config, rope_scaling=scaling)
+    return replace(config, rope_scaling=replace(scaling, original_max_position=original),
+                   max_position_embeddings=round(original * scaling.factor))
+
+
+def locate_weights(path: Path) -> dict[str, Path]:
+    """Which safetensors file of the directory holds which tensor: {name: file}."""
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file():
+        try:
+            files = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)") from None
+    elif single.is_file():
+        files = dict.fromkeys(tensor_names(single), single)
+    else:
+        raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
+    for file in set(files.values()):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: the index names it, but it is missing; copy every shard")
+    return files
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names in one safetensors file; ValueError if it is truncated or of another format."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from None
+
+
+def read_weights(path: Path, shapes: dict[str, tuple], dtype: torch.dtype | None, device) -> dict[str, Tensor]:
+    """The tensors named in `shapes` from a model directory, checked against their shapes."""
+    files = locate_weights(path)
+    # a tied checkpoint may repeat its embedding as lm_head; old Llama 2 files hold tables that are computed here
+    unknown = [n for n in files if n not in shapes and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
+    missing = [n for n in shapes if n not in files]
+    if missing or unknown:
+        problem = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unexpected"
+        raise ValueError(f"{path}: tensor {problem} ({len(missing)} missing, {len(unknown)} unexpected); "
+                         "config.json and the weights describe different models")
+    weights = {}
+    for file in sorted(set(files.values())):
+        tensor_names(file)  # a truncated shard is refused before any of it is used
+        with safe_open(file, framework="pt") as tensors:
+            for name in (n for n in shapes if files[n] == file):
+                if name not in tensors.keys():
+                    raise ValueError(f"{file}: tensor {name} is not in it, though the index says so")
+                found = tuple(tensors.get_slice(name).get_shape())
+                if found != shapes[name]:
+                    raise ValueError(f"{file}: {name} has shape {found}, config.json asks for {shapes[name]}")
+                weights[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
+    return weights
+
+
+def write_weights(path: Path, weights: dict[str, Tensor], max_shard_bytes: int) -> None:
+    """model-0000i-of-0000n.safetensors and their index; a full disk is an OSError that names the file."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in weights.items():
+        if filled and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor.contiguous()
+        filled += tensor.nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = path / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors(file, shard)
+        weight_map |= dict.fromkeys(shard, file.name)
+    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file; the library's own error for a full disk becomes an OSError that names the file."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: could not be written ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------------- chatting
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Chat with a checkpoint.")
+    parser.add_argument("model", type=Path, help="Hugging Face model directory")
+    parser.add_argument("--prompt", required=True, help="the user's message")
+    parser.add_argument("--system", help="a system message before it")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without a chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=0.9, help="nucleus size when sampling")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the checkpoint's on GPU, float32 on CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Answer one prompt and print the answer."""
+    from data import encode_chat, end_of_turn, load_tokenizer  # only the command line needs a tokenizer
+
+    for name, value, fits in (("--max-new-tokens", arguments.max_new_tokens, arguments.max_new_tokens >= 1),
+                              ("--temperature", arguments.temperature, 0 <= arguments.temperature < float("inf")),
+                              ("--top-p", arguments.top_p, 0 < arguments.top_p <= 1)):
+        if not fits:
+            raise ValueError(f"{name} {value} is out of range")
+    config, tokenizer = read_config(arguments.model), load_tokenizer(arguments.model)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(f"{arguments.model}: the tokenizer has {tokenizer.n_vocab} tokens, the model only {config.vocab_size}")
+    if arguments.raw:
+        tokens, stops = tokenizer.encode(arguments.prompt, disallowed_special=()), ()
+    else:
+        system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+        messages = [*system, {"role": "user", "content": arguments.prompt}]
+        tokens, stops = encode_chat(messages, tokenizer, add_generation_prompt=True)[0], (end_of_turn(tokenizer),)
+    if not tokens or len(tokens) + arguments.max_new_tokens > config.max_position_embeddings:
+        raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is {arguments.max_new_tokens}: together "
+                         f"they must fit the model's window of {config.max_position_embeddings}, and the prompt not be empty")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else (torch.float32 if arguments.device == "cpu" else None)
+    model = Llama.from_pretrained(arguments.model, dtype=dtype, device=arguments.device)
+    prompt = torch.tensor([tokens], device=arguments.device)
+    output = model.generate(prompt, arguments.max_new_tokens, arguments.temperature, arguments.top_p, stops, arguments.seed)
+    answer = [t for t in output[0, len(tokens):].tolist() if t not in stops]
+    print(tokenizer.decode(answer))
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        run(parse_arguments(argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

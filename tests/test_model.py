@@ -1,0 +1,246 @@
+"""The model: parity with transformers, the tiled loss, generation, and Hugging Face directories."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import model as model_module
+from model import Llama, ModelConfig, read_config
+from rope_yarn import RopeScaling
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 1.0, "original_max_position_embeddings": 32}
+
+
+def tokens_of(shape, vocab=97, seed=3):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------ parity with transformers
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"head_dim": 12}, {"num_key_value_heads": 6},
+    {"rope_scaling": LLAMA3, "max_position_embeddings": 256}, {"rope_scaling": YARN, "max_position_embeddings": 128},
+    {"model_type": "qwen2", "rms_norm_eps": 1e-6}, {"model_type": "qwen2", "tie_word_embeddings": True},
+    {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+], ids=str)
+def test_logits_equal_transformers_after_save_and_load(changes, tiny_model, tmp_path):
+    """What we save, transformers loads, and computes the same logits from (far beyond the original window too)."""
+    transformers = pytest.importorskip("transformers")
+    ours = tiny_model(**changes)
+    ours.save_pretrained(tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32,
+                                                               attn_implementation="sdpa").eval()
+    tokens = tokens_of((2, 100))
+    with torch.no_grad():
+        difference = (ours(tokens) - theirs(tokens).logits).abs().max()
+    assert difference < 1e-4, difference
+
+
+def test_ntk_export_is_the_same_model_in_transformers(tiny_model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tiny_model().save_pretrained(tmp_path / "base")
+    ours = Llama.from_pretrained(tmp_path / "base", rope_scaling=RopeScaling("ntk", 4.0))
+    ours.save_pretrained(tmp_path / "ntk")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ntk", dtype=torch.float32).eval()
+    tokens = tokens_of((1, 100))
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_greedy_generation_equals_transformers(tiny_model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = tiny_model()
+    ours.save_pretrained(tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    prompt = tokens_of((2, 9))
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False,
+                               pad_token_id=0, eos_token_id=None)
+    assert torch.equal(ours.generate(prompt, 20), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_equal_dense_cross_entropy(tied, tiny_model, monkeypatch):
+    """Tiles of 3 rows with an odd remainder, half of the targets masked: the same numbers as S x V logits give."""
+    monkeypatch.setattr(model_module, "LOGITS_TILE_BYTES", 3 * 4 * 97)
+    ours, dense = (tiny_model(torch.float64, tie_word_embeddings=tied) for _ in range(2))
+    tokens, targets = tokens_of((3, 11)), tokens_of((3, 11), seed=4)
+    targets[torch.rand(3, 11, generator=torch.Generator().manual_seed(5)) < 0.5] = -100
+    loss, count = ours.loss(tokens, targets)
+    (loss * 0.37).backward()
+    expected = F.cross_entropy(dense(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    (expected * 0.37).backward()
+    assert count == (targets != -100).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for (name, a), b in zip(ours.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12, msg=name)
+    losses = ours.token_losses(tokens, targets)
+    torch.testing.assert_close(losses.double().sum(), loss.detach(), rtol=1e-5, atol=0)
+    assert (losses[targets == -100] == 0).all()
+
+
+def test_loss_without_a_target_is_zero_not_nan(tiny_model):
+    model = tiny_model()
+    loss, count = model.loss(tokens_of((2, 5)), torch.full((2, 5), -100))
+    loss.backward()
+    assert loss == 0 and count == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_loss_never_allocates_the_logits(tiny_model, monkeypatch):
+    """No tensor of S x V elements is made in forward or backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    model = tiny_model(vocab_size=1000)
+    monkeypatch.setattr(model_module, "LOGITS_TILE_BYTES", 16 * 4 * 1000)
+    tokens = tokens_of((1, 512), 1000)
+    with Largest() as largest:
+        loss, _ = model.loss(tokens, tokens)
+        loss.backward()
+    assert largest.elements <= 48 * 1000, largest.elements  # the embedding's own gradient; logits would be 512,000
+
+
+def test_recompute_gives_the_same_gradients(tiny_model):
+    kept, recomputed = tiny_model(), tiny_model()
+    recomputed.recompute = True
+    tokens = tokens_of((2, 16))
+    for model in (kept, recomputed):
+        model.loss(tokens, tokens)[0].backward()
+    for a, b in zip(kept.parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_cross_document_mask_makes_documents_independent(tiny_model):
+    """A masked row equals its documents run alone at the same positions; without the mask it does not."""
+    model = tiny_model(torch.float64)
+    first, second = tokens_of((1, 7)), tokens_of((1, 9), seed=8)
+    other = tokens_of((1, 7), seed=9)
+    ids = torch.tensor([[0] * 7 + [1] * 9])
+    with torch.no_grad():
+        masked = [model.hidden_states(torch.cat([a, second], 1), ids)[:, 7:] for a in (first, other)]
+        open_ = [model.hidden_states(torch.cat([a, second], 1))[:, 7:] for a in (first, other)]
+        alone = model.hidden_states(second)
+    torch.testing.assert_close(masked[0], masked[1])
+    torch.testing.assert_close(masked[0], alone, rtol=1e-3, atol=1e-5)  # rotary positions are relative: the offset does not matter
+    assert (open_[0] - open_[1]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------ generation
+
+
+def test_cache_gives_the_logits_of_a_full_forward(tiny_model):
+    """Greedy decoding with the cache picks what the full forward would at every step."""
+    model = tiny_model()
+    out = model.generate(tokens_of((2, 5)), 12)
+    full = model(out).argmax(-1)
+    assert torch.equal(out[:, 5:], full[:, 4:-1])
+
+
+def test_sampling_is_seeded_and_top_p_keeps_the_nucleus(tiny_model):
+    model, prompt = tiny_model(), tokens_of((1, 4))
+    draw = lambda seed, **options: model.generate(prompt, 8, temperature=1.0, seed=seed, **options)  # noqa: E731
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1, top_p=1e-9), model.generate(prompt, 8))  # the smallest nucleus is the greedy token
+
+
+def test_stop_token_ends_generation(tiny_model):
+    model, prompt = tiny_model(), tokens_of((1, 4))
+    third = model.generate(prompt, 8)[0, 6].item()
+    out = model.generate(prompt, 8, stop_tokens=(third,))[0, 4:].tolist()
+    assert out[-1] == third and out.count(third) == 1
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_byte_identical_and_sharded(dtype, tiny_model, tmp_path):
+    model = tiny_model(dtype)
+    model.save_pretrained(tmp_path / "a", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "a").glob("model-*-of-*.safetensors"))) > 2
+    Llama.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", max_shard_bytes=20_000)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    names = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {"model.embed_tokens.weight", "model.layers.2.self_attn.q_proj.weight", "model.norm.weight",
+            "lm_head.weight"} <= set(names)
+
+
+def test_single_file_checkpoint_with_extra_tied_head(tiny_model, tiny_config, tmp_path):
+    """model.safetensors without an index, which repeats the tied embedding as lm_head, as some exports do."""
+    model = tiny_model(tie_word_embeddings=True)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_hf()))
+    loaded = Llama.from_pretrained(tmp_path)
+    tokens = tokens_of((1, 6))
+    assert torch.equal(loaded(tokens), model(tokens))
+
+
+def test_yarn_replaces_llama3_scaling_and_exports_explicitly(tiny_model, tmp_path):
+    """YaRN never stacks on Llama 3.1's scaling; window = original x factor; attention_factor is written."""
+    tiny_model(rope_scaling=LLAMA3, max_position_embeddings=256).save_pretrained(tmp_path / "a")
+    model = Llama.from_pretrained(tmp_path / "a", rope_scaling=RopeScaling("yarn", 128.0))
+    assert model.config.max_position_embeddings == 32 * 128
+    model.save_pretrained(tmp_path / "b")
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert written["rope_scaling"]["rope_type"] == "yarn" and written["max_position_embeddings"] == 4096
+    assert written["rope_scaling"]["attention_factor"] == pytest.approx(1.48520, abs=1e-5)
+    assert written["rope_scaling"]["original_max_position_embeddings"] == 32
+    assert read_config(tmp_path / "b").rope_scaling.factor == 128.0
+
+
+def test_bfloat16_loads_as_float32_on_request(tiny_model, tmp_path):
+    tiny_model(torch.bfloat16).save_pretrained(tmp_path / "a")
+    assert {p.dtype for p in Llama.from_pretrained(tmp_path / "a", dtype=torch.float32).parameters()} == {torch.float32}
+    stored = load_file(next((tmp_path / "a").glob("*.safetensors")))
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "gemma"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"), ({"vocab_size": None}, "vocab_size"),
+    ({"num_key_value_heads": 4}, "num_key_value_heads"), ({"head_dim": 7}, "head_dim"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"hidden_size": "48"}, "hidden_size"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    ({"use_sliding_window": True}, "use_sliding_window"), ({"rope_scaling": {"rope_type": "spiral"}}, "spiral")])
+def test_bad_configurations_are_named(change, message, tiny_config):
+    with pytest.raises(ValueError, match=message) as error:
+        ModelConfig.from_hf(tiny_config(**change))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_weight_files_are_named(tiny_model, tmp_path):
+    """Missing shard, truncated shard, wrong shape, missing tensor: each is one line with the file or the tensor."""
+    tiny_model().save_pretrained(tmp_path, max_shard_bytes=20_000)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{shard.name}.*not a complete"):
+        Llama.from_pretrained(tmp_path)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        Llama.from_pretrained(tmp_path)
+    shard.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 81}))
+    with pytest.raises(ValueError, match="gate_proj.*81"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match="layers.3.*missing"):
+        Llama.from_pretrained(tmp_path)

@@ -1,0 +1,388 @@
+"""Stage 1: continued pretraining at the target length, and the one training loop both stages share.
+
+    python train.py --config config.json --tokenizer DIR --data CORPUS --sequence-length 128 --steps 500 --out runs/base
+    python train.py --model runs/base/final --rope-kind yarn --rope-factor 16 --data CORPUS --sequence-length 2048 \
+                    --steps 300 --learning-rate 3e-5 --out runs/stage1
+
+A run directory holds `metrics.jsonl`, the newest `checkpoint-STEP` directories (model, optimizer, data position: each
+is complete or absent) and, at the end, `final`, a Hugging Face model directory. `--resume` continues from the newest
+checkpoint to the last bit; SIGTERM writes one and stops.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from model import Llama, ModelConfig, read_config, rescale, save_tensors
+from parallel import Grid, ShardedAdamW
+from rope_yarn import RopeScaling
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "chat_template.jinja", "generation_config.json")
+FREE_TO_CHANGE = ("out", "resume", "device", "checkpoint_every", "keep_checkpoints", "validate_every",
+                  "validation_sequences", "validation_buckets", "micro_batch_size", "recompute")
+
+
+# --------------------------------------------------------------------------------------------------------- options
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """The options both stages have. A stage adds its data group and its own defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    model = parser.add_argument_group("model")
+    source = model.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="start from this Hugging Face model directory")
+    source.add_argument("--config", type=Path, help="start from random weights of this config.json")
+    model.add_argument("--tokenizer", type=Path, help="tokenizer directory or file (default: the model's own)")
+    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                       help="compute type; auto measures whether bfloat16 is faster here. Master weights are float32")
+    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    model.add_argument("--recompute", action="store_true", help="recompute each block in backward: less memory, one more forward")
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--steps", type=int, required=True, help="optimizer steps in all")
+    optimisation.add_argument("--batch-size", type=int, default=1, help="sequences a step")
+    optimisation.add_argument("--micro-batch-size", type=int, default=None, help="sequences a forward (default: the batch)")
+    optimisation.add_argument("--learning-rate", type=float, default=3e-5)
+    optimisation.add_argument("--warmup-steps", type=int, default=10, help="linear warm-up")
+    optimisation.add_argument("--final-learning-rate", type=float, default=0.1, help="where the cosine ends, as a share of the peak")
+    optimisation.add_argument("--weight-decay", type=float, default=0.1)
+    optimisation.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95))
+    optimisation.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
+    optimisation.add_argument("--seed", type=int, default=0, help="weights (with --config) and data order")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, required=True, help="run directory")
+    output.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    output.add_argument("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: only on SIGTERM")
+    output.add_argument("--keep-checkpoints", type=int, default=2, help="how many of the newest to keep")
+    output.add_argument("--validate-every", type=int, default=0, help="steps between validations; 0: only at the end")
+    output.add_argument("--validation-sequences", type=int, default=8, help="held-out sequences a validation; 0: none")
+    output.add_argument("--validation-buckets", type=int, default=16, help="equal ranges of positions to report the loss by")
+    return parser
+
+
+def stage1_parser() -> argparse.ArgumentParser:
+    """Stage 1's options: packed documents, length up-sampling, rope scaling."""
+    parser = argument_parser("Continued pretraining on packed documents (stage 1), or pretraining from scratch.")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", nargs="+", required=True, metavar="DIR[=WEIGHT]",
+                       help="corpora written by `data.py prepare`; each sequence comes from one, by weight")
+    group.add_argument("--sequence-length", type=int, required=True)
+    group.add_argument("--separator", choices=("<s>", "none", "bos_eos"), default="<s>", help="between documents")
+    group.add_argument("--short-length", type=int, default=4096, help="documents below are short")
+    group.add_argument("--long-length", type=int, default=8192, help="documents above are long")
+    group.add_argument("--short-weight", type=float, default=1.0, help="sampling weight of short documents")
+    group.add_argument("--long-weight", type=float, default=1.0, help="sampling weight of long documents")
+    group.add_argument("--cross-document-mask", action="store_true", help="ablation: documents do not see each other")
+    rope = parser.add_argument_group("context extension (replaces the checkpoint's own scaling)")
+    rope.add_argument("--rope-kind", choices=("default", "linear", "ntk", "llama3", "yarn"), default=None)
+    rope.add_argument("--rope-factor", type=float, default=1.0, help="s: how many times longer the window becomes")
+    rope.add_argument("--original-length", type=int, default=None, help="window before (default: the checkpoint's)")
+    rope.add_argument("--beta-fast", type=float, default=4.0, help="YaRN: keep pairs with more rotations than this")
+    rope.add_argument("--beta-slow", type=float, default=1.0, help="YaRN: interpolate pairs with fewer")
+    rope.add_argument("--rope-ramp", choices=("index", "rotation"), default="index", help="what the blend is linear in")
+    rope.add_argument("--no-attention-temperature", action="store_true", help="YaRN without its 0.1 ln s + 1")
+    return parser
+
+
+def check_arguments(a: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is read. Raises ValueError naming the option."""
+    at_least = {"steps": 1, "batch_size": 1, "sequence_length": 2, "warmup_steps": 0, "checkpoint_every": 0,
+                "keep_checkpoints": 1, "validate_every": 0, "validation_sequences": 0, "validation_buckets": 1}
+    for name, smallest in at_least.items():
+        if getattr(a, name) < smallest:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)} is too small; the least is {smallest}")
+    for name in ("learning_rate", "weight_decay", "clip", "final_learning_rate"):
+        if not 0 <= getattr(a, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)} must be a finite number, zero or more")
+    if not all(0 <= beta < 1 for beta in a.betas):
+        raise ValueError(f"--betas {a.betas[0]} {a.betas[1]} must lie in [0, 1)")
+    micro = a.micro_batch_size or a.batch_size
+    if micro < 1 or a.batch_size % micro:
+        raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {a.batch_size}")
+    if a.device != "cpu" and not (a.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device {a.device} is not available here; use cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+
+
+def weighted_paths(specifications: list[str]) -> list[tuple[Path, float]]:
+    """['a=0.8', 'b'] -> [(a, 0.8), (b, 1.0)]. Raises for a path that is missing or a weight that is not positive."""
+    result = []
+    for text in specifications:
+        path, _, weight = text.rpartition("=") if re.search(r"=[^/=]*$", text) else (text, "", "1")
+        try:
+            result.append((Path(path), float(weight)))
+        except ValueError:
+            raise ValueError(f"--data {text}: the weight after '=' must be a number") from None
+        if not 0 < result[-1][1] < math.inf:
+            raise ValueError(f"--data {text}: the weight must be above 0")
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--data {path}: no such file or directory")
+    return result
+
+
+def stage1_datasets(a: argparse.Namespace, tokenizer):
+    """(training, validation) datasets of packed documents; validation is the first corpus's held-out split."""
+    sources = weighted_paths(a.data)
+    options = {"sequence_length": a.sequence_length, "seed": a.seed, "separator": a.separator, "tokenizer": tokenizer,
+               "short": a.short_length, "long": a.long_length}
+    parts = [data.PackedDataset(path, "train", short_weight=a.short_weight, long_weight=a.long_weight, **options)
+             for path, _ in sources]
+    training = data.Blend(parts, [weight for _, weight in sources], a.seed) if len(parts) > 1 else parts[0]
+    validation = data.PackedDataset(sources[0][0], "valid", **options) if a.validation_sequences else None
+    return training, validation
+
+
+# ----------------------------------------------------------------------------------------------- model and schedule
+
+
+def faster_dtype(device: str) -> torch.dtype:
+    """bfloat16 if its matrix product beats float32's on this device, else float32 (CPUs without bf16 units lose 9x)."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(512, 512, dtype=dtype, device=device)
+        times = []
+        for _ in range(6):  # the first ones warm up
+            start = time.perf_counter()
+            (matrix @ matrix).sum().item()  # .item() waits for the GPU
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return min(seconds, key=seconds.get)
+
+
+def starting_config(a: argparse.Namespace) -> ModelConfig:
+    """The configuration to train: the checkpoint's or the JSON's, with the rope scaling that was asked for."""
+    config = read_config(a.model or a.config)
+    if getattr(a, "rope_kind", None):
+        config = rescale(config, RopeScaling(
+            kind=a.rope_kind, factor=a.rope_factor, original_max_position=a.original_length, beta_fast=a.beta_fast,
+            beta_slow=a.beta_slow, ramp=a.rope_ramp, attention_temperature=not a.no_attention_temperature))
+    if a.sequence_length > config.max_position_embeddings:
+        needed = a.sequence_length / config.max_position_embeddings
+        raise ValueError(f"--sequence-length {a.sequence_length} is beyond the model's window of "
+                         f"{config.max_position_embeddings}; extend it (--rope-kind yarn --rope-factor {math.ceil(needed)}) "
+                         "or shorten the sequences")
+    return config
+
+
+def learning_rate(step: int, a: argparse.Namespace) -> float:
+    """Linear warm-up to the peak, then a cosine to `final_learning_rate` of it; `step` counts from 1."""
+    if step <= a.warmup_steps:
+        return a.learning_rate * step / a.warmup_steps
+    progress = (step - a.warmup_steps) / max(1, a.steps - a.warmup_steps)
+    floor = a.final_learning_rate
+    return a.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Put the tokenizer's files beside the weights, so that the directory stands alone."""
+    folder = source if source.is_dir() else source.parent
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+
+
+def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW, a: argparse.Namespace) -> Path:
+    """Write `run/checkpoint-STEP`, complete or absent, then drop all but the newest `keep_checkpoints`."""
+    path = run / f"checkpoint-{step:08d}"
+    with data.complete_or_absent(path) as aside:
+        model.save_pretrained(aside)
+        copy_tokenizer(a.tokenizer, aside)
+        save_tensors(aside / "optimizer.safetensors", optimizer.state_dict())
+        (aside / "training.json").write_text(json.dumps({"step": step, "settings": settings(a)}, indent=2) + "\n")
+    for old in checkpoints(run)[:-a.keep_checkpoints]:
+        shutil.rmtree(old)
+    return path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8,}", p.name))
+
+
+def settings(a: argparse.Namespace) -> dict:
+    """What a resumed run must share with the run it continues, as JSON."""
+    return {name: json.loads(json.dumps(value, default=str)) for name, value in sorted(vars(a).items())
+            if name not in FREE_TO_CHANGE}
+
+
+def load_progress(a: argparse.Namespace) -> tuple[Path | None, int]:
+    """Newest checkpoint of `--out` and its step, or (None, 0). Raises ValueError if it belongs to another run."""
+    found = checkpoints(a.out)
+    if not a.resume:
+        if a.out.exists() and any(a.out.iterdir()):
+            raise ValueError(f"--out {a.out}: holds an earlier run; add --resume to continue it, or choose another directory")
+        return None, 0
+    if not found:
+        return None, 0
+    try:
+        saved = json.loads((found[-1] / "training.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{found[-1]}/training.json: not valid JSON ({error})") from None
+    a.dtype = saved["settings"]["dtype"] if a.dtype == "auto" else a.dtype
+    for name, value in settings(a).items():
+        if saved["settings"].get(name) != value:
+            raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in {a.out} has "
+                             f"{saved['settings'].get(name)!r}; resume with the same settings or choose another --out")
+    return found[-1], saved["step"]
+
+
+class Metrics:
+    """metrics.jsonl: one line a step or validation, flushed; a resumed run first drops what it will do again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        aside = path.with_suffix(".partial")
+        aside.write_text("".join(kept))
+        os.replace(aside, path)
+        self.file = path.open("a")
+
+    def write(self, **values) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+
+# ------------------------------------------------------------------------------------------------------- the loop
+
+
+def validate(model: Llama, dataset, sequences: int, buckets: int, masked: bool, device: str) -> tuple[float, list[float]]:
+    """Mean held-out loss, and by equal ranges of positions: where a window ends, the curve jumps."""
+    total, count = torch.zeros(dataset.sequence_length), torch.zeros(dataset.sequence_length)
+    for index in range(sequences):
+        batch = data.batch(dataset, index, 1)
+        ids = batch.document_ids.to(device) if masked else None
+        losses = model.token_losses(batch.tokens.to(device), batch.targets.to(device), ids)  # (1, S)
+        total += losses[0].cpu()
+        count += batch.targets[0] != -100
+    parts = list(zip(total.chunk(buckets), count.chunk(buckets)))
+    by_bucket = [(t.sum() / n.sum()).item() if n.sum() else None for t, n in parts]
+    return (total.sum() / count.sum().clamp(min=1)).item(), by_bucket
+
+
+def training_step(model: Llama, optimizer: ShardedAdamW, batch, a: argparse.Namespace) -> float:
+    """Accumulate one global batch's gradients in the optimizer; returns the mean loss over its targets."""
+    optimizer.zero_gradients()
+    valid = max(1, int((batch.targets != -100).sum()))  # over the whole batch, before any backward
+    total = 0.0
+    ids = batch.document_ids if getattr(a, "cross_document_mask", False) else None
+    micro = a.micro_batch_size or a.batch_size
+    for start in range(0, a.batch_size, micro):
+        part = [None if x is None else x[start:start + micro].to(a.device) for x in (batch.tokens, batch.targets, ids)]
+        loss, _ = model.loss(*part)
+        (loss / valid).backward()
+        total = total + loss.detach()
+    return float(total) / valid
+
+
+def peak_memory_gib(device: str) -> float:
+    """Largest memory this process has used: allocated on the GPU, resident on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argparse.Namespace, first_step: int) -> bool:
+    """Steps first_step + 1 ... a.steps. Returns whether the run reached its end (SIGTERM stops it earlier)."""
+    stop = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    metrics = Metrics(a.out / "metrics.jsonl", first_step)
+    bar = tqdm(range(first_step + 1, a.steps + 1), initial=first_step, total=a.steps, desc=a.out.name, mininterval=1.0)
+    tokens = a.batch_size * a.sequence_length
+    for step in bar:
+        start = time.perf_counter()
+        loss = training_step(model, optimizer, data.batch(training, (step - 1) * a.batch_size, a.batch_size), a)
+        rate = learning_rate(step, a)
+        try:
+            if not math.isfinite(loss):
+                raise ArithmeticError(f"the loss is {loss}")
+            norm = optimizer.step(rate, a.clip)
+        except ArithmeticError as error:
+            good = checkpoints(a.out)
+            raise ArithmeticError(f"step {step}: {error}; nothing was updated. The last good checkpoint is "
+                                  f"{good[-1] if good else 'none'}; try a lower --learning-rate") from None
+        speed = tokens / (time.perf_counter() - start)
+        metrics.write(step=step, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=step * tokens,
+                      tokens_per_second=round(speed), peak_memory_gib=round(peak_memory_gib(a.device), 3))
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {peak_memory_gib(a.device):.1f} GiB", refresh=False)
+        if validation and (step == a.steps or a.validate_every and step % a.validate_every == 0):
+            mean, by_position = validate(model, validation, a.validation_sequences, a.validation_buckets,
+                                         getattr(a, "cross_document_mask", False), a.device)
+            metrics.write(step=step, validation_loss=mean, validation_loss_by_position=by_position)
+            shown = " ".join("-" if value is None else f"{value:.2f}" for value in by_position)
+            bar.write(f"step {step}: held-out loss {mean:.3f}; by position {shown}")
+        if stop or a.checkpoint_every and step % a.checkpoint_every == 0 and step < a.steps:
+            path = save_checkpoint(a.out, step, model, optimizer, a)
+            if stop:
+                bar.write(f"stopped by SIGTERM after step {step}; continue with --resume from {path}")
+                break
+    signal.signal(signal.SIGTERM, previous)
+    return not stop
+
+
+def run(a: argparse.Namespace, build_datasets) -> None:
+    """Check everything, build everything, train, and leave `final`: the whole of a stage."""
+    check_arguments(a)
+    grid = Grid.create()
+    a.tokenizer = a.tokenizer or a.model
+    if a.tokenizer is None:
+        raise ValueError("--tokenizer is needed with --config: the directory of the tokenizer the corpus was prepared with")
+    config, tokenizer = starting_config(a), data.load_tokenizer(a.tokenizer)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(f"--tokenizer {a.tokenizer} has {tokenizer.n_vocab} tokens, but the model's vocab_size is {config.vocab_size}")
+    training, validation = build_datasets(a, tokenizer)
+    if (a.out / "final" / "config.json").exists() and a.resume:
+        print(f"{a.out}/final is already there; nothing to do")
+        return
+    checkpoint, step = load_progress(a)
+    if a.dtype == "auto":
+        a.dtype = str(faster_dtype(a.device)).removeprefix("torch.")
+    dtype = getattr(torch, a.dtype)
+    a.out.mkdir(parents=True, exist_ok=True)
+    if checkpoint or a.model:
+        model = Llama.from_pretrained(checkpoint or a.model, grid, dtype, a.device, None if checkpoint else config.rope_scaling)
+    else:
+        model = Llama(config, grid).initialise(a.seed).to(a.device, dtype)
+    model.recompute = a.recompute
+    optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay)
+    if checkpoint:
+        optimizer.load_state_dict(load_file(checkpoint / "optimizer.safetensors"))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f}M parameters, {a.dtype} on {a.device}, window {config.max_position_embeddings}, "
+          f"rope {config.rope_scaling.kind}, {a.batch_size} x {a.sequence_length} tokens a step"
+          + (f", resumed after step {step}" if checkpoint else ""))
+    if train(model, optimizer, training, validation, a, step):
+        with data.complete_or_absent(a.out / "final") as aside:
+            model.save_pretrained(aside)
+            copy_tokenizer(a.tokenizer, aside)
+        print(f"wrote {a.out}/final")
+
+
+def main(parser: argparse.ArgumentParser, build_datasets, argv: list[str] | None = None) -> None:
+    """Command line of a stage: one line and exit code 1 for a user's mistake."""
+    try:
+        run(parser.parse_args(argv), build_datasets)
+    except (ValueError, OSError, ArithmeticError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main(stage1_parser(), stage1_datasets)
