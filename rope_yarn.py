@@ -1,52 +1,68 @@
-"""Rotary position embedding, and every rule that stretches it to a longer window.
+"""Rotary position embedding (RoPE), and every rule that stretches it to a longer window.
 
-RoPE (arXiv 2104.09864) turns pair i of a head's D numbers by the angle m * f_i at position m, with f_i = theta^(-2i/D).
-A query at m and a key at n then meet at the angle (m - n) f_i: attention sees distances. The first pairs turn once
-every few tokens (wavelength 2 pi / f_i), the last ones hardly turn within the training window L. Beyond L those slow
-pairs reach angles the model has never seen, and it loses its way. With s = new window / L, the rules are:
+RoPE (arXiv 2104.09864) splits a head's D numbers into D/2 pairs and, at position m, turns pair i by m f_i:
 
-  linear   f_i / s                      position interpolation (2306.15595): no new angle, but neighbours blur
-  ntk      theta' = theta s^(D/(D-2))   stretch slow pairs by s, fast pairs hardly
-  yarn     g_i f_i + (1 - g_i) f_i / s  by rotations r_i = L f_i / 2 pi in the old window (2309.00071, "NTK-by-parts"):
-                                        keep pairs with r > beta (g = 1), interpolate those with r < alpha (g = 0),
-                                        blend between; and multiply cos and sin by 0.1 ln s + 1, which sharpens the
-                                        softmax that a longer context flattens
-  llama3   the same, g linear in r itself and no temperature: Llama 3.1's rule is YaRN's text with alpha 1, beta 4
+    f_i = theta^(-2i/D)                    radians a token; wavelength 2 pi / f_i tokens
 
-The ultra-long recipe (2504.06214) is yarn with alpha = beta_slow = 1, beta = beta_fast = 4, L = 8,192, s = 128 to 512.
-Angles are formed in float64: m * f in float32 is off by 0.05 rad at a million tokens and by 0.2 rad at four million.
+so a query at m and a key at n meet at the angle (m - n) f_i: attention sees distances. The first pairs turn
+once every few tokens; the last do not finish one turn in the training window L. Beyond L the slow pairs come
+to angles that training never showed, and the model loses its way. To reach a window of s L without that:
+
+    linear  f_i / s                        position interpolation (2306.15595): no new angle, neighbours blur
+    ntk     theta' = theta s^(D/(D-2))     larger base: divides the slowest pair by s, the fastest not at all
+    yarn    g_i f_i + (1 - g_i) f_i / s    "NTK by parts" (2309.00071): count turns r_i = L f_i / 2 pi in L;
+                                           keep pairs above beta_fast turns (g = 1), interpolate those
+                                           below beta_slow (g = 0), blend between. And multiply cos and sin
+                                           by 0.1 ln s + 1: long context flattens the softmax, this sharpens
+    llama3  the same, g linear in r_i,     Llama-3.1's rule is YaRN's text without the sharpening:
+            cos and sin not sharpened      high_freq_factor = beta_fast, low_freq_factor = beta_slow
+
+yarn's g is linear in the pair's index i, as in its published code and transformers; the equation in its paper
+is linear in the turns r_i (ramp="rotation"), and the two differ by up to 1.83 times. The ultra-long recipe
+(2504.06214) is yarn with beta_slow 1, beta_fast 4, L = 8,192 and s = 128, 256 or 512. It replaces Llama-3.1's
+own scaling: every rule here starts from theta, so two can never stack.
+
+Angles are formed in float64. The float32 product m * f_i is off by 0.05 rad at 1M tokens and 0.2 rad at 4M
+(half as much again if f_i was computed in float32 too), worst in the fast pairs, which tell neighbours apart.
 
     python rope_yarn.py --factor 128 [--plot yarn.png]      # what happens to each pair of Llama-3.1-8B
 """
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 KINDS = ("default", "linear", "ntk", "llama3", "yarn")
-ROTATION_RAMP_TYPE = "yarn_rotation_ramp"  # unknown to transformers on purpose: it would compute the index ramp
-HF_KEYS = {
-    "default": (), "linear": ("factor",), "ntk": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor", "truncate",
-             "mscale", "mscale_all_dim")}
-HF_KEYS[ROTATION_RAMP_TYPE] = HF_KEYS["yarn"]
+ROTATION_RAMP_TYPE = "yarn_rotation_ramp"  # our own name: transformers must fail, not use its own ramp
+YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate",
+             "attention_factor", "mscale", "mscale_all_dim")
+HF_KEYS = {"default": (), "linear": ("factor",), "yarn": YARN_KEYS, ROTATION_RAMP_TYPE: YARN_KEYS,
+           "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")}
+COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+CHUNK = 65536  # positions whose float64 angles exist at once in rotary_tables
+
+
+# -------------------------------------------------------------------------------------------------- the rules
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """One context-extension rule. Raises ValueError, naming the field, for values that mean nothing.
+    """One context-extension rule. Raises ValueError naming the field that means nothing.
 
-    kind: default, linear, ntk, llama3 or yarn. factor: s, new window / old window. original_max_position: L in tokens,
-    which llama3 and yarn need. beta_fast, beta_slow: the paper's beta and alpha, rotations in L above which a pair is
-    kept and below which it is interpolated (llama3: high_freq_factor, low_freq_factor). ramp: the blend is linear in the
-    pair's "index" (as in the published code and transformers) or in its "rotation" count (the paper's text). truncate:
-    round the index ramp's ends outwards. attention_temperature: yarn's 0.1 ln s + 1; attention_factor replaces it.
+    kind: default, linear, ntk, llama3 or yarn.
+    factor: s = new window / old window.
+    original_max_position: L, the old window in tokens; llama3 and yarn compute no frequencies without it.
+    beta_fast, beta_slow: turns within L above which a pair is kept, below which it is interpolated.
+    attention_temperature: yarn multiplies cos and sin by 0.1 ln s + 1; attention_factor replaces it.
+    ramp: what yarn's blend is linear in, the pair's "index" or its "rotation" count.
+    truncate: round the ends of yarn's index ramp outwards to whole pairs.
     """
 
     kind: str = "default"
@@ -60,252 +76,369 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"rope scaling kind {self.kind!r} is unknown; known are {', '.join(KINDS)}")
-        if self.ramp not in ("index", "rotation"):
-            raise ValueError(f"rope scaling ramp {self.ramp!r} is unknown; known are index and rotation")
-        for name in ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position"):
-            value = getattr(self, name)
-            optional = name in ("attention_factor", "original_max_position") and value is None
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-            if not (optional or number):
-                raise ValueError(f"rope scaling {name} must be a positive finite number, found {value!r}")
-        if self.factor < 1:
-            raise ValueError(f"rope scaling factor {self.factor} is below 1; it is new window / old window")
-        if self.kind == "default" and self.factor != 1:
-            raise ValueError(f"rope scaling kind default has no factor, found {self.factor}; use yarn")
-        if self.original_max_position is not None and self.original_max_position != int(self.original_max_position):
-            raise ValueError(f"rope scaling original_max_position {self.original_max_position} must be a whole number of tokens")
-        if self.beta_fast <= self.beta_slow:
-            raise ValueError(f"rope scaling beta_fast {self.beta_fast} must exceed beta_slow {self.beta_slow}")
+        yarn, length, attention = self.kind == "yarn", self.original_max_position, self.attention_factor
+        positive = {name: is_number(getattr(self, name)) and getattr(self, name) > 0
+                    for name in ("factor", "beta_fast", "beta_slow", "attention_factor")}
+        checks = (
+            ("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}"),
+            ("factor", positive["factor"] and self.factor >= 1, "a number >= 1, new window / old window"),
+            ("factor", self.kind != "default" or self.factor == 1, "1 for kind default; or name a kind"),
+            ("original_max_position", length is None or (type(length) is int and length > 0),
+             "a whole number of tokens above 0"),
+            ("beta_slow", positive["beta_slow"], "a number above 0"),
+            ("beta_fast", positive["beta_fast"] and self.beta_fast > self.beta_slow,
+             f"a number above beta_slow, {self.beta_slow}"),
+            ("attention_temperature", isinstance(self.attention_temperature, bool), "True or False"),
+            ("attention_factor", attention is None or (yarn and positive["attention_factor"]),
+             "a number above 0, and for kind yarn only"),
+            ("ramp", self.ramp == "index" or (self.ramp == "rotation" and yarn), "index, or, for yarn, rotation"),
+            ("truncate", isinstance(self.truncate, bool), "True or False"))
+        for name, fine, right in checks:
+            if not fine:
+                raise ValueError(f"rope scaling: {name} is {getattr(self, name)!r}; it must be {right}")
+
+    @property
+    def cos_sin_factor(self) -> float:
+        """What cos and sin are multiplied by: 1 except for yarn (arXiv 2309.00071, equation 22)."""
+        if self.kind == "yarn" and self.attention_factor is not None:
+            return float(self.attention_factor)
+        return yarn_temperature(self.factor) if self.kind == "yarn" and self.attention_temperature else 1.0
 
     @classmethod
     def from_hf(cls, config: dict) -> RopeScaling:
-        """Read a config.json (its rope_scaling of transformers 4 or rope_parameters of 5), or that dict itself.
+        """Read a config.json's rope_scaling (transformers 4) or rope_parameters (5), or that dict itself.
 
-        Omitted values take transformers' defaults. Raises ValueError for unknown or contradictory settings.
+        What is left out takes transformers' defaults (yarn: beta_fast 32, beta_slow 1). Raises ValueError for
+        anything not understood in full: a scaling half understood is a model that is silently wrong.
         """
-        scaling = scaling_dict(config)
-        kind = rope_type(scaling)
-        if kind == "default":
-            return cls()
-        unknown = [key for key in scaling if key not in HF_KEYS[kind] and key not in ("type", "rope_type", "rope_theta")]
-        if unknown:
-            raise ValueError(f"rope scaling of type {kind} has no setting {unknown[0]!r}; it has {', '.join(HF_KEYS[kind])}")
-        if scaling.get("factor") is None:
-            raise ValueError(f"rope scaling of type {kind} needs a factor")
-        if kind in ("linear", "ntk"):
-            return cls(kind, number(scaling, "factor"))
-        original = next((x for x in (scaling.get("original_max_position_embeddings"),
-                                     config.get("original_max_position_embeddings"),
-                                     config.get("max_position_embeddings")) if x is not None), None)
-        if kind == "llama3":
-            return cls(kind, number(scaling, "factor"), original, number(scaling, "high_freq_factor"),
-                       number(scaling, "low_freq_factor"), attention_temperature=False)
-        factor, attention_factor = number(scaling, "factor"), scaling.get("attention_factor")
-        if attention_factor is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
-            attention_factor = (temperature(factor, number(scaling, "mscale"))
-                                / temperature(factor, number(scaling, "mscale_all_dim")))
-        return cls("yarn", factor, original, number(scaling, "beta_fast", 32.0), number(scaling, "beta_slow", 1.0),
-                   attention_factor=attention_factor, ramp="rotation" if kind == ROTATION_RAMP_TYPE else "index",
-                   truncate=bool(scaling.get("truncate", True)))
+        if not isinstance(config, dict):
+            raise ValueError(f"rope scaling must be a JSON object, of config.json or its scaling: {config!r}")
+        if "rope_type" in config or "type" in config:
+            return read_scaling("rope scaling", config, config)
+        refuse_partial_rotation("config.json", config)
+        found = [read_scaling(name, config[name], config) for name in ("rope_scaling", "rope_parameters")
+                 if config.get(name) not in (None, {})]
+        if len(found) == 2 and found[0] != found[1]:
+            raise ValueError(f"config.json: rope_scaling {config['rope_scaling']} and rope_parameters "
+                             f"{config['rope_parameters']} contradict each other; keep one")
+        return found[0] if found else cls()
 
     def to_hf(self) -> dict:
-        """The value of `rope_scaling` in a config.json; yarn's attention_factor is always written out.
+        """The value of rope_scaling or rope_parameters in a config.json; yarn's attention_factor is explicit.
 
-        Two rules have no Hugging Face name: static ntk (export `ntk_theta` as rope_theta instead) and yarn's rotation
-        ramp, whose own type makes other readers fail loudly instead of computing something else.
+        What Hugging Face can express is written so that transformers computes the same. Two rules it cannot:
+        ntk raises ValueError (write rope_theta = `ntk_theta` and kind default instead). yarn's rotation ramp
+        gets a rope_type of our own, which `from_hf` reads and transformers refuses, unless its attention
+        factor is 1: then it is Llama-3.1's rule, and is written as such.
         """
         if self.kind == "default":
             return {"rope_type": "default"}
-        if self.kind in ("linear", "ntk"):
-            return {"rope_type": self.kind, "factor": self.factor}
-        if self.original_max_position is None:
-            raise ValueError(f"rope scaling of kind {self.kind} needs original_max_position to be written")
-        shared = {"factor": self.factor, "original_max_position_embeddings": int(self.original_max_position)}
-        if self.kind == "llama3":
-            return {"rope_type": "llama3", **shared, "low_freq_factor": self.beta_slow, "high_freq_factor": self.beta_fast}
+        if self.kind == "linear":
+            return {"rope_type": "linear", "factor": float(self.factor)}
+        if self.kind == "ntk":
+            raise ValueError("rope scaling: ntk has no Hugging Face rope_type; write rope_type default and "
+                             "rope_theta = ntk_theta(theta, factor, head_dim)")
+        shared = {"factor": float(self.factor), "original_max_position_embeddings": old_window(self)}
+        if self.kind == "llama3" or (self.ramp == "rotation" and self.cos_sin_factor == 1):
+            return {"rope_type": "llama3", **shared,
+                    "low_freq_factor": float(self.beta_slow), "high_freq_factor": float(self.beta_fast)}
         return {"rope_type": "yarn" if self.ramp == "index" else ROTATION_RAMP_TYPE, **shared,
-                "beta_fast": self.beta_fast, "beta_slow": self.beta_slow, "truncate": self.truncate,
-                "attention_factor": self.cos_sin_factor()}
-
-    def cos_sin_factor(self) -> float:
-        """What cos and sin are multiplied by: 1 except for yarn (arXiv 2309.00071, equation 22)."""
-        if self.kind != "yarn":
-            return 1.0
-        if self.attention_factor is not None:
-            return float(self.attention_factor)
-        return temperature(self.factor) if self.attention_temperature else 1.0
+                "beta_fast": float(self.beta_fast), "beta_slow": float(self.beta_slow),
+                "truncate": self.truncate, "attention_factor": self.cos_sin_factor}
 
 
-def temperature(factor: float, scale: float = 1.0) -> float:
-    """YaRN's 0.1 ln s + 1."""
+def old_window(scaling: RopeScaling) -> int:
+    """original_max_position, for the kinds that cannot do without."""
+    if scaling.original_max_position is None:
+        raise ValueError(f"rope scaling: {scaling.kind} needs original_max_position, the old window")
+    return scaling.original_max_position
+
+
+def yarn_temperature(factor: float, scale: float = 1.0) -> float:
+    """YaRN's 0.1 ln s + 1, for s >= 1; DeepSeek's `mscale` multiplies the logarithm by `scale`."""
     return 0.1 * scale * math.log(factor) + 1.0
 
 
-def number(scaling: dict, key: str, default: float | None = None) -> float:
-    """scaling[key] as a number; missing or null gives the default, and an error if there is none."""
-    value = scaling.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"rope scaling {key} must be a number, found {scaling.get(key, 'nothing')!r}")
-    return float(value)
-
-
-def scaling_dict(config: dict) -> dict:
-    """The one scaling dict of a config.json (or the dict itself), refusing two that disagree."""
-    if "rope_type" in config or "type" in config:
-        return config
-    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
-        if not isinstance(value, dict) or any(isinstance(v, dict) for v in value.values()):
-            raise ValueError(f"config.json: {name} must be one flat JSON object; one per layer type is not supported")
-    if old and new and any(old.get(k) != new.get(k) for k in (old.keys() | new.keys()) - {"rope_theta", "type", "rope_type"}):
-        raise ValueError(f"config.json: rope_scaling {old} and rope_parameters {new} contradict each other; keep one")
-    if old and new and rope_type(old) != rope_type(new):
-        raise ValueError(f"config.json: rope_scaling is {rope_type(old)} and rope_parameters is {rope_type(new)}; keep one")
-    return new or old
-
-
-def rope_type(scaling: dict) -> str:
-    """The kind a scaling dict names; ValueError if it is unknown, unsupported or named twice differently."""
-    names = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
-    if len(set(map(str, names))) > 1:
-        raise ValueError(f"rope scaling: rope_type {names[0]!r} and type {names[1]!r} contradict each other; keep rope_type")
-    if not names and scaling.get("factor") is not None:
-        raise ValueError("rope scaling has a factor but no rope_type; name one of linear, llama3, yarn")
-    name = names[0] if names else "default"
-    if name in ("dynamic", "longrope"):
-        raise ValueError(f"rope scaling type {name} changes with the input's length and is not supported; use yarn")
-    if name not in HF_KEYS:
-        raise ValueError(f"rope scaling type {name!r} is unknown; known are {', '.join(KINDS)}")
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rope scaling partial_rotary_factor {scaling['partial_rotary_factor']} is not supported; only 1.0 is")
-    return name
-
-
-def rope_theta_from_hf(config: dict) -> float:
-    """RoPE's base: rope_theta of the config.json or of its rope_parameters, 10,000 if neither is there."""
-    found = {number(place, "rope_theta") for place in (config, config.get("rope_parameters") or {})
-             if place.get("rope_theta") is not None}
-    if len(found) > 1 or any(not 1 < theta < math.inf for theta in found):
-        raise ValueError(f"config.json: rope_theta must be one number above 1, found {sorted(found)}")
-    return found.pop() if found else 10000.0
-
-
 def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
-    """NTK-aware scaling as a change of base: theta s^(D/(D-2)) stretches the slowest pair by exactly s."""
+    """NTK-aware scaling as a change of base, theta s^(D/(D-2)): the slowest pair is divided by exactly s."""
+    if head_dim < 4:
+        raise ValueError(f"head_dim is {head_dim}; ntk needs at least 4: theta does not move pair 0")
     return theta * factor ** (head_dim / (head_dim - 2))
 
 
 def kept_share(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """g_i of yarn and llama3 for each pair, float64 (D/2,): 1 keep the frequency, 0 divide it by s."""
-    if scaling.original_max_position is None:
-        raise ValueError(f"rope scaling of kind {scaling.kind} needs original_max_position, the window before extension")
+    """g_i of yarn and llama3, float64 (D/2,): 1 keeps the pair's frequency, 0 divides it by the factor."""
+    length, fast, slow = old_window(scaling), scaling.beta_fast, scaling.beta_slow
     pair = torch.arange(head_dim // 2, dtype=torch.float64)
-    length = scaling.original_max_position
-    if scaling.kind == "llama3" or scaling.ramp == "rotation":
-        rotations = length * theta ** (-2 * pair / head_dim) / (2 * math.pi)
-        return ((rotations - scaling.beta_slow) / (scaling.beta_fast - scaling.beta_slow)).clamp(0, 1)
-    # the (fractional) pair that makes so many rotations within the original length: 2309.00071, section 3.2
-    low, high = (head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-                 for turns in (scaling.beta_fast, scaling.beta_slow))
+    if scaling.kind == "llama3" or scaling.ramp == "rotation":  # 2309.00071, section 3.2
+        turns = length * theta ** (-2 * pair / head_dim) / (2 * math.pi)
+        return ((turns - slow) / (fast - slow)).clamp(0, 1)
+    # as the published code: the ramp runs between the (fractional) pairs that make `fast` and `slow` turns
+    low, high = (head_dim * math.log(length / (2 * math.pi * beta)) / (2 * math.log(theta))
+                 for beta in (fast, slow))
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    return 1 - ((pair - low) / (high - low or 0.001)).clamp(0, 1)
+    return 1 - ((pair - low) / ((high - low) or 0.001)).clamp(0, 1)
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[Tensor, float]:
-    """Radians per token of each pair, float64 (D/2,), fastest first, and the factor on cos and sin."""
+    """Radians per token of each pair, float64 (D/2,), fastest first; and the factor on cos and sin.
+
+    Raises ValueError for an odd head_dim, a theta of 1 or less, or a missing original_max_position.
+    """
     if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim {head_dim} must be even: rotary embedding turns pairs")
+        raise ValueError(f"head_dim is {head_dim}; it must be even and positive, as rotations turn pairs")
+    if not is_number(theta) or theta <= 1:
+        raise ValueError(f"rope_theta is {theta!r}; it must be a number above 1")
     if scaling.kind == "ntk":
         theta = ntk_theta(theta, scaling.factor, head_dim)
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    inv_freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if scaling.kind == "linear":
-        frequency = frequency / scaling.factor
+        inv_freq = inv_freq / scaling.factor
     elif scaling.kind in ("llama3", "yarn"):
         keep = kept_share(head_dim, theta, scaling)
-        frequency = frequency * (keep + (1 - keep) / scaling.factor)
-    return frequency, scaling.cos_sin_factor()
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scaling.factor
+    return inv_freq, scaling.cos_sin_factor
+
+
+# ----------------------------------------------------------------------------------------------- the rotation
 
 
 def rotary_tables(positions: Tensor, inv_freq: Tensor, attention_factor: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and pair: int64 (S,), float64 (D/2,) -> float32 (S, D/2) each."""
-    angles = torch.outer(positions.to(torch.float64), inv_freq)  # float64: see the module's docstring
-    return tuple((table * attention_factor).to(torch.float32) for table in (angles.cos(), angles.sin()))
+    """cos and sin times the factor: int64 (S,) in any order, float64 (D/2,) -> float32 (S, D/2) each.
+
+    They are on the device of `positions`.
+    """
+    cos, sin = (positions.new_empty((len(positions), len(inv_freq)), dtype=torch.float32) for _ in range(2))
+    inv_freq = inv_freq.to(positions.device)
+    for start in range(0, len(positions), CHUNK):  # in chunks: all angles of 4M positions would take 2 GB
+        rows = slice(start, start + CHUNK)
+        angles = torch.outer(positions[rows].to(torch.float64), inv_freq)  # (CHUNK, D/2)
+        cos[rows], sin[rows] = angles.cos() * attention_factor, angles.sin() * attention_factor
+    return cos, sin
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, H, S, D) by cos, sin (S, D/2); pair i is (x_i, x_{i + D/2}), Hugging Face's split-half layout.
+    """Turn x (B, H, S, D) by the tables (S, D/2) in float32; the result has x's shape and dtype.
 
-    The rotation is done in float32 (float64 for float64 input) and returned in x's dtype.
+    Pair i is (x_i, x_{i + D/2}), Hugging Face's split-half layout. Differentiable in x, not in the tables.
     """
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)  # (B, H, S, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return Rotation.apply(x, cos, sin)
 
 
-# -------------------------------------------------------------------------------------------- what YaRN does, shown
+class Rotation(torch.autograd.Function):
+    """Backward is the turn the other way, written out: it costs what forward does and keeps no activation."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turn(gradient, cos, sin, -1), None, None
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """(first, second) -> (first cos - second sin, second cos + first sin); direction -1 turns back."""
+    halves = x.unflatten(-1, (2, -1))  # (B, H, S, 2, D/2)
+    turned = halves * cos[:, None]  # float32 by promotion, without a float32 copy of x
+    turned[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-direction)
+    turned[..., 1, :].addcmul_(halves[..., 0, :], sin, value=direction)
+    return turned.flatten(-2).to(x.dtype)  # (B, H, S, D)
+
+
+# ---------------------------------------------------------------------------------------- reading config.json
+
+
+def rope_theta_from_hf(config: dict) -> float:
+    """RoPE's base: a config.json's rope_theta, at the top level or with the scaling; 10,000 if not stated."""
+    places = (config, config.get("rope_parameters"), config.get("rope_scaling"))
+    found = {number("config.json", place, "rope_theta") for place in places
+             if isinstance(place, dict) and place.get("rope_theta") is not None}
+    if len(found) > 1:
+        raise ValueError(f"config.json: rope_theta has several values, {sorted(found)}; keep one")
+    theta = found.pop() if found else 10000.0
+    if theta <= 1:
+        raise ValueError(f"config.json: rope_theta is {theta}; it must be a number above 1")
+    return theta
+
+
+def read_scaling(name: str, scaling: dict, config: dict) -> RopeScaling:
+    """One scaling dict, called `name` in errors, as a RopeScaling; `config` is the config.json around it."""
+    kind = rope_type(name, scaling)
+    refuse_partial_rotation(name, scaling)
+    known = HF_KEYS[kind] + COMMON_KEYS
+    unknown = [key for key in scaling if key not in known]
+    if unknown:
+        raise ValueError(f"{name}: rope_type {kind} has no key {unknown[0]!r}; it has {', '.join(known)}")
+    if kind == "default":
+        return RopeScaling()
+    factor = number(name, scaling, "factor")
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    original = original_length(name, scaling, config)
+    if kind == "llama3":
+        return RopeScaling("llama3", factor, original, number(name, scaling, "high_freq_factor"),
+                           number(name, scaling, "low_freq_factor"))
+    attention = scaling.get("attention_factor")
+    if attention is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):  # both, as in HF
+        over, under = (yarn_temperature(max(factor, 1), number(name, scaling, key))
+                       for key in ("mscale", "mscale_all_dim"))
+        attention = over / under
+    return RopeScaling("yarn", factor, original, number(name, scaling, "beta_fast", 32.0),
+                       number(name, scaling, "beta_slow", 1.0), attention_factor=attention,
+                       ramp="index" if kind == "yarn" else "rotation", truncate=scaling.get("truncate", True))
+
+
+def rope_type(name: str, scaling: dict) -> str:
+    """The type that a scaling dict names, or ValueError if it is not one of ours."""
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        raise ValueError(f"{name} must be one flat JSON object, not one per layer type; found {scaling!r}")
+    named = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
+    if len(named) == 2 and named[0] != named[1]:
+        raise ValueError(f"{name}: rope_type {named[0]!r} and type {named[1]!r} differ; keep rope_type")
+    kind = named[0] if named else "default"
+    if kind in ("dynamic", "longrope"):
+        raise ValueError(f"{name}: rope_type {kind} varies with the input's length; use yarn instead")
+    if not isinstance(kind, str) or kind not in HF_KEYS:
+        raise ValueError(f"{name}: rope_type {kind!r} is unknown; known are {', '.join(HF_KEYS)}")
+    return kind
+
+
+def original_length(name: str, scaling: dict, config: dict) -> int | None:
+    """The old window: stated with the scaling or beside it, else max_position_embeddings, as transformers."""
+    key = "original_max_position_embeddings"
+    stated = [place[key] for place in (scaling, config) if place.get(key) is not None]
+    if any(length != stated[0] for length in stated):  # transformers 4 would follow the first, 5 the second
+        raise ValueError(f"{name}: {key} is {stated[0]!r} but {stated[1]!r} at config.json's top; keep one")
+    return stated[0] if stated else config.get("max_position_embeddings")
+
+
+def refuse_partial_rotation(name: str, place: dict) -> None:
+    """Every pair of a Llama's head is turned; a share of them is another architecture."""
+    if place.get("partial_rotary_factor") is not None and number(name, place, "partial_rotary_factor") != 1:
+        raise ValueError(f"{name}: partial_rotary_factor is {place['partial_rotary_factor']}; it must be 1")
+
+
+def is_number(value: object) -> bool:
+    """A finite int or float: JSON's true is not a number, nor is its NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def number(name: str, place: dict, key: str, default: float | None = None) -> float:
+    """place[key] as a finite float; missing or null gives the default, or ValueError where there is none."""
+    value = default if place.get(key) is None else place[key]
+    if not is_number(value):
+        raise ValueError(f"{name}: {key} is {place.get(key, 'missing')!r}; it must be a number")
+    return float(value)
+
+
+# ----------------------------------------------------------------------------- what a rule does, pair by pair
 
 
 def explain(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> str:
-    """One row a frequency pair: wavelength, rotations in the original window, what the rule does, new wavelength."""
+    """A table of the pairs (wavelengths in tokens, turns in the old window `length`) and a summary."""
     before, _ = inverse_frequencies(head_dim, theta, RopeScaling())
     after, factor = inverse_frequencies(head_dim, theta, scaling)
-    rows = [f"{'pair':>4} {'wavelength':>13} {'rotations':>11}  {'':<15} {'new wavelength':>16} {'stretch':>8}"]
-    for pair, (old, new) in enumerate(zip(before.tolist(), after.tolist())):
-        stretch = old / new
-        share = (1 - new / old) / (1 - 1 / scaling.factor) if scaling.factor > 1 else 0.0
-        change = "kept" if share < 1e-9 else "interpolated" if share > 1 - 1e-9 else f"blended {share:5.1%}"
-        rows.append(f"{pair:>4} {2 * math.pi / old:>13,.1f} {length * old / (2 * math.pi):>11,.2f}  {change:<15} "
-                    f"{2 * math.pi / new:>16,.1f} {stretch:>7.2f}x")
-    rows.append(f"window {length:,} -> {round(length * scaling.factor):,} tokens, {scaling.kind}, s = {scaling.factor:g}; "
-                f"cos and sin are multiplied by {factor:.5f}")
-    return "\n".join(rows)
+    lines = ["pair    wavelength  rotations  change           new wavelength   stretch"]
+    pairs = {"kept": 0, "blended": 0, "interpolated": 0}
+    for pair, (old, new) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+        blend = (1 - new / old) / (1 - 1 / scaling.factor) if scaling.factor > 1 else 0.0
+        change = "kept" if blend < 1e-9 else "interpolated" if blend > 1 - 1e-9 else "blended"
+        pairs[change] += 1
+        shown = f"blended {blend:7.2%}" if change == "blended" else change
+        lines.append(f"{pair:>4}  {2 * math.pi / old:>12,.1f}  {length * old / (2 * math.pi):>9,.3f}  "
+                     f"{shown:<15}  {2 * math.pi / new:>14,.0f}  {old / new:>7.2f}x")
+    return "\n".join(lines + [
+        "", f"{scaling.kind}, s = {scaling.factor:g}: a window of {length:,} tokens becomes "
+        f"{round(length * scaling.factor):,} (theta {theta:,.0f}, head dim {head_dim})",
+        f"{pairs['kept']:>3} pairs kept: neighbouring tokens look as they always did",
+        f"{pairs['blended']:>3} pairs blended: the percentage is how far they are from kept to interpolated",
+        f"{pairs['interpolated']:>3} pairs interpolated: s times slower, so the new window has no new angle",
+        f"attention factor {factor:.5f}: multiplies cos and sin, so attention scores by {factor ** 2:.5f}"])
 
 
 def plot(path: Path, head_dim: int, theta: float, length: int, scaling: RopeScaling) -> None:
-    """Draw each pair's wavelength before and after, with the two windows."""
+    """Draw each pair's wavelength before and after, with both windows."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install -r requirements-dev.txt") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.subplots()
     for label, rule in (("RoPE", RopeScaling()), (f"{scaling.kind}, s = {scaling.factor:g}", scaling)):
-        axes.semilogy(2 * math.pi / inverse_frequencies(head_dim, theta, rule)[0], marker=".", label=label)
-    axes.axhline(length, color="gray", linestyle=":", label=f"old window, {length:,}")
-    axes.axhline(length * scaling.factor, color="gray", linestyle="--", label=f"new window, {round(length * scaling.factor):,}")
+        inv_freq, _ = inverse_frequencies(head_dim, theta, rule)
+        axes.semilogy((2 * math.pi / inv_freq).tolist(), marker=".", label=label)
+    for label, style, window in (("old", ":", length), ("new", "--", round(length * scaling.factor))):
+        axes.axhline(window, color="gray", linestyle=style, label=f"{label} window, {window:,}")
     axes.set(xlabel="frequency pair", ylabel="wavelength (tokens)", title="What each frequency pair becomes")
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    aside = path.with_name(path.name + ".part")
+    figure.savefig(aside, format=path.suffix[1:] or "png", dpi=120, bbox_inches="tight")
+    os.replace(aside, path)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Show what a context-extension rule does to each frequency pair.",
+        epilog="Without --config: yarn at factor 128 on Llama-3.1-8B. With it: that model and its own rule, "
+               "which any option of the rule replaces as a whole (rules never stack).")
+    rule = parser.add_argument_group("rule")
+    rule.add_argument("--kind", choices=KINDS)
+    rule.add_argument("--factor", type=float, help="s, new window / old window")
+    rule.add_argument("--beta-fast", type=float, help="keep pairs with more rotations than this (4)")
+    rule.add_argument("--beta-slow", type=float, help="interpolate pairs with fewer rotations than this (1)")
+    rule.add_argument("--ramp", choices=("index", "rotation"), help="what the blend is linear in (index)")
+    rule.add_argument("--no-truncate", dest="truncate", action="store_const", const=False,
+                      help="do not round the ramp's ends")
+    rule.add_argument("--no-temperature", dest="attention_temperature", action="store_const", const=False,
+                      help="leave yarn's attention factor at 1")
+    model = parser.add_argument_group("model")
+    model.add_argument("--config", type=Path, metavar="FILE", help="config.json to read all of this from")
+    model.add_argument("--head-dim", type=int, help="D (128)")
+    model.add_argument("--theta", type=float, help="RoPE's base (500000)")
+    model.add_argument("--original-length", type=int, help="the window before extension, in tokens (8192)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (.png, .svg, .pdf)")
+    return parser.parse_args(argv)
+
+
+def read_config(path: Path) -> tuple[int, float, int, RopeScaling]:
+    """Head dim, theta, old window and scaling of a config.json."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    scaling, theta = RopeScaling.from_hf(config), rope_theta_from_hf(config)
+    if config.get("head_dim") is None:
+        heads = number(str(path), config, "num_attention_heads")
+        config = config | {"head_dim": number(str(path), config, "hidden_size") // heads if heads > 0 else 0}
+    length = scaling.original_max_position or number(str(path), config, "max_position_embeddings")
+    return int(number(str(path), config, "head_dim")), theta, int(length), scaling
+
+
+def run(a: argparse.Namespace) -> None:
+    head_dim, theta, length, scaling = read_config(a.config) if a.config else (128, 500000.0, 8192, None)
+    head_dim = head_dim if a.head_dim is None else a.head_dim
+    theta = theta if a.theta is None else a.theta
+    length = length if a.original_length is None else a.original_length
+    fields = ("kind", "factor", "beta_fast", "beta_slow", "ramp", "truncate", "attention_temperature")
+    asked = {name: getattr(a, name) for name in fields if getattr(a, name) is not None}
+    if asked or scaling is None:
+        factor = 1.0 if a.kind == "default" else 128.0
+        scaling = RopeScaling(**{"kind": "yarn", "factor": factor} | asked)
+    scaling = replace(scaling, original_max_position=length)
+    table = explain(head_dim, theta, length, scaling)
+    if a.plot:
+        plot(a.plot, head_dim, theta, length, scaling)
+    print(table)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Show what a context-extension rule does to each frequency pair.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--factor", type=float, default=128.0, help="s, new window / old window")
-    parser.add_argument("--kind", choices=KINDS[1:], default="yarn")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--theta", type=float, default=500000.0, help="RoPE base")
-    parser.add_argument("--original-length", type=int, default=8192, help="window before, in tokens")
-    parser.add_argument("--beta-fast", type=float, default=4.0)
-    parser.add_argument("--beta-slow", type=float, default=1.0)
-    parser.add_argument("--ramp", choices=("index", "rotation"), default="index")
-    parser.add_argument("--no-truncate", action="store_true", help="do not round the ramp's ends")
-    parser.add_argument("--no-attention-temperature", action="store_true")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    a = parser.parse_args(argv)
     try:
-        scaling = RopeScaling(a.kind, a.factor, a.original_length, a.beta_fast, a.beta_slow,
-                              not a.no_attention_temperature, ramp=a.ramp, truncate=not a.no_truncate)
-        if not a.theta > 1:
-            raise ValueError(f"--theta {a.theta} must be above 1")
-        print(explain(a.head_dim, a.theta, a.original_length, scaling))
-        if a.plot:
-            plot(a.plot, a.head_dim, a.theta, a.original_length, scaling)
+        run(parse_arguments(argv))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

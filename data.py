@@ -1,0 +1,824 @@
+"""Text to training batches: tokenizers, corpora on disk, length up-sampling, packing, chat samples.
+
+    python data.py train-bpe --source stdlib --vocab-size 1256 --out out/tokenizer
+    python data.py prepare --source code=stdlib --tokenizer out/tokenizer --out out/corpus
+
+A dataset has `sequence_length` S and `sequence(index) -> (tokens int64, loss_mask bool, document_ids int64)`, each of
+S + 1 elements and a pure function of index and seed: training resumes anywhere, and every rank sees the same order.
+`batch` shifts the targets there and then, before anything is sharded, so none is lost at a shard's border.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import gzip
+import hashlib
+import heapq
+import itertools
+import json
+import os
+import re
+import shutil
+import sysconfig
+import unicodedata
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------ tokenizers
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2_STDLIB = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # `re` has no \p{L}; \w less digits and _ is it, plus signs like ½
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits are cut off before GPT-2's pattern runs, so to its lookahead a digit is the end of the text.
+GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+    "<|eot_id|>", "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)))
+
+
+class Tokenizer(tiktoken.Encoding):
+    """tiktoken's Encoding with what Hugging Face's byte-level BPE files need beyond it.
+
+    Encode with `encode_ordinary`: it applies `normal_form` (Qwen2: NFC), drops bytes the vocabulary lacks, as the
+    tokenizers library does (SmolLM2 lacks 21), and never turns text into special tokens.
+    """
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
+                 normal_form: str | None = None) -> None:
+        size = max([*ranks.values(), *special.values()]) + 1
+        absent = {bytes([b]) for b in range(256)} - ranks.keys()  # tiktoken wants an id for each: some past the end
+        ranks = ranks | {byte: size + i for i, byte in enumerate(sorted(absent))}
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.max_token_value, self.normal_form, self.lacks_bytes = size - 1, normal_form, bool(absent)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Token ids of plain text. White space is cut after each 100,000 in a row: tiktoken panics at a million."""
+        text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+        cuts = [0, *(match.end() for match in re.finditer(r"\s{100000}", text)), len(text)]
+        tokens = []
+        for start, end in itertools.pairwise(cuts):
+            tokens += super().encode_ordinary(text[start:end])
+        return [t for t in tokens if t <= self.max_token_value] if self.lacks_bytes else tokens
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Llama-3 `tokenizer.model`, or Hugging Face `tokenizer.json` of byte-level BPE (Llama 3, Qwen2, SmolLM2).
+
+    path: the file or its directory, where tokenizer.model wins. After the ranks of a tokenizer.model come Llama 3.1's
+    256 special tokens. Raises FileNotFoundError, or ValueError for a file that cannot be reproduced exactly.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / ("tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a tokenizer.model, a tokenizer.json or their directory")
+    if path.suffix == ".json":
+        return load_tokenizer_json(path)
+    try:
+        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        raise ValueError(f"{path}: not a Llama-3 tokenizer.model (lines of base64 token and rank)") from None
+    if list(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError(f"{path}: needs ranks 0, 1, 2, ... in order for distinct tokens, all 256 bytes among them")
+    return Tokenizer("llama3", LLAMA3, ranks, {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)})
+
+
+def load_tokenizer_json(path: Path) -> Tokenizer:
+    """See load_tokenizer. tiktoken joins the pair whose result has the lowest id, tokenizers the pair that `merges`
+    lists first: the same if ids grow along `merges` and every longer token has a merge, which is checked."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model, added = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
+        vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+        made = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in model["merges"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a BPE tokenizer.json ({type(error).__name__}: {error})") from None
+    pre_tokenizer, normalizer = content.get("pre_tokenizer") or {}, content.get("normalizer") or {}
+    pattern = split_pattern(pre_tokenizer)
+    if pattern is None:
+        raise ValueError(f"{path}: pre_tokenizer {json.dumps(pre_tokenizer)[:200]} is not supported, only ByteLevel, "
+                         "Digits + ByteLevel, and the Split of Llama 3 or Qwen2 + ByteLevel")
+    if normalizer.get("type", "NFC") != "NFC":
+        raise ValueError(f"{path}: normalizer {normalizer['type']} is not supported, only none or NFC")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
+        if model.get(name):
+            raise ValueError(f"{path}: model.{name} {model[name]!r} is not supported; byte-level BPE has none")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's stand-ins: these bytes are themselves
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    ids = set(made)
+    lone = [token for token, i in vocab.items() if i not in ids and token not in characters]
+    if lone or any(first > second for first, second in itertools.pairwise(made)):
+        reason = f"token {lone[0]!r} has no merge" if lone else "token ids do not grow in the order of merges"
+        raise ValueError(f"{path}: {reason}, so tiktoken would encode differently")
+    ranks = {bytes(characters[c] for c in token): i for token, i in vocab.items()}
+    return Tokenizer(path.parent.name, pattern, ranks, added, normalizer.get("type"))
+
+
+def split_pattern(pre_tokenizer: dict) -> str | None:
+    """One regular expression that cuts text as tokenizer.json's `pre_tokenizer` does; None if we know of none."""
+    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
+    regex, prefix = last.get("use_regex", True), last.get("add_prefix_space", True)
+    if kinds == ["ByteLevel"] and regex and not prefix:
+        return GPT2
+    if kinds == ["Digits", "ByteLevel"] and first.get("individual_digits") and regex and not prefix:
+        return GPT2_DIGITS
+    if kinds == ["Split", "ByteLevel"] and not regex and not prefix:
+        pattern = first["pattern"].get("Regex")  # tiktoken drops text between matches: these patterns leave none
+        isolated = first.get("behavior") == "Isolated" and not first.get("invert")
+        return pattern if isolated and pattern in (LLAMA3, QWEN2, GPT2) else None
+    return None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
+    """Train byte-level BPE, write it as a Llama-3 tokenizer.model (`path`: a directory, or a *.model file), load it.
+
+    vocab_size counts the 256 bytes; 256 special tokens come on top. Pieces are Llama 3's but for single digits, so no
+    merge joins digits and Llama 3's own pattern gives one token a digit. Raises ValueError for an impossible size.
+    """
+    words, pattern = Counter(), re.compile(QWEN2_STDLIB)
+    for text in texts:
+        words.update(pattern.findall(text))
+    tokens = learn_merges({word.encode("utf-8", "replace"): count for word, count in words.items()}, vocab_size)
+    path = Path(path) if Path(path).suffix == ".model" else Path(path) / "tokenizer.model"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    sync(aside)
+    os.replace(aside, path)
+    return load_tokenizer(path)
+
+
+def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
+    """BPE (arXiv 1508.07909) over {word: frequency}: the vocabulary in order of merging. The most frequent pair goes
+    first, the lower ids on a tie. A merge visits only the words with its pair; outdated heap entries are skipped."""
+    tokens, spelled, frequency = [bytes([b]) for b in range(256)], list(map(list, words)), list(words.values())
+    counts, where = Counter(), defaultdict(set)
+    for w, symbols in enumerate(spelled):
+        for pair in itertools.pairwise(symbols):
+            counts[pair] += frequency[w]
+            where[pair].add(w)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    while len(tokens) < vocab_size:
+        while heap and counts[heap[0][1]] != -heap[0][0]:
+            heapq.heappop(heap)
+        if not heap:
+            raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} tokens at most")
+        pair, changed = heapq.heappop(heap)[1], set()
+        for w in where.pop(pair):
+            before, after = spelled[w], join_pair(spelled[w], pair, len(tokens))
+            spelled[w] = after
+            for old in itertools.pairwise(before):
+                counts[old] -= frequency[w]
+            for new in itertools.pairwise(after):
+                counts[new] += frequency[w]
+                where[new].add(w)
+            changed.update(itertools.pairwise(before), itertools.pairwise(after))
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        for other in changed:
+            if counts[other]:
+                heapq.heappush(heap, (-counts[other], other))
+    if vocab_size < len(tokens):
+        raise ValueError(f"vocab_size {vocab_size} is too small: the bytes alone are 256 tokens")
+    return tokens
+
+
+def join_pair(symbols: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """Replace each occurrence of `pair`, from the left."""
+    result, i = [], 0
+    while i < len(symbols):
+        found = symbols[i] == pair[0] and symbols[i + 1:i + 2] == [pair[1]]
+        result.append(new if found else symbols[i])
+        i += 1 + found
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ chat
+
+
+def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
+    """Id of the token that ends a message: Llama 3's <|eot_id|> or ChatML's <|im_end|>. Raises ValueError."""
+    for start, end in (("<|start_header_id|>", "<|eot_id|>"), ("<|im_start|>", "<|im_end|>")):
+        if {start, end} <= tokenizer.special_tokens_set:
+            return tokenizer.encode_single_token(end)
+    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: neither Llama 3's <|start_header_id|> and "
+                     "<|eot_id|> nor ChatML's <|im_start|> and <|im_end|>")
+
+
+def check_messages(messages: list[dict], training: bool = True) -> None:
+    """Raise ValueError unless these are chat messages, and for training have an assistant's words."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError("messages must be a list of objects with role and content")
+    for i, message in enumerate(messages):
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"message {i} has role {message.get('role')!r}; use system, user or assistant")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {i} must have a content that is a string")
+    if training and not any(message["role"] == "assistant" and message["content"] for message in messages):
+        raise ValueError("messages have no assistant content, so nothing to train on")
+
+
+def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
+                add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+    """Tokens of a conversation, and which carry loss: the assistant's words and its end-of-turn token, no others.
+
+    Llama 3's template (as in llama-models, chat_format.py) or ChatML, by the tokenizer's special tokens; no system
+    message is added. Contents are plain text: a special token spelled there stays text. `add_generation_prompt` opens
+    the assistant's answer; then messages need no assistant. Raises ValueError (see check_messages, end_of_turn).
+    """
+    check_messages(messages, training=not add_generation_prompt)
+    end, text, special = end_of_turn(tokenizer), tokenizer.encode_ordinary, tokenizer.encode_single_token
+    llama = "<|start_header_id|>" in tokenizer.special_tokens_set
+
+    def header(role: str) -> list[int]:
+        if llama:
+            return [special("<|start_header_id|>"), *text(role), special("<|end_header_id|>"), *text("\n\n")]
+        return [special("<|im_start|>"), *text(role + "\n")]
+
+    parts = [([special("<|begin_of_text|>")] if llama else [], False)]  # (tokens, whether they carry loss)
+    for message in messages:
+        parts += [(header(message["role"]), False),
+                  ([*text(message["content"]), end], message["role"] == "assistant"),
+                  ([] if llama else text("\n"), False)]
+    if add_generation_prompt:
+        parts.append((header("assistant"), False))
+    return [t for tokens, _ in parts for t in tokens], [loss for tokens, loss in parts for _ in tokens]
+
+
+# ---------------------------------------------------------------------------------------------------------- corpus
+
+TEXT_SUFFIXES = frozenset(
+    ".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md .php .pl .py .pyi .pyx "
+    ".r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml".split())
+SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules")
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
+
+
+@contextmanager
+def complete_or_absent(path: str | Path) -> Iterator[Path]:
+    """Yield the new directory `path`.partial to fill; it then becomes `path`, synced, or on any error is removed.
+
+    Raises ValueError if `path` already holds something, and OSError with the path if writing fails (disk full).
+    """
+    path = Path(path).absolute()
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path}: already exists; remove it or choose another place")
+    aside = path.with_name(path.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for item in (*aside.rglob("*"), aside):
+            sync(item)
+        os.replace(aside, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{path}: not written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_documents(path: str | Path) -> Iterator[dict]:
+    """Documents of a file, or recursively and sorted of a directory: {text}, {prompt, completion} or {messages}.
+
+    .jsonl and .jsonl.gz hold one a line; any other file is one text. In directories, hidden files, files without a
+    known text suffix and files that are not UTF-8 are passed over. Raises ValueError that names the file and line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    if path.is_file():
+        yield from read_file(path)
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and name[0] != ".")
+        for file in (Path(folder, name) for name in sorted(names) if name[0] != "."):
+            if file.name.endswith((".jsonl", ".jsonl.gz")):
+                yield from read_file(file)
+            elif file.suffix in TEXT_SUFFIXES:
+                try:
+                    document = {"text": file.read_bytes().decode()}
+                except UnicodeDecodeError:
+                    continue
+                yield document
+
+
+def read_file(path: Path) -> Iterator[dict]:
+    """Documents of one file; see read_documents."""
+    try:
+        if not path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield {"text": path.read_bytes().decode()}
+            return
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield parse_document(line, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error})") from None
+
+
+def parse_document(line: bytes, place: str) -> dict:
+    """A JSON line as a document, other keys dropped. Raises ValueError that starts with `place`."""
+    try:
+        record = json.loads(line)
+        if "messages" in record:
+            check_messages(record["messages"])
+            return {"messages": record["messages"]}
+        document = {key: record[key] for key in (("text",) if "text" in record else ("prompt", "completion"))}
+        if all(isinstance(value, str) for value in document.values()):
+            return document
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not valid JSON ({error})") from None
+    except (KeyError, TypeError):
+        pass
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    raise ValueError(f"{place}: needs an object with a string text, strings prompt and completion, or messages")
+
+
+def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
+    """(source, document) -> (source, tokens uint32 (T,), loss mask bool (T,)), in order, with loss on all of a text,
+    on a completion but not its prompt, or as encode_chat says. Threads help: tiktoken releases the interpreter."""
+
+    def encode(item: tuple[str, dict]) -> tuple[str, np.ndarray, np.ndarray]:
+        source, document = item
+        if "messages" in document:
+            tokens, mask = encode_chat(document["messages"], tokenizer)
+        else:
+            parts = [(tokenizer.encode_ordinary(text), key != "prompt") for key, text in document.items()]
+            tokens, mask = sum((t for t, _ in parts), []), [loss for t, loss in parts for _ in t]
+        return source, np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
+
+    documents = iter(documents)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while group := list(itertools.islice(documents, 256)):  # bounded memory
+            yield from pool.map(encode, group)
+
+
+def fingerprint(tokenizer: tiktoken.Encoding) -> str:
+    """Identifies what ordinary ids stand for (tokenizer.model and tokenizer.json name special ones differently)."""
+    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
+    return hashlib.sha256(b"".join(b"%d %d " % (rank, len(token)) + token for token, rank in ranks)).hexdigest()[:16]
+
+
+def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]], out_dir: str | Path,
+                 tokenizer: tiktoken.Encoding, shard_tokens: int = 2**27, **notes) -> dict:
+    """Write documents token for token: {"train": ..., "valid": ...}, each an iterable of (source, tokens, loss mask).
+
+    A mask of None is loss everywhere; documents without a token are left out. out_dir appears complete or not at all:
+    SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a token), SPLIT-offsets.npy (int64, documents + 1),
+    SPLIT-sources.npy (int64, into meta.json's sources), and meta.json, which is returned and takes `notes`. A shard
+    holds `shard_tokens` at most; a longer document has its own. Raises ValueError without training documents.
+    """
+    with complete_or_absent(out_dir) as aside:
+        sources, counts = {}, {}
+        for split, documents in splits.items():
+            counts[split] = write_split(documents, aside, split, sources, tokenizer.n_vocab, shard_tokens)
+        if not counts.get("train", {}).get("documents"):
+            raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
+        meta = {"format": 1, "vocab_size": tokenizer.n_vocab, "tokenizer": fingerprint(tokenizer),
+                "sources": list(sources), "splits": counts, **notes}
+        (aside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+def write_split(documents: Iterable[tuple], directory: Path, split: str, sources: dict[str, int], vocab_size: int,
+                shard_tokens: int) -> dict:
+    """One split of write_corpus; new names enter `sources`. Returns the split's entry in meta.json."""
+    lengths, owners, shards = [], [], []
+    with ExitStack() as files:
+        for source, tokens, mask in documents:
+            tokens = np.asarray(tokens, dtype=np.int64)  # (T,)
+            mask = np.ones(len(tokens), bool) if mask is None else np.asarray(mask, dtype=bool)
+            if not len(tokens):
+                continue
+            if len(mask) != len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
+                raise ValueError(f"{split} document {len(lengths)} ({source}): ids must be 0 to {vocab_size - 1}, they "
+                                 f"are {tokens.min()} to {tokens.max()}; {len(mask)} mask values for {len(tokens)} ids")
+            if not shards or shards[-1] + len(tokens) > shard_tokens:
+                files.close()
+                token_file, mask_file = (files.enter_context(open(shard_path(directory, split, len(shards), kind), "wb"))
+                                         for kind in ("tokens", "mask"))
+                shards.append(0)
+            token_file.write(tokens.astype("<u4").tobytes())
+            mask_file.write(mask.tobytes())
+            shards[-1] += len(tokens)
+            lengths.append(len(tokens))
+            owners.append(sources.setdefault(source, len(sources)))
+    np.save(directory / f"{split}-offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(directory / f"{split}-sources.npy", np.array(owners, dtype=np.int64))
+    return {"documents": len(lengths), "tokens": sum(lengths), "shards": shards}
+
+
+def shard_path(directory: Path, split: str, shard: int, kind: str) -> Path:
+    return directory / f"{split}-{shard:05d}.{kind}"
+
+
+def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: tiktoken.Encoding, out_dir: str | Path,
+                   holdout: float = 0.1, holdout_window: int = 48, seed: int = 0) -> dict:
+    """Tokenise (name, path) sources into a corpus directory (see write_corpus); returns its meta.json.
+
+    A share `holdout` of the documents becomes split "valid", by a hash of seed and content: whatever the order, and
+    copies fall on one side. Every run of `holdout_window` tokens that a training document has too is cut out of it
+    (0: kept), or shared boilerplate would count as held-out. Sources are read twice; memory holds the held-out ones.
+    """
+    if not 0 <= holdout < 1 or holdout_window < 0:
+        raise ValueError(f"holdout {holdout} must be in [0, 1) and holdout_window {holdout_window} not negative")
+    if len(dict(sources)) != len(sources):
+        raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
+    for _, path in sources:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file or directory")
+    held_out, shared = [], set()
+
+    def documents(valid: bool) -> Iterator[tuple[str, dict]]:
+        for name, path in sources:
+            for document in read_documents(path):
+                digest = hashlib.blake2b(json.dumps([seed, document]).encode(), digest_size=8).digest()
+                if (int.from_bytes(digest, "little") < holdout * 2**64) == valid:
+                    yield name, document
+
+    def training() -> Iterator[tuple]:
+        held_out.extend(encode_documents(documents(True), tokenizer))
+        others = encode_documents(documents(False), tokenizer)
+        others = tqdm(others, "tokenise", unit=" documents", disable=None)
+        yield from note_shared_windows(held_out, others, holdout_window, shared) if holdout_window else others
+
+    def valid() -> Iterator[tuple]:
+        for document in held_out:
+            yield from cut_shared_windows(*document, holdout_window, shared) if shared else [document]
+
+    return write_corpus({"train": training(), "valid": valid()}, out_dir, tokenizer, holdout=holdout,
+                        holdout_window=holdout_window, seed=seed)
+
+
+def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
+    """Hash of each run of `window` tokens, uint64 (len - window + 1,): runs of 1, 2, 4, ... are hashed by doubling."""
+
+    def mix(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # arithmetic modulo 2^64
+        a = (a ^ (a >> np.uint64(32))) * MULTIPLIER + b
+        return (a ^ (a >> np.uint64(29))) * MULTIPLIER
+
+    count = max(0, len(tokens) - window + 1)
+    run, size, done, result = tokens.astype(np.uint64) * MULTIPLIER, 1, 0, np.zeros(count, dtype=np.uint64)
+    while size <= window and count:
+        if window & size:  # `done` tokens of each window are in its hash, `size` more follow
+            result = mix(result, run[done:done + count])
+            done += size
+        run, size = mix(run[:-size], run[size:]), size * 2
+    return result
+
+
+def note_shared_windows(held_out: list[tuple], training: Iterable[tuple], window: int, shared: set) -> Iterator[tuple]:
+    """Pass training documents on; `shared` collects the hashes of held-out windows that occur in them."""
+    hashes = np.unique(np.concatenate([window_hashes(tokens, window) for _, tokens, _ in held_out] or [[]]))
+    hashes = hashes.astype(np.uint64)
+    table = np.zeros(2 ** min(28, 6 + len(hashes).bit_length()), dtype=bool)  # a cheap first test, by the low bits
+    low_bits = np.uint64(len(table) - 1)
+    table[hashes & low_bits] = True
+    for document in training:
+        candidates = window_hashes(document[1], window)
+        candidates = candidates[table[candidates & low_bits]]
+        shared.update(np.intersect1d(candidates, hashes).tolist() if len(candidates) else ())
+        yield document
+
+
+def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window: int, shared: set) -> Iterator[tuple]:
+    """A held-out document less its shared windows: whole if it has none, else its pieces of `window` tokens or more."""
+    starts = np.flatnonzero([value in shared for value in window_hashes(tokens, window).tolist()])
+    change = np.zeros(len(tokens) + 1, dtype=np.int64)
+    change[starts] += 1
+    change[starts + window] -= 1
+    kept = np.concatenate([[False], np.cumsum(change[:-1]) == 0, [False]])  # (T + 2,)
+    for start, end in np.flatnonzero(np.diff(kept)).reshape(-1, 2):
+        if not len(starts) or end - start >= window and mask[start:end].any():
+            yield source, tokens[start:end], mask[start:end]
+
+
+def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, long: int = 8192,
+                   short_weight: float = 1.0, long_weight: float = 1.0) -> np.ndarray:
+    """Expected repeats of each document an epoch, float64 (documents,): length up-sampling (arXiv 2504.06214, 3.1).
+
+    Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each source is then scaled so
+    that its expected tokens stay as they are: the sources keep their proportions. Raises ValueError.
+    """
+    if not 0 <= short <= long or not all(0 <= weight < np.inf for weight in (short_weight, long_weight)):
+        raise ValueError(f"length weights need 0 <= short {short} <= long {long} and finite weights of 0 or more, "
+                         f"not {short_weight} and {long_weight}")
+    weights = np.where(lengths < short, short_weight, np.where(lengths > long, long_weight, 1.0))
+    for source in np.unique(sources):
+        mine = sources == source
+        kept = weights[mine] @ lengths[mine]
+        if not kept:
+            raise ValueError(f"source {source}: every document has weight 0; raise short_weight or long_weight")
+        weights[mine] *= lengths[mine].sum() / kept
+    return weights
+
+
+# --------------------------------------------------------------------------------------------------------- datasets
+
+
+class Batch(NamedTuple):
+    """int64 tensors (B, S). targets: the token after each of `tokens`, or -100 where that carries no loss."""
+
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor
+
+
+def batch(dataset, first: int, count: int) -> Batch:
+    """Sequences first ... first + count - 1 of a dataset, their targets shifted."""
+    sequences = [dataset.sequence(index) for index in range(first, first + count)]
+    tokens, mask, ids = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*sequences))  # (B, S + 1)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].masked_fill(~mask[:, 1:], -100), ids[:, :-1].contiguous())
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(count) that depends on (seed, epoch) only."""
+    return np.argsort(np.random.default_rng([seed, epoch]).random(count), kind="stable")
+
+
+class PackedDataset:
+    """A split of a corpus as one endless stream of documents, cut into sequences.
+
+    In an epoch a document occurs length_weights times (the fraction is drawn), in shuffled order: a pure function of
+    (seed, epoch). The separator follows every document: "<s>" is that plain text (arXiv 2504.06214, 3.1), "bos_eos" the
+    end-of-text token and, where there is one, the begin-of-text token, "none" nothing. It carries loss: to predict it is to
+    know where a document ends. Sequence i is tokens i·S to i·S + S of the stream, its last target the next one's first
+    input; so documents of S - len(separator) tokens start exactly where sequences do.
+    """
+
+    def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int, separator: str = "<s>",
+                 short: int = 4096, long: int = 8192, short_weight: float = 1.0, long_weight: float = 1.0,
+                 tokenizer: tiktoken.Encoding | None = None) -> None:
+        """tokenizer: the one the corpus was prepared with, which is checked; only "none" needs none."""
+        directory = Path(directory)
+        if not (directory / "meta.json").is_file():
+            raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); write one with data.py prepare")
+        meta = json.loads((directory / "meta.json").read_text())
+        if meta.get("format") != 1:
+            raise ValueError(f"{directory}: corpus format {meta.get('format')!r}; this version reads format 1")
+        if not meta["splits"].get(split, {}).get("documents"):
+            raise ValueError(f"{directory}: no documents in split {split!r}; prepare more text or a larger holdout")
+        if tokenizer is not None and fingerprint(tokenizer) != meta["tokenizer"]:
+            raise ValueError(f"{directory}: was prepared with another tokenizer than {tokenizer.name!r}")
+        if sequence_length < 1 or seed < 0:
+            raise ValueError(f"sequence_length {sequence_length} must be 1 or more, seed {seed} 0 or more")
+        self.sequence_length, self.seed, self.separator = sequence_length, seed, separator_tokens(separator, tokenizer)
+        shards = meta["splits"][split]["shards"]
+        self.tokens, self.masks = (
+            [map_shard(shard_path(directory, split, i, kind), dtype, size) for i, size in enumerate(shards)]
+            for kind, dtype in (("tokens", "<u4"), ("mask", "?")))
+        offsets, sources = (np.load(directory / f"{split}-{name}.npy") for name in ("offsets", "sources"))
+        shard_starts = np.cumsum([0, *shards])
+        self.shards = np.searchsorted(shard_starts, offsets[:-1], side="right") - 1  # (documents,), as what follows
+        self.starts, self.lengths = offsets[:-1] - shard_starts[self.shards], np.diff(offsets)
+        self.weights = length_weights(self.lengths, sources, short, long, short_weight, long_weight)
+        self._before = [(0, 0)]  # tokens and documents of the stream before epoch 0, 1, ...
+        self._plan = (-1, np.empty(0), np.empty(0))
+
+    def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents of an epoch in order, int64 (n,), and where each one's separator ends in the epoch, int64 (n,)."""
+        if self._plan[0] != epoch:
+            whole = np.floor(self.weights)
+            draws = np.random.default_rng([self.seed, epoch, 1]).random(len(whole))
+            repeated = np.repeat(np.arange(len(whole)), whole.astype(np.int64) + (draws < self.weights - whole))
+            order = repeated[shuffled(len(repeated), self.seed, epoch)]
+            self._plan = (epoch, order, np.cumsum(self.lengths[order] + len(self.separator)))
+        return self._plan[1:]
+
+    def before(self, epoch: int) -> tuple[int, int]:
+        """Tokens and documents of the stream before an epoch; epochs differ in size where fractions are drawn."""
+        while len(self._before) <= epoch:
+            order, ends = self.plan(len(self._before) - 1)
+            tokens, documents = self._before[-1]
+            self._before.append((tokens + int(ends[-1]) if len(ends) else tokens, documents + len(order)))
+        return self._before[epoch]
+
+    def pieces(self, position: int) -> Iterator[tuple]:
+        """The stream from `position` on: (tokens, loss mask, number of the document) for each document or separator."""
+        epoch = 0
+        while self.before(epoch + 1)[0] <= position:
+            epoch += 1
+        for epoch in itertools.count(epoch):
+            (tokens_before, number), (order, ends) = self.before(epoch), self.plan(epoch)
+            for k in range(int(np.searchsorted(ends, position - tokens_before, side="right")), len(order)):
+                document = order[k]
+                length, start, shard = int(self.lengths[document]), int(self.starts[document]), self.shards[document]
+                skip = max(0, position - tokens_before - int(ends[k]) + length + len(self.separator))
+                here = slice(start + min(skip, length), start + length)
+                yield self.tokens[shard][here], self.masks[shard][here], number + k
+                yield self.separator[max(0, skip - length):], True, number + k
+
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids count documents along the stream, so a
+        repeated document gets a new one; a separator has the id of the document before it."""
+        size, filled = self.sequence_length + 1, 0
+        tokens, mask, ids = np.empty(size, np.int64), np.empty(size, bool), np.empty(size, np.int64)
+        for piece, loss, number in self.pieces(index * self.sequence_length):
+            end = min(size, filled + len(piece))
+            tokens[filled:end] = piece[:end - filled]
+            mask[filled:end] = loss if loss is True else loss[:end - filled]
+            ids[filled:end] = number
+            filled = end
+            if filled == size:
+                return tokens, mask, ids
+
+
+def separator_tokens(separator: str, tokenizer: tiktoken.Encoding | None) -> np.ndarray:
+    """What follows each document, int64 (n,); see PackedDataset. Raises ValueError."""
+    if separator not in ("<s>", "none", "bos_eos"):
+        raise ValueError(f"separator {separator!r} is unknown; use '<s>', 'none' or 'bos_eos'")
+    if separator != "none" and tokenizer is None:
+        raise ValueError(f"separator {separator!r} needs the tokenizer")
+    if separator != "bos_eos":
+        return np.array(tokenizer.encode_ordinary("<s>") if separator == "<s>" else [], dtype=np.int64)
+    names = [name for name in ("<|end_of_text|>", "<|endoftext|>", "<|begin_of_text|>")
+             if name in tokenizer.special_tokens_set]
+    if not names:
+        raise ValueError(f"tokenizer {tokenizer.name!r} has no end-of-text token for separator 'bos_eos'")
+    return np.array([tokenizer.encode_single_token(name) for name in names], dtype=np.int64)
+
+
+def map_shard(path: Path, dtype: str, size: int) -> np.ndarray:
+    """A shard as an array that is read where touched. Raises ValueError unless it has `size` elements."""
+    if not path.is_file() or path.stat().st_size != size * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path}: missing or not of the {size} tokens in meta.json; prepare the corpus again")
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+class ChatDataset:
+    """Chat samples, one a row, right-padded without loss, shuffled each epoch by (seed, epoch).
+
+    Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` holds the others.
+    """
+
+    def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding, sequence_length: int,
+                 seed: int) -> None:
+        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]} lines, or lists of messages. Raises ValueError."""
+        from_file = isinstance(samples, (str, Path))
+        name, documents = (samples, read_documents(samples)) if from_file else ("samples", ({"messages": m} for m in samples))
+        documents = list(documents)
+        if not all("messages" in document for document in documents):
+            raise ValueError(f"{name}: every line must have messages")
+        rows = [row[1:] for row in encode_documents((("chat", document) for document in documents), tokenizer)]
+        self.rows = [(tokens, mask) for tokens, mask in rows if len(tokens) <= sequence_length]
+        self.dropped = len(rows) - len(self.rows)
+        if not self.rows:
+            raise ValueError(f"{name}: none of its {len(rows)} samples has {sequence_length} tokens or fewer")
+        self.sequence_length, self.seed, self.padding = sequence_length, seed, end_of_turn(tokenizer)
+        self._order = (-1, np.empty(0))
+
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens int64, loss mask bool, document ids int64 (all `index`), each (S + 1,)."""
+        epoch, place = divmod(index, len(self.rows))
+        if self._order[0] != epoch:
+            self._order = (epoch, shuffled(len(self.rows), self.seed, epoch))
+        row, row_mask = self.rows[self._order[1][place]]
+        tokens, mask = np.full(self.sequence_length + 1, self.padding), np.zeros(self.sequence_length + 1, dtype=bool)
+        tokens[:len(row)], mask[:len(row)] = row, row_mask
+        return tokens, mask, np.full(len(tokens), index)
+
+
+class Blend:
+    """Datasets mixed by weight: each sequence comes from one of them, and each gives its own in order, without a gap.
+
+    A block of 1,000 sequences has a fixed number of each (so weights are rounded to 1/1000), evenly spread with a jitter
+    drawn from (seed, block): any stretch of a run has close to the right shares.
+    """
+
+    BLOCK = 1000
+
+    def __init__(self, datasets: Sequence, weights: Sequence[float], seed: int) -> None:
+        if not datasets or len(datasets) != len(weights) or not all(0 < weight < np.inf for weight in weights):
+            raise ValueError(f"a blend needs a positive weight a dataset; {len(datasets)} datasets, weights {weights}")
+        if len({dataset.sequence_length for dataset in datasets}) > 1:
+            raise ValueError("a blend needs datasets of one sequence_length")
+        exact = np.array(weights) / sum(weights) * self.BLOCK
+        self.counts = np.floor(exact).astype(np.int64)
+        self.counts[np.argsort(self.counts - exact)[:self.BLOCK - self.counts.sum()]] += 1  # largest remainders
+        if not self.counts.all():
+            raise ValueError(f"weights {weights}: none may be below 1/{self.BLOCK} of their sum")
+        self.datasets, self.seed, self.sequence_length = datasets, seed, datasets[0].sequence_length
+        self._block = (-1, np.empty(0))
+
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The next sequence of the dataset whose turn `index` is."""
+        block, place = divmod(index, self.BLOCK)
+        if self._block[0] != block:
+            random = np.random.default_rng([self.seed, block])
+            turns = np.concatenate([(np.arange(count) + random.random(count)) / count for count in self.counts])
+            self._block = (block, np.repeat(np.arange(len(self.counts)), self.counts)[np.argsort(turns)])
+        owners = self._block[1]
+        used = block * self.counts[owners[place]] + np.count_nonzero(owners[:place] == owners[place])
+        return self.datasets[owners[place]].sequence(int(used))
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a tokenizer; tokenise a corpus.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    bpe = commands.add_parser("train-bpe", help="train a byte-level BPE tokenizer, one token a digit", **options)
+    bpe.add_argument("--source", nargs="+", required=True, metavar="PATH", help="files or directories; or stdlib")
+    bpe.add_argument("--vocab-size", type=int, required=True, help="tokens, without the 256 special ones")
+    bpe.add_argument("--max-bytes", type=int, default=5_000_000, help="how much text to train on")
+    bpe.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
+    prepare = commands.add_parser("prepare", help="tokenise sources into a corpus directory", **options)
+    prepare.add_argument("--source", nargs="+", required=True, metavar="NAME=PATH",
+                         help="a file or directory; stdlib is this Python's standard library")
+    prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
+    prepare.add_argument("--out", type=Path, required=True, help="new corpus directory")
+    prepare.add_argument("--holdout", type=float, default=0.1, help="share of the documents to hold out")
+    prepare.add_argument("--holdout-window", type=int, default=48, help="cut runs of this many held-out tokens that "
+                         "training documents have too; 0: keep them")
+    prepare.add_argument("--seed", type=int, default=0, help="chooses the held-out documents")
+    return parser.parse_args(argv)
+
+
+def source_path(text: str) -> Path:
+    """A --source as a path that exists. Raises FileNotFoundError."""
+    path = Path(sysconfig.get_path("stdlib") if text == "stdlib" else text)
+    if not path.exists():
+        raise FileNotFoundError(f"--source {text}: no such file or directory")
+    return path
+
+
+def texts_of(paths: list[Path], max_bytes: int) -> Iterator[str]:
+    """Texts of all documents until `max_bytes` of UTF-8 are reached."""
+    for document in itertools.chain.from_iterable(map(read_documents, paths)):
+        texts = [m["content"] for m in document["messages"]] if "messages" in document else document.values()
+        for text in texts:
+            if max_bytes <= 0:
+                return
+            yield text[:max_bytes]
+            max_bytes -= len(text.encode(errors="replace"))
+
+
+def print_corpus(directory: Path, meta: dict) -> None:
+    """Counts, and how the training tokens spread over document lengths."""
+    for split, counts in meta["splits"].items():
+        print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {len(counts['shards'])} shards")
+    lengths, owners = np.diff(np.load(directory / "train-offsets.npy")), np.load(directory / "train-sources.npy")
+    edges = [0, 1024, 4096, 8192, 32768, 131072, 2**62]
+    print("training tokens by document length:" + "".join(f"{f'< {e:,}':>12}" for e in edges[1:-1]) + "      longer")
+    for i, name in enumerate(meta["sources"]):
+        mine = lengths[owners == i]
+        shares = np.histogram(mine, edges, weights=mine)[0] / max(1, mine.sum())
+        print(f"{name:>35}" + "".join(f"{share:12.1%}" for share in shares))
+
+
+def run(a: argparse.Namespace) -> None:
+    if a.command == "train-bpe":
+        tokenizer = train_bpe(texts_of([source_path(text) for text in a.source], a.max_bytes), a.vocab_size, a.out)
+        print(f"wrote {a.out}/tokenizer.model: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
+        return
+    malformed = [text for text in a.source if not re.fullmatch("[^=]+=.+", text)]
+    if malformed:
+        raise ValueError(f"--source {malformed[0]}: write it as NAME=PATH")
+    sources = [(name, source_path(path)) for name, path in (text.split("=", 1) for text in a.source)]
+    meta = prepare_corpus(sources, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window, a.seed)
+    print_corpus(a.out, meta)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        run(parse_arguments(argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Training documents of the tiny recipe: retrieval documents of an exact length, and short chat samples.
+
+    python runs/tiny_documents.py retrieval --corpus out/corpus --tokenizer out/tokenizer --length 125 --count 9000 --out DIR
+    python runs/tiny_documents.py chat --corpus out/corpus --tokenizer out/tokenizer --length 128 --count 2000 --out FILE
+
+A retrieval document is real text from the corpus's training split with facts hidden in it (worded as in the evaluation,
+numbers always fresh) and questions about them at its end; only the answers carry loss. Chat samples are short: "what does
+this function do" from the corpus's own docstrings, and one in four a short retrieval document as a conversation.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+from eval_niah import KEYS, WORDING, begin_of_text  # noqa: E402
+
+
+def draw_facts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
+    """(fact, question, lead) texts with {number} still open: one pass key, or `count` magic numbers of different words."""
+    task = "passkey" if count == 1 and rng.random() < 0.6 else "needle"
+    wording = WORDING[task]
+    return [tuple(text.replace("{key}", key) for text in ("{number}".join(wording["fact"]), wording["question"], wording["lead"]))
+            for key in rng.sample(KEYS, count)]
+
+
+def conversation(rng: random.Random, facts: int) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """Fact texts, and (question, lead, answer) for each in another order; numbers of five random digits."""
+    drawn = [(texts, str(rng.randrange(10_000, 100_000))) for texts in draw_facts(rng, facts)]
+    asked = [(question, lead, answer) for (_, question, lead), answer in drawn]
+    return [fact.replace("{number}", answer) for (fact, _, _), answer in drawn], rng.sample(asked, len(asked))
+
+
+class Encoder:
+    """Tokenizes the few hundred pieces that all documents are made of once; numbers digit by digit."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.known = tokenizer, {}
+        self.end_of_turn = data.end_of_turn(tokenizer)
+        opened = data.encode_chat([{"role": "user", "content": ""}], tokenizer, add_generation_prompt=True)[0]
+        between = opened.index(self.end_of_turn)
+        self.open_user, self.open_assistant = opened[:between], opened[between:]
+
+    def __call__(self, text: str) -> list[int]:
+        if text not in self.known:
+            self.known[text] = self.tokenizer.encode_ordinary(text)
+        return self.known[text]
+
+    def with_number(self, text: str, number: str) -> list[int]:
+        """Tokens of a text around a number, in pieces, as the evaluation makes them."""
+        before, after = text.split(number)
+        return self(before) + [token for digit in number for token in self(digit)] + self(after)
+
+
+def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: random.Random, facts: int, chat: bool):
+    """(tokens, loss mask) of exactly `length` tokens, or None if so many facts do not fit."""
+    texts, asked = conversation(rng, facts)
+    numbers = [next(a for _, _, a in asked if a in text) for text in texts]
+    hidden = [encode.with_number(text, number) for text, number in zip(texts, numbers)]
+    tail, mask = [], []
+    for i, (question, lead, answer) in enumerate(asked):
+        if chat:
+            again = encode.open_user[1:] if i else []  # the next user turn: the template without its begin-of-text
+            before = [*again, *encode(question), *encode.open_assistant, *encode(lead)]
+            after = [encode.end_of_turn]
+        else:
+            before, after = encode(f"{question} {lead}"), encode(".\n")
+        digits = encode.with_number(answer, answer)
+        tail += before + digits + after
+        mask += [False] * len(before) + [True] * len(digits) + [True] + [False] * (len(after) - 1)
+    head = encode.open_user if chat else begin_of_text(encode.tokenizer)
+    room = length - len(head) - len(tail) - sum(map(len, hidden))
+    if room < 0:
+        return None
+    start = rng.randrange(len(haystack) - room)
+    window = haystack[start:start + room].tolist()
+    body, previous = [], 0
+    for place, fact in zip(sorted(rng.randrange(room + 1) for _ in hidden), rng.sample(hidden, len(hidden))):
+        body += window[previous:place] + fact
+        previous = place
+    tokens = [*head, *body, *window[previous:], *tail]
+    return tokens, [False] * (length - len(tail)) + mask
+
+
+def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
+    """The training split as one row of tokens: never the held-out text that the evaluation hides its needles in."""
+    dataset = data.PackedDataset(corpus, "train", 2, seed=0, separator="none", tokenizer=tokenizer)
+    return np.concatenate(dataset.tokens)
+
+
+def retrieval_documents(tokenizer, haystack: np.ndarray, length: int, count: int, most_facts: int, chat_share: float, seed: int):
+    """`count` documents for `data.write_corpus`, every one of `length` tokens."""
+    encode, rng, made = Encoder(tokenizer), random.Random(seed), 0
+    while made < count:
+        document = retrieval_document(encode, haystack, length, rng, rng.randint(1, most_facts), rng.random() < chat_share)
+        if document:
+            made += 1
+            yield ("retrieval", *document)
+
+
+def docstring_samples(corpus: Path):
+    """Conversations from the standard library's own functions: signature asked, first line of the docstring answered."""
+    meta = data.read_meta(corpus)
+    for document in data.read_documents(data.source_path("stdlib")):
+        if data.is_held_out(document, meta["holdout"], meta["seed"]):
+            continue
+        try:
+            tree = ast.parse(document["text"])
+        except (SyntaxError, ValueError):  # the library's tests hold broken files on purpose
+            continue
+        for node in ast.walk(tree):
+            summary = (ast.get_docstring(node) or "").partition("\n")[0] if isinstance(node, ast.FunctionDef) else ""
+            if 10 < len(summary) < 80:
+                question = f"What does def {node.name}({ast.unparse(node.args)}) do?"
+                yield [{"role": "user", "content": question}, {"role": "assistant", "content": summary}]
+
+
+def chat_samples(corpus: Path, tokenizer, length: int, count: int, seed: int):
+    """`count` conversations of at most `length` tokens; every fourth one hides a fact in a few lines of text."""
+    rng, haystack = random.Random(seed), training_haystack(corpus, tokenizer)
+    short = (sample for sample in docstring_samples(corpus) if len(data.encode_chat(sample, tokenizer)[0]) <= length)
+    fits = list(itertools.islice(short, count))
+    if not fits:
+        raise ValueError(f"--length {length}: no docstring sample is that short")
+    while count:
+        sample = rng.choice(fits)
+        if count % 4 == 0:
+            (fact,), ((question, lead, answer),) = conversation(rng, 1)
+            start, room = rng.randrange(len(haystack) - length), rng.randrange(length // 2)
+            text, cut = tokenizer.decode(haystack[start:start + room].tolist()), rng.random()
+            place = round(cut * len(text))
+            sample = [{"role": "user", "content": text[:place] + fact + text[place:] + question},
+                      {"role": "assistant", "content": lead + answer}]
+            if len(data.encode_chat(sample, tokenizer)[0]) > length:
+                continue
+        count -= 1
+        yield {"messages": sample}
+
+
+def run(a: argparse.Namespace) -> None:
+    """Write one corpus of retrieval documents, or one file of chat samples."""
+    if a.length < 48 or a.count < 1:
+        raise ValueError(f"--length {a.length} must be at least 48 and --count {a.count} at least 1")
+    tokenizer = data.load_tokenizer(a.tokenizer)
+    if a.what == "chat":
+        lines = [json.dumps(sample) + "\n" for sample in chat_samples(a.corpus, tokenizer, a.length, a.count, a.seed)]
+        a.out.write_text("".join(lines))
+    else:
+        documents = retrieval_documents(tokenizer, training_haystack(a.corpus, tokenizer), a.length, a.count, a.most_facts,
+                                        a.chat_share, a.seed)
+        data.write_corpus({"train": documents}, a.out, tokenizer)
+    print(f"wrote {a.out}: {a.count} {a.what} documents of {'at most ' if a.what == 'chat' else ''}{a.length} tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("retrieval", "chat"))
+    parser.add_argument("--corpus", type=Path, required=True, help="corpus of the standard library, by data.py prepare")
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--length", type=int, required=True, help="tokens of a document (retrieval: exactly)")
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--most-facts", type=int, default=3, help="facts of a retrieval document, 1 to this many")
+    parser.add_argument("--chat-share", type=float, default=0.3, help="share of retrieval documents as conversations")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    try:
+        run(parser.parse_args())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""Retrieval evaluation: prompts of exact length, scoring that no longer number passes, results."""
+import base64
+import json
+import os
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import eval_niah
+from eval_niah import build_prompt, cell_prompt, evaluate, exact_number_match
+from model import Llama, ModelConfig
+
+TEXT = "".join(f"{a} {b} went home\n    and said: {b}, {a}!\n" for a in ("Anna", "Bo", "Cyd", "Dee", "Émile")
+               for b in ("quickly", "the old way", "naïvely", "again", "日本 style") for _ in range(6))
+
+
+def ranks(digit_group: int) -> dict[bytes, int]:
+    """All bytes, numbers of up to `digit_group` digits (Llama 3: 3) and a few words."""
+    pieces = [bytes([b]) for b in range(256)]
+    for width in range(2, digit_group + 1):
+        pieces += [f"{i:0{width}d}".encode() for i in range(10**width)]
+    pieces += [b"th", b"the", b" t", b" the", b"an", b"and", b" a", b" w"]
+    return {piece: i for i, piece in enumerate(pieces)}
+
+
+def make_tokenizer(digit_group: int) -> data.Tokenizer:
+    found = ranks(digit_group)
+    special = {name: len(found) + i for i, name in enumerate(data.LLAMA3_SPECIAL)}
+    pattern = data.LLAMA3 if digit_group == 3 else data.QWEN2
+    return data.Tokenizer(f"groups of {digit_group}", pattern, found, special)
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one digit a token", "up to three"])
+def tokenizer(request):
+    return make_tokenizer(request.param)
+
+
+@pytest.fixture(scope="module")
+def haystack(tokenizer):
+    return np.array(tokenizer.encode_ordinary(TEXT))
+
+
+def build(tokenizer, haystack, length=400, depth=0.5, seed=0, **options):
+    return build_prompt(tokenizer, haystack, length, depth, random.Random(seed), **options)
+
+
+class Oracle:
+    """Reads the fact and the question, and continues the lead with `change(number)`. Its hidden states are
+    (B, S, 1): the token it would say next."""
+
+    def __init__(self, tokenizer, change=lambda number: number):
+        self.tokenizer, self.change, self.head_rows = tokenizer, change, []
+
+    def hidden_states(self, tokens):
+        assert tokens.dtype == torch.int64
+        hidden = torch.zeros(*tokens.shape, 1)
+        for row, ids in enumerate(tokens.tolist()):
+            text = self.tokenizer.decode(ids)
+            key = re.search(r"What is (?:the pass key|the magic number of ([\w-]+))\?", text)[1]
+            fact = rf"\nThe magic number of {key} is (\d+)\." if key else r"\nThe pass key is (\d+)\."
+            number = re.search(fact, text)[1]
+            said = self.tokenizer.encode_ordinary(self.change(number) + ".")
+            start = len(ids) - len(self.tokenizer.encode_ordinary(number)) - 1
+            said = said[:len(ids) - start]
+            hidden[row, start:start + len(said), 0] = torch.tensor(said, dtype=torch.float32)
+        return hidden
+
+    def logits(self, hidden):
+        self.head_rows.append(hidden.shape[0])
+        return F.one_hot(hidden[..., 0].long(), self.tokenizer.n_vocab).float()
+
+
+def accuracy(model, tokenizer, haystack, **options):
+    results = evaluate(model, tokenizer, haystack, [256, 400], [0.0, 0.5, 1.0], 4, **options)
+    return [mean["accuracy"] for mean in results["means"]]
+
+
+# ---------------------------------------------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("task, distractors", [("passkey", 0), ("needle", 0), ("needle", 3), ("mixed", 2)])
+def test_oracle_scores_100_percent(tokenizer, haystack, task, distractors, chat):
+    """A scorer that looks at the wrong rows (off by one), or a question for a distractor's key."""
+    oracle = Oracle(tokenizer)
+    options = {"task": task, "distractors": distractors, "chat": chat}
+    assert accuracy(oracle, tokenizer, haystack, **options) == [100.0, 100.0]
+
+
+@pytest.mark.parametrize("digits", [4, 5, 6])
+@pytest.mark.parametrize("change", [lambda n: n + "7", lambda n: "1" + n, lambda n: n[:-1],
+                                    lambda n: n[:-1] + str((int(n[-1]) + 1) % 10)],
+                         ids=["longer", "longer in front", "shorter", "last digit"])
+def test_another_number_scores_0_percent(tokenizer, haystack, change, digits):
+    """A scorer that accepts a longer number: 482137 for 48213, also where three digits share a token."""
+    assert accuracy(Oracle(tokenizer, change), tokenizer, haystack, digits=digits) == [0.0, 0.0]
+
+
+def test_random_answers_score_0_percent(tokenizer, haystack):
+    class Random(Oracle):
+        def logits(self, hidden):
+            generator = torch.Generator().manual_seed(1)
+            return torch.randn(hidden.shape[0], tokenizer.n_vocab + 9, generator=generator)
+
+    assert accuracy(Random(tokenizer), tokenizer, haystack) == [0.0, 0.0]
+
+
+def test_ids_beyond_the_tokenizer_are_wrong_answers_not_a_crash(tokenizer, haystack):
+    """Models whose vocabulary is padded beyond the tokenizer may predict an id without bytes."""
+    prompt = build(tokenizer, haystack)
+    count = len(prompt.tokens) - prompt.answer_start
+    match, given = eval_niah.score(tokenizer, prompt, [tokenizer.n_vocab + 5] * (count + 1))
+    assert not match and given == "\ufffd" * (count + 1)
+
+
+@pytest.mark.parametrize("text, match", [
+    ("48213", True), ("48213.", True), ("The key is 48213, I think", True), ("48213 and 7", True),
+    ("n=48213;", True), ("482135", False), ("148213", False), ("048213", False), ("48,213", False),
+    ("48213.5", False), ("48213,000", False), ("1 48213", False), ("4 8 2 1 3", False), ("", False),
+    ("none", False), ("48213\u0665", False)])
+def test_exact_number_match(text, match):
+    """`number in text` accepts 482135; a search for any number accepts a list of guesses."""
+    assert exact_number_match(text, "48213") is match
+
+
+def test_head_sees_answer_rows_only(tokenizer, haystack):
+    """Logits of a whole prompt are S x V: 500 GB at a million tokens."""
+    oracle = Oracle(tokenizer)
+    evaluate(oracle, tokenizer, haystack, [256], [0.5], 3, digits=6, batch_tokens=512)
+    answer_rows = len(tokenizer.encode_ordinary("123456")) + 1
+    assert oracle.head_rows == [2 * answer_rows, answer_rows]
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("task, distractors", [("passkey", 0), ("needle", 0), ("needle", 4)])
+def test_length_is_exactly_the_label(tokenizer, haystack, task, distractors, chat):
+    """A haystack cut by characters, or a template added after the cut: 128K on the label, 127K in truth."""
+    for length in (320, 321, 640, 1024):
+        for depth in (0.0, 0.111111, 0.5, 1.0):
+            prompt = build(tokenizer, haystack, length, depth, task=task, chat=chat, distractors=distractors)
+            assert len(prompt.tokens) == length
+            assert all(type(token) is int for token in prompt.tokens)
+            answer = tokenizer.encode_ordinary(prompt.answer)
+            assert prompt.tokens[prompt.answer_start:] == answer
+            assert tokenizer.decode(prompt.tokens).count(prompt.answer) == 2  # in the fact and as the answer
+
+
+def test_number_has_the_same_tokens_in_fact_and_answer(tokenizer, haystack):
+    """Text tokenised as a whole may be split otherwise than its parts: the answer would not copy the fact."""
+    prompt = build(tokenizer, haystack, task="needle")
+    opening = tokenizer.encode_ordinary(f"\nThe magic number of {prompt.key} is ")
+    fact = opening + prompt.tokens[prompt.answer_start:]
+    assert prompt.tokens[prompt.needle_start:prompt.needle_start + len(fact)] == fact
+    whole = tokenizer.decode(prompt.tokens)
+    as_one = tokenizer.encode_ordinary(whole[whole.rindex("What is"):])
+    assert prompt.tokens[-len(as_one):] == as_one  # and it is how the model has always read such text
+
+
+def test_chat_prompt_is_the_template_around_one_user_message(tokenizer, haystack):
+    """Special tokens spelled as text, or the lead in the user's turn instead of the assistant's."""
+    prompt = build(tokenizer, haystack, chat=True)
+    start, content = tokenizer.decode(prompt.tokens).split("<|start_header_id|>user<|end_header_id|>\n\n")
+    user, rest = content.split("<|eot_id|>")
+    assert start == "<|begin_of_text|>" and user.endswith("\nWhat is the pass key?")
+    assert rest == f"<|start_header_id|>assistant<|end_header_id|>\n\nThe pass key is {prompt.answer}"
+    assert prompt.tokens[0] == tokenizer.encode_single_token("<|begin_of_text|>")
+    assert prompt.tokens.count(tokenizer.encode_single_token("<|eot_id|>")) == 1
+
+
+def test_plain_prompt_begins_as_the_model_was_trained(tokenizer, haystack):
+    """Llama 3 without its begin-of-text token attends to nothing it knows."""
+    assert build(tokenizer, haystack).tokens[0] == tokenizer.encode_single_token("<|begin_of_text|>")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_fact_is_at_its_depth(tokenizer, haystack, chat):
+    """A depth measured in another unit, or from the wrong end."""
+    for seed, depth in enumerate((0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)):
+        prompt = build(tokenizer, haystack, 1000, depth, seed=seed, chat=chat)
+        text = tokenizer.decode(prompt.tokens)
+        head = len(eval_niah.chat_frame(tokenizer)[0]) if chat else 1
+        fact = len(tokenizer.encode_ordinary(re.search(r"\nThe pass key is .*\n", text)[0]))
+        tail = len(tokenizer.encode_ordinary(text[text.index("\nWhat is"):])) if not chat else (
+            len(tokenizer.encode(text[text.index("\nWhat is"):], allowed_special="all")))
+        room = 1000 - head - fact - tail
+        assert abs((prompt.needle_start - head) / room - depth) <= 0.021
+
+
+def test_fact_cuts_no_line_word_or_character(tokenizer):
+    """A fact in the middle of a word damages the text around it, and stands out by that."""
+    for text, border in (("ab, cd\n  {ef}\n" * 300, "\n"), (TEXT.replace("\n", " "), " ")):
+        tokens = np.array(tokenizer.encode_ordinary(text))
+        for seed in range(40):
+            prompt = build(tokenizer, tokens, 700, 0.1 + 0.02 * seed, seed=seed)
+            before = tokenizer.decode_bytes(prompt.tokens[:prompt.needle_start])
+            after = tokenizer.decode_bytes(prompt.tokens[prompt.needle_start:]).split(b"Remember it.\n")[1]
+            assert before.endswith(border.encode()) or after.startswith(border.encode())
+    characters = np.array(tokenizer.encode_ordinary("日本語の文章" * 200))  # three tokens each, no space
+    for seed in range(20):
+        prompt = build(tokenizer, characters, 700, 0.5, seed=seed)
+        after = tokenizer.decode_bytes(prompt.tokens[prompt.needle_start:]).split(b"Remember it.\n")[1]
+        assert not 0x80 <= after[0] < 0xC0
+
+
+def test_rest_of_the_prompt_is_the_haystack_as_it_was(tokenizer, haystack):
+    """Facts that overwrite text, or swallow a piece of it between two of them."""
+    prompt = build(tokenizer, haystack, 800, 0.3, task="needle", distractors=5)
+    text = tokenizer.decode(prompt.tokens).removeprefix("<|begin_of_text|>")
+    body, question = text.split("\nWhat is the magic")
+    facts = re.findall(r"\nThe magic number of (\w+) is (\d{5})\.\n", body)
+    assert len(facts) == len(dict(facts)) == len({number for _, number in facts}) == 6
+    assert (prompt.key, prompt.answer) in facts
+    left = re.sub(r"\nThe magic number of \w+ is \d{5}\.\n", "", body)
+    assert len(left) > 300 and left.strip("\ufffd") in TEXT  # a window may begin or end inside a character
+
+
+def test_numbers_of_the_haystack_are_not_drawn(tokenizer):
+    """A number that also stands in the text has two right places, or a wrong one."""
+    tokens = np.array(tokenizer.encode_ordinary("1 2 3 4 x5y 6 8 9 " * 60))
+    for seed in range(10):
+        assert build(tokenizer, tokens, seed=seed, digits=1).answer == "7"
+    tokens = np.array(tokenizer.encode_ordinary("1 2 3 4 5 6 7 8 9 " * 60))
+    with pytest.raises(ValueError, match="holds nearly all numbers of 1 digits"):
+        build(tokenizer, tokens, digits=1)
+
+
+def test_keys_of_the_haystack_are_not_drawn(tokenizer):
+    """A key that the text speaks of anyway, in any case; and what happens when it speaks of all of them."""
+    words = " ".join(key.upper() for key in eval_niah.KEYS if key != "orchid")
+    tokens = np.array(tokenizer.encode_ordinary(f"{words}\n" * 6))
+    assert {build(tokenizer, tokens, 1200, seed=seed, task="needle").key for seed in range(5)} == {"orchid"}
+    tokens = np.array(tokenizer.encode_ordinary(f"{words} orchid\n" * 6))
+    keys = {build(tokenizer, tokens, 1200, seed=seed, task="needle").key for seed in range(5)}
+    assert len(keys) > 1 and all(re.fullmatch(r"\w+-\w+", key) for key in keys)
+
+
+def test_prompt_depends_on_nothing_but_its_cell(tokenizer, haystack):
+    """One random stream for a whole run: leaving out a length or a depth changes all prompts after it."""
+    cell = {"seed": 5, "task": "mixed", "chat": False, "distractors": 1, "digits": 5}
+    alone = cell_prompt(tokenizer, haystack, 300, 0.5, 1, **cell)
+    few, many = (evaluate(Oracle(tokenizer), tokenizer, haystack, *cells, 5, task="mixed", distractors=1)
+                 for cells in (([300], [0.5], 2), ([400, 300], [0.0, 0.5], 3)))
+    found = [next(cell for cell in results["cells"] if (cell["length"], cell["depth"]) == (300, 0.5))
+             for results in (few, many)]
+    assert found[0]["prompts"] == found[1]["prompts"][:2]
+    assert found[0]["prompts"][1]["expected"] == alone.answer
+    answers = {cell_prompt(tokenizer, haystack, length, depth, sample, **cell | {"seed": seed}).answer
+               for seed in (5, 6) for length in (300, 400) for depth in (0.0, 0.5) for sample in (0, 1)}
+    assert len(answers) == 16
+
+
+def test_prompt_does_not_depend_on_how_much_haystack_a_longer_length_needed(tokenizer):
+    """Text is read as far as the longest length needs it; shorter ones must draw from the same part of it."""
+    cell = {"seed": 5, "task": "passkey", "chat": False, "distractors": 0, "digits": 5}
+    reach = eval_niah.haystack_reach(300)
+    long = np.resize(np.array(tokenizer.encode_ordinary(TEXT)), reach + 50_000)
+    assert (cell_prompt(tokenizer, long, 300, 0.5, 0, **cell)
+            == cell_prompt(tokenizer, long[:reach], 300, 0.5, 0, **cell))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"length": 20}, "length 20 is too small"), ({"length": 10**6}, "needs as many"),
+    ({"depth": 1.5}, "depth 1.5"), ({"task": "riddle"}, "'riddle'"), ({"distractors": 1}, "use task needle")])
+def test_impossible_prompts_are_refused(tokenizer, haystack, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(tokenizer, haystack, **options)
+
+
+# --------------------------------------------------------------------------------------------- model, results
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    """A small random Llama with a tokenizer, as a Hugging Face directory."""
+    path, found = tmp_path_factory.mktemp("models") / "small", ranks(3)
+    config = {"vocab_size": len(found) + 256, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+              "rms_norm_eps": 1e-5, "initializer_range": 0.2, "tie_word_embeddings": True}
+    Llama(ModelConfig.from_hf(config)).initialise(0).save_pretrained(path)
+    lines = (base64.b64encode(piece) + b" %d\n" % rank for piece, rank in found.items())
+    (path / "tokenizer.model").write_bytes(b"".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "held_out.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_batching_changes_no_result(model_directory):
+    """Rows mixed up between the prompts of a batch, or a last batch that is dropped."""
+    model, tokenizer = Llama.from_pretrained(model_directory), data.load_tokenizer(model_directory)
+    haystack = np.array(tokenizer.encode_ordinary(TEXT))
+    one, some, all_at_once = (
+        evaluate(model, tokenizer, haystack, [200, 300], [0.0, 0.5], 3, batch_tokens=batch_tokens)
+        for batch_tokens in (1, 800, 10**6))
+    assert one == some == all_at_once
+    assert len({p["given"] for c in one["cells"] for p in c["prompts"]}) > 3
+
+
+def arguments(model_directory, text_file, *more):
+    return [str(model_directory), "--haystack", str(text_file), "--lengths", "200", "400", "--depths", "3",
+            "--samples", "2", *map(str, more)]
+
+
+def test_command_line_writes_what_it_shows(model_directory, text_file, tmp_path, capsys):
+    more = ("--out", tmp_path / "results.json", "--task", "mixed")
+    eval_niah.main(arguments(model_directory, text_file, *more))
+    shown = capsys.readouterr().out
+    assert "\033" not in shown and "note: lengths above 256" in shown and shown.count(" | ") == 6
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["seed"] == 1234 and results["settings"]["model"] == str(model_directory)
+    assert [results[name] for name in ("lengths", "depths", "window")] == [[200, 400], [0.0, 0.5, 1.0], 256]
+    prompts = [prompt for cell in results["cells"] for prompt in cell["prompts"]]
+    assert len(results["cells"]) == 6 and len(prompts) == 12
+    assert {prompt["task"] for prompt in results["cells"][0]["prompts"]} == {"passkey", "needle"}
+    assert all(re.fullmatch(r"\d{5}", prompt["expected"]) and prompt["given"] for prompt in prompts)
+    assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
+
+
+def test_rope_override_extends_the_window(model_directory, text_file, tmp_path, capsys, monkeypatch):
+    """YaRN can be evaluated untrained: the model must get the scaling, and the map keep the old window."""
+    models, load = [], Llama.from_pretrained
+    monkeypatch.setattr(eval_niah.Llama, "from_pretrained",
+                        lambda *args, **options: models.append(load(*args, **options)) or models[-1])
+    eval_niah.main(arguments(model_directory, text_file, "--rope-kind", "yarn", "--rope-factor", 4,
+                             "--out", tmp_path / "results.json"))
+    scaling = models[0].config.rope_scaling
+    assert (scaling.kind, scaling.factor, models[0].config.max_position_embeddings) == ("yarn", 4, 1024)
+    assert json.loads((tmp_path / "results.json").read_text())["window"] == 256
+    assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--haystack", "/no/such/place"], "/no/such/place"), (["--lengths", "30"], "length 30 is too small"),
+    (["--lengths", "9000000"], "needs as many"), (["--samples", "0"], "--samples 0"),
+    (["--depths", "0"], "--depths 0"), (["--out", "/no/such/place/x.json"], "--out /no/such/place/x.json"),
+    (["--device", "tpu"], "--device tpu"), (["--rope-kind", "yarn", "--rope-factor", "0.5"], "factor"),
+    (["--rope-factor", "2"], "need --rope-kind"), (["--distractors", "2"], "--task needle"),
+    (["--digits", "0"], "--digits 0"), (["--batch-tokens", "0"], "--batch-tokens 0"),
+    (["--rope-kind", "yarn", "--beta-fast", "0.5"], "beta_fast")])
+def test_mistakes_are_one_line_before_loading(model_directory, text_file, monkeypatch, change, message):
+    def load(*args, **options):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(eval_niah.Llama, "from_pretrained", load)
+    with pytest.raises(SystemExit) as error:
+        eval_niah.main(arguments(model_directory, text_file, *change))
+    line = str(error.value)
+    assert line.startswith("error: ") and message in line and "\n" not in line
+
+
+def test_missing_parts_are_named(model_directory, text_file, tmp_path, monkeypatch):
+    """No model, a tokenizer of another model, nothing to do, no matplotlib."""
+    with pytest.raises(SystemExit, match="no config.json there"):
+        eval_niah.main(arguments(tmp_path / "nothing", text_file))
+    config = json.loads((model_directory / "config.json").read_text()) | {"vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.model").write_bytes((model_directory / "tokenizer.model").read_bytes())
+    with pytest.raises(SystemExit, match="model of 300"):
+        eval_niah.main(arguments(tmp_path, text_file))
+    with pytest.raises(SystemExit, match="either a model directory .* or --compare"):
+        eval_niah.main([])
+    monkeypatch.setattr(eval_niah.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="needs matplotlib"):
+        eval_niah.main(arguments(model_directory, text_file, "--figure", tmp_path / "x.png"))
+
+
+def test_haystack_that_states_such_facts_itself_is_refused(model_directory, tmp_path):
+    """Retrieval documents of a training mixture as haystack: several right answers, or none."""
+    (tmp_path / "mixed.txt").write_text(TEXT + "The magic number of copper is 12345.\n")
+    with pytest.raises(SystemExit, match="like the facts to be hidden"):
+        eval_niah.main(arguments(model_directory, tmp_path / "mixed.txt"))
+
+
+def test_corpus_gives_its_held_out_split_once(tmp_path):
+    """Evaluation on training text; or an endless stream that repeats a short split to any length."""
+    tokenizer = make_tokenizer(3)
+    train, valid = ([("s", tokenizer.encode_ordinary(text), None)] for text in ("seen " * 50, TEXT[:900]))
+    data.write_corpus({"train": train, "valid": valid}, tmp_path / "corpus", tokenizer)
+    whole = eval_niah.load_haystack(tmp_path / "corpus", tokenizer, 10**6)
+    assert tokenizer.decode(whole.tolist()) == TEXT[:900]
+    assert eval_niah.load_haystack(tmp_path / "corpus", tokenizer, 100).tolist() == whole[:100].tolist()
+
+
+def test_text_is_tokenised_only_as_far_as_needed(tmp_path):
+    tokenizer = make_tokenizer(3)
+    """A directory of a terabyte, to fill a prompt of a thousand tokens."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"line {i} of it"}) + "\n" for i in range(50)))
+    (tmp_path / "b.jsonl").write_text("not JSON: an error once it is read")
+    tokens = eval_niah.load_haystack(tmp_path, tokenizer, 40)
+    assert len(tokens) == 40 and tokenizer.decode(tokens.tolist()).startswith("line 0 of it\n\nline 1 of it\n\n")
+    with pytest.raises(ValueError, match="b.jsonl, line 1: not valid JSON"):
+        eval_niah.load_haystack(tmp_path, tokenizer, 10**6)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    """Results half-written when the disk fills up."""
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        eval_niah.write_complete(path, b"new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_terminal_map_and_standard_error(tokenizer, haystack):
+    class Half(Oracle):
+        """Right in the first half of the fact's places."""
+
+        def hidden_states(self, tokens):
+            hidden = super().hidden_states(tokens)
+            late = [self.tokenizer.decode(ids).index("Remember") > 350 for ids in tokens.tolist()]
+            return torch.where(torch.tensor(late)[:, None, None], 0.0, hidden)
+
+    results = evaluate(Half(tokenizer), tokenizer, haystack, [600, 300], [0.0, 1.0], 5) | {"window": 300}
+    assert eval_niah.accuracy_grid(results) == [[100.0, 100.0], [100.0, 0.0]]
+    assert results["means"][1] == {"length": 600, "prompts": 10, "accuracy": 50.0,
+                                   "standard_error": pytest.approx(100 * (0.25 / 10) ** 0.5)}
+    plain = eval_niah.terminal_map(results, colour=False)
+    assert [line.split() for line in plain.splitlines()] == [
+        ["depth", "300", "|", "600"], ["0", "%", "100", "|", "100"], ["100", "%", "100", "|", "0"],
+        ["mean", "100.0", "|", "50.0"], ["±", "0.0", "|", "15.8"]]
+    colour = eval_niah.terminal_map(results, colour=True)
+    assert re.sub(r"\033\[[\d;]*m", "", colour) == plain != colour
+
+
+def test_comparison_shows_runs_side_by_side(model_directory, text_file, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for name, more in (("before", ()), ("after", ("--lengths", "200", "--figure", tmp_path / "one.png"))):
+        eval_niah.main(arguments(model_directory, text_file, "--out", tmp_path / f"{name}.json", *more))
+    capsys.readouterr()
+    files = [str(tmp_path / name) for name in ("before.json", "after.json", "before.json")]
+    eval_niah.main(["--compare", *files, "--labels", "A", "B b", "C", "--figure", str(tmp_path / "all.png")])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[-2:] for row in rows] == [["200", "400"], ["0.0"] * 2, ["0.0", "-"], ["0.0"] * 2]
+    size = np.frombuffer((tmp_path / "all.png").read_bytes()[16:24], dtype=">u4")
+    assert (tmp_path / "one.png").exists() and abs(size - [1500, 500]).max() <= 20
+    for options in (["--labels", "A"], ["--compare", str(text_file)]):
+        with pytest.raises(SystemExit, match="--labels has 1 names|not results that"):
+            eval_niah.main(["--compare", *files, *options])
