@@ -610,9 +610,9 @@ class PackedDataset:
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of an epoch in order, int64 (n,), and where each one's separator ends in the epoch, int64 (n,)."""
         if self._plan[0] != epoch:
-            whole = np.floor(self.weights)
-            draws = np.random.default_rng([self.seed, epoch, 1]).random(len(whole))
-            repeated = np.repeat(np.arange(len(whole)), whole.astype(np.int64) + (draws < self.weights - whole))
+            draw = np.random.default_rng([self.seed, epoch, 1]).random()  # one for all: systematic sampling
+            repeats = np.diff(np.floor(np.cumsum([0, *self.weights]) + draw)).astype(np.int64)
+            repeated = np.repeat(np.arange(len(repeats)), repeats)
             order = repeated[shuffled(len(repeated), self.seed, epoch)]
             self._plan = (epoch, order, np.cumsum(self.lengths[order] + len(self.separator)))
         return self._plan[1:]

@@ -106,12 +106,15 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
 def draw_facts(rng: random.Random, text: bytes, count: int, digits: int, task: str) -> tuple[list, list]:
     """`count` keys (None for a pass key) and numbers, all different, none of them in lower-case `text`."""
     def absent(what: str, draw: Callable[[], str]) -> list[str]:
-        candidates = dict.fromkeys(draw() for _ in range(1000 + 10 * count))  # in order, each once
-        found = list(itertools.islice((c for c in candidates if c.encode() not in text), count))
-        if len(found) < count:
-            raise ValueError(f"the haystack holds nearly all {what}: longer numbers (--digits), fewer "
-                             "distractors or another haystack are needed")
-        return found
+        found = []
+        for _ in range(1000 + 10 * count):
+            candidate = draw()
+            if candidate not in found and candidate.encode() not in text:
+                found.append(candidate)
+            if len(found) == count:
+                return found
+        raise ValueError(f"the haystack holds nearly all {what}: longer numbers (--digits), fewer "
+                         "distractors or another haystack are needed")
 
     numbers = absent(f"numbers of {digits} digits", lambda: str(rng.randrange(10**(digits - 1), 10**digits)))
     if task == "passkey":

@@ -91,7 +91,7 @@ class RopeScaling:
             ("attention_temperature", isinstance(self.attention_temperature, bool), "True or False"),
             ("attention_factor", attention is None or (yarn and positive["attention_factor"]),
              "a number above 0, and for kind yarn only"),
-            ("ramp", self.ramp == "index" or (self.ramp == "rotation" and yarn), "index, or, for yarn, rotation"),
+            ("ramp", self.ramp == "index" or (self.ramp == "rotation" and yarn), "index (yarn: or rotation)"),
             ("truncate", isinstance(self.truncate, bool), "True or False"))
         for name, fine, right in checks:
             if not fine:

@@ -110,6 +110,16 @@ def test_random_answers_score_0_percent(tokenizer, haystack):
     assert accuracy(Random(tokenizer), tokenizer, haystack) == [0.0, 0.0]
 
 
+def test_another_split_of_the_same_digits_is_wrong():
+    """Teacher forcing goes on with 482 whatever the model said: 48|213 does not prove that it says 48213."""
+    tokenizer = make_tokenizer(3)
+    prompt = build(tokenizer, np.array(tokenizer.encode_ordinary(TEXT)))
+    first, second, dot = map(tokenizer.encode_ordinary, (prompt.answer[:2], prompt.answer[2:], "."))
+    usual = tokenizer.encode_ordinary(prompt.answer)
+    assert eval_niah.score(tokenizer, prompt, usual + dot) == (True, prompt.answer + ".")
+    assert eval_niah.score(tokenizer, prompt, first + second + dot) == (False, prompt.answer + ".")
+
+
 def test_ids_beyond_the_tokenizer_are_wrong_answers_not_a_crash(tokenizer, haystack):
     """Models whose vocabulary is padded beyond the tokenizer may predict an id without bytes."""
     prompt = build(tokenizer, haystack)
@@ -192,6 +202,14 @@ def test_fact_is_at_its_depth(tokenizer, haystack, chat):
             len(tokenizer.encode(text[text.index("\nWhat is"):], allowed_special="all")))
         room = 1000 - head - fact - tail
         assert abs((prompt.needle_start - head) / room - depth) <= 0.021
+
+
+def test_fact_goes_to_the_nearest_line(tokenizer):
+    """The first line found within reach instead of the nearest: every depth is shifted the same way."""
+    tokens = np.array(tokenizer.encode_ordinary("xyz\n" * 300))  # four tokens a line
+    for target in range(400, 420):
+        place = eval_niah.insertion_point(tokenizer, tokens.tolist(), target)
+        assert place % 4 in (0, 3) and abs(place - target) <= 1  # before or after a line's end
 
 
 def test_fact_cuts_no_line_word_or_character(tokenizer):
@@ -282,7 +300,8 @@ def model_directory(tmp_path_factory):
     """A small random Llama with a tokenizer, as a Hugging Face directory."""
     path, found = tmp_path_factory.mktemp("models") / "small", ranks(3)
     config = {"vocab_size": len(found) + 256, "hidden_size": 32, "intermediate_size": 48,
-              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+              "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 256,
               "rms_norm_eps": 1e-5, "initializer_range": 0.2, "tie_word_embeddings": True}
     Llama(ModelConfig.from_hf(config)).initialise(0).save_pretrained(path)
     lines = (base64.b64encode(piece) + b" %d\n" % rank for piece, rank in found.items())
@@ -396,10 +415,11 @@ def test_corpus_gives_its_held_out_split_once(tmp_path):
 def test_text_is_tokenised_only_as_far_as_needed(tmp_path):
     tokenizer = make_tokenizer(3)
     """A directory of a terabyte, to fill a prompt of a thousand tokens."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"line {i} of it"}) + "\n" for i in range(50)))
+    lines = (json.dumps({"text": f"line {i} of it"}) + "\n" for i in range(50))
+    (tmp_path / "a.jsonl").write_text("".join(lines))
     (tmp_path / "b.jsonl").write_text("not JSON: an error once it is read")
     tokens = eval_niah.load_haystack(tmp_path, tokenizer, 40)
-    assert len(tokens) == 40 and tokenizer.decode(tokens.tolist()).startswith("line 0 of it\n\nline 1 of it\n\n")
+    assert len(tokens) == 40 and tokenizer.decode(tokens.tolist()).startswith("line 0 of it\n\nline 1 of")
     with pytest.raises(ValueError, match="b.jsonl, line 1: not valid JSON"):
         eval_niah.load_haystack(tmp_path, tokenizer, 10**6)
 

@@ -1,0 +1,149 @@
+"""Every mistake a user is likely to make gets one line that names it, a non-zero exit, and no file.
+
+    python tests/test_bad_inputs.py        # prints the table of the README
+"""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import eval_niah
+import model
+import rope_yarn
+import sft
+import train
+from model import Llama, ModelConfig
+
+SCRIPTS = {
+    "rope_yarn.py": rope_yarn.main, "model.py": model.main, "data.py": data.main, "eval_niah.py": eval_niah.main,
+    "train.py": lambda argv: train.main(train.stage1_parser(), train.stage1_datasets, argv),
+    "sft.py": lambda argv: sft.main(sft.stage2_parser(), sft.stage2_datasets, argv)}
+
+# what is wrong, the script, its arguments (names of files are those of `prepared`), what the line must say
+TRAIN = "--data corpus --sequence-length 64 --steps 1 --out new"
+NIAH = "good --haystack corpus --lengths 64 --depths 1 --samples 1"
+CHAT = "--sequence-length 64 --steps 1 --batch-size 1 --out new"
+CASES = [
+    ("no such model directory", "train.py", f"--model missing {TRAIN}", "missing.*config.json"),
+    ("config.json is not JSON", "train.py", f"--model not-json {TRAIN}", "config.json.*not valid JSON"),
+    ("config.json lacks a key", "train.py", f"--config no-layers.json --tokenizer tokenizer {TRAIN}", "num_hidden_layers"),
+    ("another architecture", "train.py", f"--config gemma.json --tokenizer tokenizer {TRAIN}", "model_type 'gemma'"),
+    ("unknown rope scaling", "train.py", f"--config spiral.json --tokenizer tokenizer {TRAIN}", "spiral.*known are"),
+    ("contradictory rope scaling", "train.py", f"--config contradictory.json --tokenizer tokenizer {TRAIN}", "contradict"),
+    ("heads do not divide", "train.py", f"--config heads.json --tokenizer tokenizer {TRAIN}", "num_key_value_heads 3"),
+    ("truncated safetensors", "train.py", f"--model truncated {TRAIN}", "not a complete safetensors file"),
+    ("missing shard", "train.py", f"--model shardless {TRAIN}", "safetensors.*missing"),
+    ("weights of another shape", "train.py", f"--model reshaped {TRAIN}", "has shape.*config.json asks for"),
+    ("no weights", "train.py", f"--model weightless {TRAIN}", "neither model.safetensors nor"),
+    ("no tokenizer", "train.py", f"--config good/config.json {TRAIN}", "--tokenizer is needed"),
+    ("tokenizer file is something else", "train.py", f"--model good --tokenizer text.txt {TRAIN}", "text.txt.*tokenizer.model"),
+    ("tokenizer larger than the vocabulary", "train.py", f"--config small.json --tokenizer tokenizer {TRAIN}", "vocab_size is 300"),
+    ("corpus of another tokenizer", "train.py", f"--model good --tokenizer other {TRAIN}", "another tokenizer"),
+    ("no such corpus", "train.py", "--model good --data nowhere --sequence-length 64 --steps 1 --out new", "nowhere: no such"),
+    ("corpus shard cut off", "train.py", "--model good --data cut --sequence-length 64 --steps 1 --out new", "train-00000.tokens"),
+    ("sequence beyond the window", "train.py", "--model good --data corpus --sequence-length 65 --steps 1 --out new",
+     "65 is beyond the model's window of 64"),
+    ("micro-batch does not divide", "train.py", f"--model good --batch-size 6 --micro-batch-size 4 {TRAIN}", "4 does not divide"),
+    ("no steps", "train.py", "--model good --data corpus --sequence-length 64 --steps 0 --out new", "--steps 0"),
+    ("learning rate is not a number", "train.py", f"--model good --learning-rate nan {TRAIN}", "--learning-rate nan"),
+    ("factor below 1", "train.py", f"--model good --rope-kind yarn --rope-factor 0.5 {TRAIN}", "factor 0.5 is below 1"),
+    ("no such device", "train.py", f"--model good --device tpu {TRAIN}", "--device tpu"),
+    ("output directory in use", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out good", "earlier run"),
+    ("output is a file", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out text.txt", "text.txt"),
+    ("chat file: broken JSON line", "sft.py", f"--model good --data broken.jsonl {CHAT}", "broken.jsonl.*2"),
+    ("chat file: unknown role", "sft.py", f"--model good --data role.jsonl {CHAT}", "robot"),
+    ("chat file: no sample is short enough", "sft.py", f"--model good --data chat.jsonl {CHAT} --sequence-length 3", "no sample"),
+    ("chat file: empty", "sft.py", f"--model good --data empty.jsonl {CHAT}", "empty.jsonl"),
+    ("chat file: missing", "sft.py", f"--model good --data absent.jsonl {CHAT}", "absent.jsonl: no such"),
+    ("zero documents", "data.py", "prepare --source a=hollow --tokenizer tokenizer --out new", "no training documents"),
+    ("source without a name", "data.py", "prepare --source text.txt --tokenizer tokenizer --out new", "NAME=PATH"),
+    ("corpus directory exists", "data.py", "prepare --source a=text.txt --tokenizer tokenizer --out corpus", "already exists"),
+    ("vocabulary below 256", "data.py", "train-bpe --source text.txt --vocab-size 99 --out new", "99"),
+    ("JSON line that is no document", "data.py", "prepare --source a=shape.jsonl --tokenizer tokenizer --out new", "shape.jsonl"),
+    ("no haystack", "eval_niah.py", "good --haystack nowhere --lengths 64", "nowhere"),
+    ("haystack shorter than the length", "eval_niah.py", "good --haystack text.txt --lengths 100000", "100000"),
+    ("length below the question", "eval_niah.py", "good --haystack corpus --lengths 20", "20 is too small"),
+    ("no samples", "eval_niah.py", f"{NIAH} --samples 0", "--samples 0"),
+    ("results cannot be written", "eval_niah.py", f"{NIAH} --out nowhere/x.json", "--out nowhere/x.json"),
+    ("compared file is no result", "eval_niah.py", "--compare shape.jsonl", "shape.jsonl"),
+    ("beta_fast below beta_slow", "rope_yarn.py", "--beta-fast 1 --beta-slow 4", "beta_fast 1.0 must exceed beta_slow 4.0"),
+    ("odd head dimension", "rope_yarn.py", "--head-dim 63", "63"),
+    ("prompt and answer beyond the window", "model.py", "good --prompt hello --max-new-tokens 64", "window of 64"),
+    ("top-p out of range", "model.py", "good --prompt hello --top-p 1.5", "--top-p 1.5"),
+]
+
+
+def prepare(place: Path) -> None:
+    """The files the cases name: a good model and corpus, and one broken variant for each mistake."""
+    text = "def add(first, second):\n    return first + second\n\nclass Counter:\n    total = 0\n" * 8
+    (place / "text.txt").write_text(text)
+    (place / "hollow").mkdir()
+    tokenizer = data.train_bpe([text], 270, place / "tokenizer")
+    data.train_bpe([text], 271, place / "other")
+    lines = [json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(40)]
+    (place / "documents.jsonl").write_text("".join(lines))
+    data.prepare_corpus([("code", place / "documents.jsonl")], tokenizer, place / "corpus", holdout_window=0)
+    config = {"model_type": "llama", "vocab_size": tokenizer.n_vocab, "hidden_size": 16, "intermediate_size": 24,
+              "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    Llama(ModelConfig.from_hf(config)).initialise(0).save_pretrained(place / "good")
+    shutil.copy(place / "tokenizer" / "tokenizer.model", place / "good")
+    for name in ("not-json", "truncated", "shardless", "reshaped", "weightless"):
+        shutil.copytree(place / "good", place / name)
+    shard = "model-00001-of-00001.safetensors"
+    (place / "not-json" / "config.json").write_text("{oops")
+    (place / "truncated" / shard).write_bytes((place / "good" / shard).read_bytes()[:-100])
+    (place / "shardless" / shard).unlink()
+    written = json.loads((place / "good" / "config.json").read_text())
+    (place / "reshaped" / "config.json").write_text(json.dumps(written | {"intermediate_size": 25}))
+    (place / "weightless" / "model.safetensors.index.json").unlink()
+    shutil.copytree(place / "corpus", place / "cut")
+    (place / "cut" / "train-00000.tokens").write_bytes((place / "corpus" / "train-00000.tokens").read_bytes()[:-4])
+    contradictory = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}
+    for name, change in {"no-layers": {"num_hidden_layers": None}, "gemma": {"model_type": "gemma"}, "small": {"vocab_size": 300},
+                         "spiral": {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "contradictory": contradictory,
+                         "heads": {"num_key_value_heads": 3}}.items():
+        (place / f"{name}.json").write_text(json.dumps(config | change))
+    good = json.dumps({"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}) + "\n"
+    (place / "chat.jsonl").write_text(good)
+    (place / "broken.jsonl").write_text(good + "{oops\n")
+    (place / "role.jsonl").write_text(good.replace("user", "robot"))
+    (place / "empty.jsonl").write_text("")
+    (place / "shape.jsonl").write_text('{"title": "neither text nor messages"}\n')
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bad")
+    prepare(place)
+    return place
+
+
+@pytest.mark.parametrize("what, script, arguments, said", CASES, ids=[case[0] for case in CASES])
+def test_one_clear_line_and_no_file(what, script, arguments, said, prepared, monkeypatch):
+    monkeypatch.chdir(prepared)
+    before = sorted(map(str, prepared.rglob("*")))
+    with pytest.raises(SystemExit, match=said) as stopped:
+        SCRIPTS[script](arguments.split())
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)  # a string: exit code 1
+    assert sorted(map(str, prepared.rglob("*"))) == before
+
+
+if __name__ == "__main__":
+    import contextlib
+    import os
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        os.chdir(folder)
+        print("| what is wrong | the line it gets |\n|---|---|")
+        for what, script, arguments, _ in CASES:
+            with contextlib.redirect_stderr(None):
+                try:
+                    SCRIPTS[script](arguments.split())
+                except SystemExit as stopped:
+                    print(f"| `{script}`: {what} | `{str(stopped).removeprefix('error: ').replace(folder + '/', '')}` |")

@@ -1,0 +1,205 @@
+"""Training: the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation by position."""
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import sft
+import train
+from model import Llama
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A tokenizer, a small corpus and a config of a model that trains in milliseconds."""
+    place = tmp_path_factory.mktemp("work")
+    texts = [f"def function_{i}(value):\n    return value * {i} + {i * i}\n" * (1 + i % 7) for i in range(120)]
+    tokenizer = data.train_bpe(texts, 270, place / "tokenizer")
+    (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data.prepare_corpus([("code", place / "text.jsonl")], tokenizer, place / "corpus", holdout_window=0)
+    config = {"model_type": "llama", "vocab_size": tokenizer.n_vocab, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+              "max_position_embeddings": 64, "tie_word_embeddings": True}
+    (place / "config.json").write_text(json.dumps(config))
+    chat = [{"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
+            for i in range(40)]
+    (place / "chat.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in chat))
+    return place
+
+
+def command(workplace, out, *more, steps=40):
+    return ["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--dtype", "float32",
+            "--data", str(workplace / "corpus"), "--sequence-length", "64", "--batch-size", "2", "--steps", str(steps),
+            "--device", "cpu", "--learning-rate", "1e-2", "--validation-sequences", "2", "--out", str(out), *map(str, more)]
+
+
+def stage1(*arguments):
+    train.main(train.stage1_parser(), train.stage1_datasets, list(map(str, arguments)))
+
+
+def metrics(out, key="loss"):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workplace):
+    stage1(*command(workplace, workplace / "whole", "--checkpoint-every", 7))
+    return metrics(workplace / "whole")
+
+
+def test_training_learns_and_leaves_a_model(workplace, uninterrupted):
+    assert len(uninterrupted) == 40 and uninterrupted[-1] < 0.6 * uninterrupted[0]
+    model = Llama.from_pretrained(workplace / "whole" / "final")
+    assert (workplace / "whole" / "final" / "tokenizer.model").is_file()
+    assert model.config.vocab_size == data.load_tokenizer(workplace / "whole" / "final").n_vocab
+    assert len(train.checkpoints(workplace / "whole")) == 2  # the newest two are kept
+
+
+def test_sigkill_at_random_moments_and_resume_gives_the_same_losses_to_the_last_bit(workplace, uninterrupted, tmp_path):
+    """Ten kills, wherever they fall (import, first step, half-written checkpoint): no step is repeated, skipped or changed."""
+    moments = random.Random(int(time.time()))
+    out, kills = tmp_path / "killed", 0
+    arguments = command(workplace, out, "--checkpoint-every", 3, "--resume")
+    program = ("import sys, time, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv.pop(1)); import train\n"
+               "slow = train.training_step\n"
+               "def slower(*a):\n    time.sleep(0.05)\n    return slow(*a)\n"  # so that ten kills find something to kill
+               "train.training_step = slower\n"
+               "train.main(train.stage1_parser(), train.stage1_datasets)\n")
+    while not (out / "final").exists():
+        process = subprocess.Popen([sys.executable, "-c", program, str(ROOT), *arguments], stderr=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL)
+        if kills < 10:
+            started = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
+            deadline = time.time() + 60
+            while process.poll() is None and time.time() < deadline:  # wait for progress, then strike at random
+                now = len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
+                if now > started - 3 and now != started:
+                    break
+                time.sleep(0.01)
+            time.sleep(moments.random() * 0.25)
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+            process.stderr.close()
+        else:
+            assert process.wait() == 0, process.stderr.read().decode()
+    assert kills >= 3  # a fast machine may finish before the tenth
+    assert metrics(out) == uninterrupted
+    assert not list(out.glob("*.partial"))
+    for file in (workplace / "whole" / "final").iterdir():
+        assert file.read_bytes() == (out / "final" / file.name).read_bytes(), file.name
+
+
+def test_sigterm_saves_exits_cleanly_and_resumes(workplace, uninterrupted, tmp_path):
+    out = tmp_path / "stopped"
+    arguments = command(workplace, out, "--resume", steps=40)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists() or not metrics(out):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 0
+    if not (out / "final").exists():  # it may have been at its last step already
+        assert len(train.checkpoints(out)) == 1
+        stage1(*arguments)
+    torch.set_num_threads(1)
+    assert metrics(out) == pytest.approx(uninterrupted, rel=1e-3)  # the child had other thread numbers
+
+
+def test_resume_refuses_other_settings_and_a_used_directory(workplace, uninterrupted):
+    with pytest.raises(SystemExit, match="holds an earlier run"):
+        stage1(*command(workplace, workplace / "whole"))
+    checkpoints = len(train.checkpoints(workplace / "whole"))
+    (workplace / "whole" / "final").rename(workplace / "whole-final")
+    try:
+        with pytest.raises(SystemExit, match="--learning-rate is 0.5"):
+            stage1(*command(workplace, workplace / "whole", "--resume"), "--learning-rate", 0.5)
+    finally:
+        (workplace / "whole-final").rename(workplace / "whole" / "final")
+    assert len(train.checkpoints(workplace / "whole")) == checkpoints
+
+
+def test_micro_batches_give_the_whole_batch_gradient(workplace, tmp_path):
+    """Loss is per token of the global batch, not a mean of micro-batch means: chat rows have unequal numbers of targets."""
+    for name, micro in (("whole", 8), ("micro", 2)):
+        sft.main(sft.stage2_parser(), sft.stage2_datasets,
+                 ["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--dtype", "float32",
+                  "--data", str(workplace / "chat.jsonl"), "--sequence-length", "48", "--batch-size", "8", "--steps", "5",
+                  "--micro-batch-size", str(micro), "--learning-rate", "1e-2", "--device", "cpu", "--out", str(tmp_path / name)])
+    assert metrics(tmp_path / "whole") == pytest.approx(metrics(tmp_path / "micro"), rel=1e-5)
+    assert metrics(tmp_path / "whole", "gradient_norm") == pytest.approx(metrics(tmp_path / "micro", "gradient_norm"), rel=1e-4)
+
+
+def test_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(workplace, tmp_path, monkeypatch):
+    original = train.training_step
+    calls = []
+
+    def broken(*arguments):
+        calls.append(1)
+        return math.nan if len(calls) == 5 else original(*arguments)
+
+    monkeypatch.setattr(train, "training_step", broken)
+    with pytest.raises(SystemExit, match=r"step 5: the loss is nan.*checkpoint-00000004"):
+        stage1(*command(workplace, tmp_path / "nan", "--checkpoint-every", 2))
+    assert not (tmp_path / "nan" / "final").exists() and len(metrics(tmp_path / "nan")) == 4
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(workplace, tmp_path, monkeypatch):
+    """A checkpoint that cannot be written is one line and leaves no half of itself."""
+    original = train.save_tensors
+
+    def full(file, tensors):
+        if "checkpoint-00000004" in str(file):
+            raise OSError(28, "No space left on device", str(file))
+        return original(file, tensors)
+
+    monkeypatch.setattr(train, "save_tensors", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        stage1(*command(workplace, tmp_path / "full", "--checkpoint-every", 2))
+    assert [path.name for path in train.checkpoints(tmp_path / "full")] == ["checkpoint-00000002"]
+    assert not list((tmp_path / "full").glob("*.partial"))
+
+
+def test_yarn_stage_extends_the_window_and_validation_is_by_position(workplace, uninterrupted, tmp_path):
+    out = tmp_path / "long"
+    stage1("--model", workplace / "whole" / "final", "--data", workplace / "corpus", "--sequence-length", 256, "--steps", 2,
+           "--rope-kind", "yarn", "--rope-factor", 4, "--device", "cpu", "--validation-sequences", 2,
+           "--validation-buckets", 8, "--out", out)
+    config = Llama.from_pretrained(out / "final").config
+    assert config.max_position_embeddings == 256 and config.rope_scaling.original_max_position == 64
+    (by_position,) = metrics(out, "validation_loss_by_position")
+    assert len(by_position) == 8 and all(math.isfinite(value) for value in by_position)
+
+
+def test_validation_by_position_sees_where_the_loss_is(tiny_model):
+    """Losses land in the bucket of their own position, targets of -100 in none."""
+    class Fixed:
+        sequence_length = 8
+
+        def sequence(self, index):
+            tokens = torch.arange(9).numpy()
+            return tokens, tokens >= 5, tokens * 0
+
+    model = tiny_model()
+    mean, buckets = train.validate(model, Fixed(), 1, 4, False, "cpu")
+    losses = model.token_losses(torch.arange(8)[None], torch.arange(1, 9)[None])[0]
+    assert buckets[:2] == [None, None]
+    assert buckets[2:] == pytest.approx([losses[4:6].mean().item(), losses[6:].mean().item()], rel=1e-5)
+    assert mean == pytest.approx(losses[4:].mean().item(), rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    a = train.stage1_parser().parse_args("--config c --data d --sequence-length 8 --steps 110 --warmup-steps 10 --out o "
+                                         "--learning-rate 1.0".split())
+    rates = [train.learning_rate(step, a) for step in range(1, 111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[-1] == pytest.approx(0.1)
+    assert rates[59] == pytest.approx(0.55) and rates[9:] == sorted(rates[9:], reverse=True)
