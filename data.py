@@ -1,11 +1,11 @@
 """Text to training batches: tokenizers, corpora on disk, length up-sampling, packing, chat samples.
 
-    python data.py train-bpe --source stdlib --vocab-size 1256 --out out/tokenizer
+    python data.py train-bpe --source stdlib --vocab-size 1024 --out out/tokenizer
     python data.py prepare --source code=stdlib --tokenizer out/tokenizer --out out/corpus
 
-A dataset has `sequence_length` S and `sequence(index) -> (tokens int64, loss_mask bool, document_ids int64)`, each of
-S + 1 elements and a pure function of index and seed: training resumes anywhere, and every rank sees the same order.
-`batch` shifts the targets there and then, before anything is sharded, so none is lost at a shard's border.
+A dataset has `sequence_length` S and `sequence(index) -> (tokens int64, loss mask bool, document ids int64)`,
+each of S + 1 elements and a pure function of index and seed: training resumes anywhere, all ranks see one order.
+`batch` shifts the targets there and then, before anything is sharded: none is lost at a shard's border.
 """
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------ tokenizers
+# ---------------------------------------------------------------------------------------------- tokenizers
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 QWEN2_STDLIB = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # `re` has no \p{L}; \w less digits and _ is it, plus signs like ½
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # `re` has no \p{L}: [^\W\d_] is it, and signs like ½
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are cut off before GPT-2's pattern runs, so to its lookahead a digit is the end of the text.
+# Digits are cut off before GPT-2's pattern runs, so its lookahead takes a digit for the end of the text.
 GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
@@ -52,22 +52,22 @@ LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
 
 
 class Tokenizer(tiktoken.Encoding):
-    """tiktoken's Encoding with what Hugging Face's byte-level BPE files need beyond it.
+    """tiktoken's Encoding, with what Hugging Face's byte-level BPE files need beyond it.
 
-    Encode with `encode_ordinary`: it applies `normal_form` (Qwen2: NFC), drops bytes the vocabulary lacks, as the
-    tokenizers library does (SmolLM2 lacks 21), and never turns text into special tokens.
+    Encode with `encode_ordinary`: it applies `normal_form` (Qwen2: NFC), drops bytes the vocabulary lacks as the
+    tokenizers library does (SmolLM2 lacks 21), and never makes special tokens of what a text spells.
     """
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
                  normal_form: str | None = None) -> None:
         size = max([*ranks.values(), *special.values()]) + 1
-        absent = {bytes([b]) for b in range(256)} - ranks.keys()  # tiktoken wants an id for each: some past the end
+        absent = {bytes([b]) for b in range(256)} - ranks.keys()  # tiktoken wants ids for them: past the end
         ranks = ranks | {byte: size + i for i, byte in enumerate(sorted(absent))}
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.max_token_value, self.normal_form, self.lacks_bytes = size - 1, normal_form, bool(absent)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Token ids of plain text. White space is cut after each 100,000 in a row: tiktoken panics at a million."""
+        """Ids of plain text. White space is cut after 100,000 in a row: at a million, tiktoken panics."""
         text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
         cuts = [0, *(match.end() for match in re.finditer(r"\s{100000}", text)), len(text)]
         tokens = []
@@ -79,14 +79,14 @@ class Tokenizer(tiktoken.Encoding):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Llama-3 `tokenizer.model`, or Hugging Face `tokenizer.json` of byte-level BPE (Llama 3, Qwen2, SmolLM2).
 
-    path: the file or its directory, where tokenizer.model wins. After the ranks of a tokenizer.model come Llama 3.1's
-    256 special tokens. Raises FileNotFoundError, or ValueError for a file that cannot be reproduced exactly.
+    path: the file or its directory, where tokenizer.model wins. A tokenizer.model's ranks are followed by Llama
+    3.1's 256 special tokens. Raises FileNotFoundError, or ValueError if it cannot be reproduced exactly.
     """
     path = Path(path)
     if path.is_dir():
         path = path / ("tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.json")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a tokenizer.model, a tokenizer.json or their directory")
+        raise FileNotFoundError(f"{path}: no such tokenizer.model or tokenizer.json, nor a directory with one")
     if path.suffix == ".json":
         return load_tokenizer_json(path)
     try:
@@ -95,12 +95,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except ValueError:
         raise ValueError(f"{path}: not a Llama-3 tokenizer.model (lines of base64 token and rank)") from None
     if list(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise ValueError(f"{path}: needs ranks 0, 1, 2, ... in order for distinct tokens, all 256 bytes among them")
-    return Tokenizer("llama3", LLAMA3, ranks, {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)})
+        raise ValueError(f"{path}: needs ranks 0, 1, 2, ... for distinct tokens, all 256 bytes among them")
+    special = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}
+    return Tokenizer("llama3", LLAMA3, ranks, special)
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
-    """See load_tokenizer. tiktoken joins the pair whose result has the lowest id, tokenizers the pair that `merges`
+    """See load_tokenizer. tiktoken joins the pair whose result has the lowest id, tokenizers the one that `merges`
     lists first: the same if ids grow along `merges` and every longer token has a merge, which is checked."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -109,67 +110,68 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
         made = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in model["merges"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a BPE tokenizer.json ({type(error).__name__}: {error})") from None
-    pre_tokenizer, normalizer = content.get("pre_tokenizer") or {}, content.get("normalizer") or {}
-    pattern = split_pattern(pre_tokenizer)
+    splitting, normalizer = content.get("pre_tokenizer") or {}, content.get("normalizer") or {}
+    pattern = split_pattern(splitting)
     if pattern is None:
-        raise ValueError(f"{path}: pre_tokenizer {json.dumps(pre_tokenizer)[:200]} is not supported, only ByteLevel, "
-                         "Digits + ByteLevel, and the Split of Llama 3 or Qwen2 + ByteLevel")
+        raise ValueError(f"{path}: pre_tokenizer {json.dumps(splitting)[:200]} is not supported, only ByteLevel, "
+                         "Digits + ByteLevel, and Llama 3's or Qwen2's Split + ByteLevel")
     if normalizer.get("type", "NFC") != "NFC":
         raise ValueError(f"{path}: normalizer {normalizer['type']} is not supported, only none or NFC")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
         if model.get(name):
-            raise ValueError(f"{path}: model.{name} {model[name]!r} is not supported; byte-level BPE has none")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's stand-ins: these bytes are themselves
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+            raise ValueError(f"{path}: model.{name} {model[name]!r} is not supported, byte-level BPE has none")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are,
+    others = [byte for byte in range(256) if byte not in printable]  # and these as characters from 256 on
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     ids = set(made)
-    lone = [token for token, i in vocab.items() if i not in ids and token not in characters]
+    lone = [token for token, i in vocab.items() if i not in ids and token not in byte_of]
     if lone or any(first > second for first, second in itertools.pairwise(made)):
         reason = f"token {lone[0]!r} has no merge" if lone else "token ids do not grow in the order of merges"
         raise ValueError(f"{path}: {reason}, so tiktoken would encode differently")
-    ranks = {bytes(characters[c] for c in token): i for token, i in vocab.items()}
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
     return Tokenizer(path.parent.name, pattern, ranks, added, normalizer.get("type"))
 
 
 def split_pattern(pre_tokenizer: dict) -> str | None:
-    """One regular expression that cuts text as tokenizer.json's `pre_tokenizer` does; None if we know of none."""
+    """One regular expression that cuts text as tokenizer.json's `pre_tokenizer` does; None if we know none."""
     steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
-    regex, prefix = last.get("use_regex", True), last.get("add_prefix_space", True)
-    if kinds == ["ByteLevel"] and regex and not prefix:
-        return GPT2
-    if kinds == ["Digits", "ByteLevel"] and first.get("individual_digits") and regex and not prefix:
-        return GPT2_DIGITS
-    if kinds == ["Split", "ByteLevel"] and not regex and not prefix:
-        pattern = first["pattern"].get("Regex")  # tiktoken drops text between matches: these patterns leave none
-        isolated = first.get("behavior") == "Isolated" and not first.get("invert")
-        return pattern if isolated and pattern in (LLAMA3, QWEN2, GPT2) else None
-    return None
+    if last.get("add_prefix_space", True):
+        return None
+    if last.get("use_regex", True):
+        digits = kinds == ["Digits", "ByteLevel"] and first.get("individual_digits")
+        return GPT2_DIGITS if digits else GPT2 if kinds == ["ByteLevel"] else None
+    if kinds != ["Split", "ByteLevel"] or first.get("behavior") != "Isolated" or first.get("invert"):
+        return None
+    pattern = first["pattern"].get("Regex")  # tiktoken drops text between matches; after these there is none
+    return pattern if pattern in (LLAMA3, QWEN2, GPT2) else None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Train byte-level BPE, write it as a Llama-3 tokenizer.model (`path`: a directory, or a *.model file), load it.
+    """Train byte-level BPE, write it as a Llama-3 tokenizer.model (`path`: directory or *.model file), load it.
 
-    vocab_size counts the 256 bytes; 256 special tokens come on top. Pieces are Llama 3's but for single digits, so no
-    merge joins digits and Llama 3's own pattern gives one token a digit. Raises ValueError for an impossible size.
+    vocab_size counts the 256 bytes; 256 special tokens come on top. Pieces are Llama 3's but for single digits: no
+    merge joins digits, so Llama 3's own pattern gives one token a digit. ValueError for an impossible size.
     """
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size {vocab_size} is too small: the bytes alone are 256 tokens")
     words, pattern = Counter(), re.compile(QWEN2_STDLIB)
     for text in texts:
         words.update(pattern.findall(text))
-    tokens = learn_merges({word.encode("utf-8", "replace"): count for word, count in words.items()}, vocab_size)
+    tokens = learn_merges({word.encode(errors="replace"): n for word, n in words.items()}, vocab_size)
     path = Path(path) if Path(path).suffix == ".model" else Path(path) / "tokenizer.model"
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    aside.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
     sync(aside)
     os.replace(aside, path)
     return load_tokenizer(path)
 
 
 def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
-    """BPE (arXiv 1508.07909) over {word: frequency}: the vocabulary in order of merging. The most frequent pair goes
-    first, the lower ids on a tie. A merge visits only the words with its pair; outdated heap entries are skipped."""
-    tokens, spelled, frequency = [bytes([b]) for b in range(256)], list(map(list, words)), list(words.values())
+    """BPE (arXiv 1508.07909) over {word: frequency}: the vocabulary in order of merging, the most frequent pair
+    first, lower ids on a tie. A merge visits only words with its pair; outdated heap entries are skipped."""
+    tokens, spelled, frequency = [bytes([b]) for b in range(256)], [list(w) for w in words], list(words.values())
     counts, where = Counter(), defaultdict(set)
     for w, symbols in enumerate(spelled):
         for pair in itertools.pairwise(symbols):
@@ -181,7 +183,7 @@ def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
         while heap and counts[heap[0][1]] != -heap[0][0]:
             heapq.heappop(heap)
         if not heap:
-            raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} tokens at most")
+            raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} at most")
         pair, changed = heapq.heappop(heap)[1], set()
         for w in where.pop(pair):
             before, after = spelled[w], join_pair(spelled[w], pair, len(tokens))
@@ -196,8 +198,6 @@ def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
         for other in changed:
             if counts[other]:
                 heapq.heappush(heap, (-counts[other], other))
-    if vocab_size < len(tokens):
-        raise ValueError(f"vocab_size {vocab_size} is too small: the bytes alone are 256 tokens")
     return tokens
 
 
@@ -211,7 +211,7 @@ def join_pair(symbols: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------ chat
+# ---------------------------------------------------------------------------------------------------- chat
 
 
 def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
@@ -224,7 +224,7 @@ def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
 
 
 def check_messages(messages: list[dict], training: bool = True) -> None:
-    """Raise ValueError unless these are chat messages, and for training have an assistant's words."""
+    """Raise ValueError unless these are chat messages, with words of an assistant if they are for training."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages must be a list of objects with role and content")
     for i, message in enumerate(messages):
@@ -238,11 +238,11 @@ def check_messages(messages: list[dict], training: bool = True) -> None:
 
 def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
                 add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation, and which carry loss: the assistant's words and its end-of-turn token, no others.
+    """Tokens of a conversation and which carry loss: the assistant's words and its end-of-turn token, no others.
 
-    Llama 3's template (as in llama-models, chat_format.py) or ChatML, by the tokenizer's special tokens; no system
-    message is added. Contents are plain text: a special token spelled there stays text. `add_generation_prompt` opens
-    the assistant's answer; then messages need no assistant. Raises ValueError (see check_messages, end_of_turn).
+    Llama 3's template (llama-models, chat_format.py) or ChatML, by the tokenizer's special tokens; no system message
+    is added. Contents are plain text: a special token spelled there stays text. `add_generation_prompt` opens the
+    assistant's answer, and then messages need none. Raises ValueError: see check_messages, end_of_turn.
     """
     check_messages(messages, training=not add_generation_prompt)
     end, text, special = end_of_turn(tokenizer), tokenizer.encode_ordinary, tokenizer.encode_single_token
@@ -263,20 +263,20 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
     return [t for tokens, _ in parts for t in tokens], [loss for tokens, loss in parts for _ in tokens]
 
 
-# ---------------------------------------------------------------------------------------------------------- corpus
+# -------------------------------------------------------------------------------------------------- corpus
 
 TEXT_SUFFIXES = frozenset(
-    ".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md .php .pl .py .pyi .pyx "
-    ".r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml".split())
+    ".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md .php .pl .py .pyi "
+    ".pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml".split())
 SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules")
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
 @contextmanager
 def complete_or_absent(path: str | Path) -> Iterator[Path]:
-    """Yield the new directory `path`.partial to fill; it then becomes `path`, synced, or on any error is removed.
+    """Yield a new directory `path`.partial to fill; synced, it becomes `path`, or on any error it is removed.
 
-    Raises ValueError if `path` already holds something, and OSError with the path if writing fails (disk full).
+    Raises ValueError if `path` already holds something, OSError with the path if writing fails (disk full).
     """
     path = Path(path).absolute()
     if path.exists() and (path.is_file() or any(path.iterdir())):
@@ -311,7 +311,7 @@ def read_documents(path: str | Path) -> Iterator[dict]:
     """Documents of a file, or recursively and sorted of a directory: {text}, {prompt, completion} or {messages}.
 
     .jsonl and .jsonl.gz hold one a line; any other file is one text. In directories, hidden files, files without a
-    known text suffix and files that are not UTF-8 are passed over. Raises ValueError that names the file and line.
+    known text suffix and files that are not UTF-8 are passed over. ValueError names the file and line.
     """
     path = Path(path)
     if not path.exists():
@@ -359,16 +359,16 @@ def parse_document(line: bytes, place: str) -> dict:
             return document
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not valid JSON ({error})") from None
-    except (KeyError, TypeError):
-        pass
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
+    except (KeyError, TypeError):
+        pass  # the message below says what is needed
     raise ValueError(f"{place}: needs an object with a string text, strings prompt and completion, or messages")
 
 
 def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
-    """(source, document) -> (source, tokens uint32 (T,), loss mask bool (T,)), in order, with loss on all of a text,
-    on a completion but not its prompt, or as encode_chat says. Threads help: tiktoken releases the interpreter."""
+    """(source, document) -> (source, tokens uint32 (T,), loss mask bool (T,)), in order. Loss is on all of a text, on
+    a completion but not its prompt, or as encode_chat says. Threads: tiktoken releases the interpreter."""
 
     def encode(item: tuple[str, dict]) -> tuple[str, np.ndarray, np.ndarray]:
         source, document = item
@@ -386,24 +386,24 @@ def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
-    """Identifies what ordinary ids stand for (tokenizer.model and tokenizer.json name special ones differently)."""
+    """Identifies what ordinary ids stand for (special ones have other names in tokenizer.json than in .model)."""
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    return hashlib.sha256(b"".join(b"%d %d " % (rank, len(token)) + token for token, rank in ranks)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(b"%d %d " % (i, len(token)) + token for token, i in ranks)).hexdigest()[:16]
 
 
-def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]], out_dir: str | Path,
-                 tokenizer: tiktoken.Encoding, shard_tokens: int = 2**27, **notes) -> dict:
-    """Write documents token for token: {"train": ..., "valid": ...}, each an iterable of (source, tokens, loss mask).
+def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]],
+                 out_dir: str | Path, tokenizer: tiktoken.Encoding, shard_tokens: int = 2**27, **notes) -> dict:
+    """Write documents token for token: {"train": ..., "valid": ...}, each iterable of (source, tokens, loss mask).
 
-    A mask of None is loss everywhere; documents without a token are left out. out_dir appears complete or not at all:
-    SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a token), SPLIT-offsets.npy (int64, documents + 1),
-    SPLIT-sources.npy (int64, into meta.json's sources), and meta.json, which is returned and takes `notes`. A shard
-    holds `shard_tokens` at most; a longer document has its own. Raises ValueError without training documents.
+    A mask of None is loss everywhere; documents without a token are left out. out_dir appears complete or not at
+    all: SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a token), SPLIT-offsets.npy (int64, documents
+    + 1), SPLIT-sources.npy (int64, into meta.json's sources), and meta.json, which is returned and takes `notes`.
+    Shards hold `shard_tokens` at most; a longer document has its own. ValueError without training documents.
     """
     with complete_or_absent(out_dir) as aside:
         sources, counts = {}, {}
         for split, documents in splits.items():
-            counts[split] = write_split(documents, aside, split, sources, tokenizer.n_vocab, shard_tokens)
+            counts[split] = write_split(documents, aside / split, sources, tokenizer.n_vocab, shard_tokens)
         if not counts.get("train", {}).get("documents"):
             raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
         meta = {"format": 1, "vocab_size": tokenizer.n_vocab, "tokenizer": fingerprint(tokenizer),
@@ -412,9 +412,9 @@ def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[b
     return meta
 
 
-def write_split(documents: Iterable[tuple], directory: Path, split: str, sources: dict[str, int], vocab_size: int,
+def write_split(documents: Iterable[tuple], prefix: Path, sources: dict[str, int], vocab_size: int,
                 shard_tokens: int) -> dict:
-    """One split of write_corpus; new names enter `sources`. Returns the split's entry in meta.json."""
+    """A split of write_corpus, as files `prefix`-...; new names enter `sources`. Returns its meta.json entry."""
     lengths, owners, shards = [], [], []
     with ExitStack() as files:
         for source, tokens, mask in documents:
@@ -423,11 +423,12 @@ def write_split(documents: Iterable[tuple], directory: Path, split: str, sources
             if not len(tokens):
                 continue
             if len(mask) != len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(f"{split} document {len(lengths)} ({source}): ids must be 0 to {vocab_size - 1}, they "
-                                 f"are {tokens.min()} to {tokens.max()}; {len(mask)} mask values for {len(tokens)} ids")
+                raise ValueError(f"{prefix.name} document {len(lengths)} ({source}): {len(mask)} mask values for "
+                                 f"{len(tokens)} ids from {tokens.min()} to {tokens.max()}; needs one an id, and ids "
+                                 f"from 0 to {vocab_size - 1}")
             if not shards or shards[-1] + len(tokens) > shard_tokens:
                 files.close()
-                token_file, mask_file = (files.enter_context(open(shard_path(directory, split, len(shards), kind), "wb"))
+                token_file, mask_file = (files.enter_context(open(f"{prefix}-{len(shards):05d}.{kind}", "wb"))
                                          for kind in ("tokens", "mask"))
                 shards.append(0)
             token_file.write(tokens.astype("<u4").tobytes())
@@ -435,25 +436,41 @@ def write_split(documents: Iterable[tuple], directory: Path, split: str, sources
             shards[-1] += len(tokens)
             lengths.append(len(tokens))
             owners.append(sources.setdefault(source, len(sources)))
-    np.save(directory / f"{split}-offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(directory / f"{split}-sources.npy", np.array(owners, dtype=np.int64))
+    np.save(f"{prefix}-offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(f"{prefix}-sources.npy", np.array(owners, dtype=np.int64))
     return {"documents": len(lengths), "tokens": sum(lengths), "shards": shards}
 
 
-def shard_path(directory: Path, split: str, shard: int, kind: str) -> Path:
-    return directory / f"{split}-{shard:05d}.{kind}"
+def read_meta(directory: str | Path) -> dict:
+    """meta.json of a corpus directory. Raises FileNotFoundError, or ValueError for another format."""
+    path = Path(directory) / "meta.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); write one with data.py prepare")
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(meta, dict) or meta.get("format") != 1:
+        raise ValueError(f"{path}: not a corpus of format 1, which this version reads; prepare it again")
+    return meta
+
+
+def is_held_out(document: dict, holdout: float, seed: int) -> bool:
+    """By a hash of seed and content: independent of order, and copies of a document fall on one side."""
+    digest = hashlib.blake2b(json.dumps([seed, document]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < holdout * 2**64
 
 
 def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: tiktoken.Encoding, out_dir: str | Path,
                    holdout: float = 0.1, holdout_window: int = 48, seed: int = 0) -> dict:
     """Tokenise (name, path) sources into a corpus directory (see write_corpus); returns its meta.json.
 
-    A share `holdout` of the documents becomes split "valid", by a hash of seed and content: whatever the order, and
-    copies fall on one side. Every run of `holdout_window` tokens that a training document has too is cut out of it
-    (0: kept), or shared boilerplate would count as held-out. Sources are read twice; memory holds the held-out ones.
+    A share `holdout` of the documents (see is_held_out) becomes split "valid". Every run of `holdout_window` tokens
+    that a training document has too is cut out of it (0: kept), or shared boilerplate would count as held-out.
+    Sources are read twice; memory holds the held-out documents. ValueError or OSError before anything is written.
     """
     if not 0 <= holdout < 1 or holdout_window < 0:
-        raise ValueError(f"holdout {holdout} must be in [0, 1) and holdout_window {holdout_window} not negative")
+        raise ValueError(f"holdout {holdout} must be in [0, 1), holdout_window {holdout_window} not negative")
     if len(dict(sources)) != len(sources):
         raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
     for _, path in sources:
@@ -463,10 +480,7 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: tiktoken.En
 
     def documents(valid: bool) -> Iterator[tuple[str, dict]]:
         for name, path in sources:
-            for document in read_documents(path):
-                digest = hashlib.blake2b(json.dumps([seed, document]).encode(), digest_size=8).digest()
-                if (int.from_bytes(digest, "little") < holdout * 2**64) == valid:
-                    yield name, document
+            yield from ((name, d) for d in read_documents(path) if is_held_out(d, holdout, seed) == valid)
 
     def training() -> Iterator[tuple]:
         held_out.extend(encode_documents(documents(True), tokenizer))
@@ -474,7 +488,7 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: tiktoken.En
         others = tqdm(others, "tokenise", unit=" documents", disable=None)
         yield from note_shared_windows(held_out, others, holdout_window, shared) if holdout_window else others
 
-    def valid() -> Iterator[tuple]:
+    def valid() -> Iterator[tuple]:  # runs after `training`
         for document in held_out:
             yield from cut_shared_windows(*document, holdout_window, shared) if shared else [document]
 
@@ -483,7 +497,7 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: tiktoken.En
 
 
 def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
-    """Hash of each run of `window` tokens, uint64 (len - window + 1,): runs of 1, 2, 4, ... are hashed by doubling."""
+    """Hash of each run of `window` tokens, uint64 (len - window + 1,), from hashes of runs of 1, 2, 4, ..."""
 
     def mix(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # arithmetic modulo 2^64
         a = (a ^ (a >> np.uint64(32))) * MULTIPLIER + b
@@ -499,22 +513,26 @@ def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
     return result
 
 
-def note_shared_windows(held_out: list[tuple], training: Iterable[tuple], window: int, shared: set) -> Iterator[tuple]:
+def note_shared_windows(held_out: list[tuple], training: Iterable[tuple], window: int,
+                        shared: set[int]) -> Iterator[tuple]:
     """Pass training documents on; `shared` collects the hashes of held-out windows that occur in them."""
-    hashes = np.unique(np.concatenate([window_hashes(tokens, window) for _, tokens, _ in held_out] or [[]]))
-    hashes = hashes.astype(np.uint64)
-    table = np.zeros(2 ** min(28, 6 + len(hashes).bit_length()), dtype=bool)  # a cheap first test, by the low bits
+    every = [window_hashes(tokens, window) for _, tokens, _ in held_out]
+    hashes = np.unique(np.concatenate([np.empty(0, np.uint64), *every]))
+    table = np.zeros(2 ** min(28, 6 + len(hashes).bit_length()), dtype=bool)  # a cheap first test, by low bits
     low_bits = np.uint64(len(table) - 1)
     table[hashes & low_bits] = True
     for document in training:
-        candidates = window_hashes(document[1], window)
-        candidates = candidates[table[candidates & low_bits]]
-        shared.update(np.intersect1d(candidates, hashes).tolist() if len(candidates) else ())
+        found = window_hashes(document[1], window)
+        found = found[table[found & low_bits]]
+        if len(found):
+            places = np.searchsorted(hashes[:-1], found)  # the last place takes all that lies beyond
+            shared.update(found[hashes[places] == found].tolist())
         yield document
 
 
-def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window: int, shared: set) -> Iterator[tuple]:
-    """A held-out document less its shared windows: whole if it has none, else its pieces of `window` tokens or more."""
+def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window: int,
+                       shared: set[int]) -> Iterator[tuple]:
+    """A held-out document whole if it has no shared window, else its other pieces of `window` tokens or more."""
     starts = np.flatnonzero([value in shared for value in window_hashes(tokens, window).tolist()])
     change = np.zeros(len(tokens) + 1, dtype=np.int64)
     change[starts] += 1
@@ -527,10 +545,10 @@ def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window
 
 def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, long: int = 8192,
                    short_weight: float = 1.0, long_weight: float = 1.0) -> np.ndarray:
-    """Expected repeats of each document an epoch, float64 (documents,): length up-sampling (arXiv 2504.06214, 3.1).
+    """Expected repeats of each document an epoch, float64 (documents,): the up-sampling of arXiv 2504.06214, 3.1.
 
-    Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each source is then scaled so
-    that its expected tokens stay as they are: the sources keep their proportions. Raises ValueError.
+    Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each source is then scaled
+    so that its expected tokens stay as they are: sources keep their proportions. Raises ValueError.
     """
     if not 0 <= short <= long or not all(0 <= weight < np.inf for weight in (short_weight, long_weight)):
         raise ValueError(f"length weights need 0 <= short {short} <= long {long} and finite weights of 0 or more, "
@@ -545,7 +563,7 @@ def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, 
     return weights
 
 
-# --------------------------------------------------------------------------------------------------------- datasets
+# ------------------------------------------------------------------------------------------------ datasets
 
 
 class Batch(NamedTuple):
@@ -559,12 +577,13 @@ class Batch(NamedTuple):
 def batch(dataset, first: int, count: int) -> Batch:
     """Sequences first ... first + count - 1 of a dataset, their targets shifted."""
     sequences = [dataset.sequence(index) for index in range(first, first + count)]
-    tokens, mask, ids = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*sequences))  # (B, S + 1)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].masked_fill(~mask[:, 1:], -100), ids[:, :-1].contiguous())
+    tokens, mask, ids = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*sequences, strict=True))
+    targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)  # (B, S) of (B, S + 1)
+    return Batch(tokens[:, :-1].contiguous(), targets, ids[:, :-1].contiguous())
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(count) that depends on (seed, epoch) only."""
+    """A permutation of range(count), int64 (count,), that depends on (seed, epoch) only."""
     return np.argsort(np.random.default_rng([seed, epoch]).random(count), kind="stable")
 
 
@@ -572,43 +591,40 @@ class PackedDataset:
     """A split of a corpus as one endless stream of documents, cut into sequences.
 
     In an epoch a document occurs length_weights times (the fraction is drawn), in shuffled order: a pure function of
-    (seed, epoch). The separator follows every document: "<s>" is that plain text (arXiv 2504.06214, 3.1), "bos_eos" the
-    end-of-text token and, where there is one, the begin-of-text token, "none" nothing. It carries loss: to predict it is to
-    know where a document ends. Sequence i is tokens i·S to i·S + S of the stream, its last target the next one's first
-    input; so documents of S - len(separator) tokens start exactly where sequences do.
+    (seed, epoch). The separator follows every document: "<s>" is that plain text (arXiv 2504.06214, 3.1), "bos_eos"
+    the end-of-text token and, where there is one, begin-of-text, "none" nothing. It carries loss: to predict it is to
+    know where a document ends. Sequence i is tokens i·S to i·S + S of the stream, so its last target is the next
+    one's first input, and documents of S - len(separator) tokens start exactly where sequences do.
     """
 
     def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int, separator: str = "<s>",
                  short: int = 4096, long: int = 8192, short_weight: float = 1.0, long_weight: float = 1.0,
                  tokenizer: tiktoken.Encoding | None = None) -> None:
-        """tokenizer: the one the corpus was prepared with, which is checked; only "none" needs none."""
-        directory = Path(directory)
-        if not (directory / "meta.json").is_file():
-            raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); write one with data.py prepare")
-        meta = json.loads((directory / "meta.json").read_text())
-        if meta.get("format") != 1:
-            raise ValueError(f"{directory}: corpus format {meta.get('format')!r}; this version reads format 1")
+        """tokenizer: the one the corpus was prepared with, which is checked; separator "none" can do without."""
+        meta, prefix = read_meta(directory), Path(directory) / split
         if not meta["splits"].get(split, {}).get("documents"):
-            raise ValueError(f"{directory}: no documents in split {split!r}; prepare more text or a larger holdout")
+            raise ValueError(f"{directory}: no documents in split {split!r}; needs more text or a larger holdout")
         if tokenizer is not None and fingerprint(tokenizer) != meta["tokenizer"]:
             raise ValueError(f"{directory}: was prepared with another tokenizer than {tokenizer.name!r}")
         if sequence_length < 1 or seed < 0:
             raise ValueError(f"sequence_length {sequence_length} must be 1 or more, seed {seed} 0 or more")
-        self.sequence_length, self.seed, self.separator = sequence_length, seed, separator_tokens(separator, tokenizer)
         shards = meta["splits"][split]["shards"]
-        self.tokens, self.masks = (
-            [map_shard(shard_path(directory, split, i, kind), dtype, size) for i, size in enumerate(shards)]
+        self.tokens, self.masks = (  # lists of arrays (T,), one a shard
+            [map_shard(Path(f"{prefix}-{i:05d}.{kind}"), dtype, size) for i, size in enumerate(shards)]
             for kind, dtype in (("tokens", "<u4"), ("mask", "?")))
-        offsets, sources = (np.load(directory / f"{split}-{name}.npy") for name in ("offsets", "sources"))
-        shard_starts = np.cumsum([0, *shards])
-        self.shards = np.searchsorted(shard_starts, offsets[:-1], side="right") - 1  # (documents,), as what follows
-        self.starts, self.lengths = offsets[:-1] - shard_starts[self.shards], np.diff(offsets)
+        offsets, sources, shard_starts = (
+            np.load(f"{prefix}-offsets.npy"), np.load(f"{prefix}-sources.npy"), np.cumsum([0, *shards]))
+        self.lengths = np.diff(offsets)  # (documents,), as are the next three
+        self.shards = np.searchsorted(shard_starts, offsets[:-1], side="right") - 1
+        self.starts = offsets[:-1] - shard_starts[self.shards]
         self.weights = length_weights(self.lengths, sources, short, long, short_weight, long_weight)
-        self._before = [(0, 0)]  # tokens and documents of the stream before epoch 0, 1, ...
-        self._plan = (-1, np.empty(0), np.empty(0))
+        self.sequence_length, self.seed = sequence_length, seed
+        self.separator = separator_tokens(separator, tokenizer)
+        self._before = [(0, 0)]  # tokens and documents of the stream before epochs 0, 1, ...
+        self._plan = (-1, np.empty(0), np.empty(0))  # the newest epoch, its order and ends
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents of an epoch in order, int64 (n,), and where each one's separator ends in the epoch, int64 (n,)."""
+        """Documents of an epoch in order, int64 (n,), and where in it each one's separator ends, int64 (n,)."""
         if self._plan[0] != epoch:
             draw = np.random.default_rng([self.seed, epoch, 1]).random()  # one for all: systematic sampling
             repeats = np.diff(np.floor(np.cumsum([0, *self.weights]) + draw)).astype(np.int64)
@@ -618,37 +634,42 @@ class PackedDataset:
         return self._plan[1:]
 
     def before(self, epoch: int) -> tuple[int, int]:
-        """Tokens and documents of the stream before an epoch; epochs differ in size where fractions are drawn."""
+        """Tokens and documents of the stream before an epoch; epochs differ where fractions are drawn."""
         while len(self._before) <= epoch:
             order, ends = self.plan(len(self._before) - 1)
             tokens, documents = self._before[-1]
             self._before.append((tokens + int(ends[-1]) if len(ends) else tokens, documents + len(order)))
         return self._before[epoch]
 
+    def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Document i of the split: tokens uint32 (T,), loss mask bool (T,), as views of the files."""
+        here = slice(self.starts[i], self.starts[i] + self.lengths[i])
+        return self.tokens[self.shards[i]][here], self.masks[self.shards[i]][here]
+
     def pieces(self, position: int) -> Iterator[tuple]:
-        """The stream from `position` on: (tokens, loss mask, number of the document) for each document or separator."""
-        epoch = 0
+        """The stream from `position` on: (tokens, loss mask, document's number), a document or separator each."""
+        epoch, separator_loss = 0, np.ones(len(self.separator), dtype=bool)
         while self.before(epoch + 1)[0] <= position:
             epoch += 1
-        for epoch in itertools.count(epoch):
+        while True:
             (tokens_before, number), (order, ends) = self.before(epoch), self.plan(epoch)
-            for k in range(int(np.searchsorted(ends, position - tokens_before, side="right")), len(order)):
-                document = order[k]
-                length, start, shard = int(self.lengths[document]), int(self.starts[document]), self.shards[document]
-                skip = max(0, position - tokens_before - int(ends[k]) + length + len(self.separator))
-                here = slice(start + min(skip, length), start + length)
-                yield self.tokens[shard][here], self.masks[shard][here], number + k
-                yield self.separator[max(0, skip - length):], True, number + k
+            for k in range(np.searchsorted(ends, position - tokens_before, side="right"), len(order)):
+                tokens, mask = self.document(order[k])
+                start = tokens_before + int(ends[k]) - len(self.separator) - len(tokens)
+                skip = max(0, position - start)  # of the first document only, and perhaps of its separator
+                after = max(0, skip - len(tokens))
+                yield tokens[skip:], mask[skip:], number + k
+                yield self.separator[after:], separator_loss[after:], number + k
+            epoch += 1
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids count documents along the stream, so a
-        repeated document gets a new one; a separator has the id of the document before it."""
+        """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids count documents along the stream, so
+        a repeated document gets a new one; a separator has the id of the document before it."""
         size, filled = self.sequence_length + 1, 0
         tokens, mask, ids = np.empty(size, np.int64), np.empty(size, bool), np.empty(size, np.int64)
         for piece, loss, number in self.pieces(index * self.sequence_length):
             end = min(size, filled + len(piece))
-            tokens[filled:end] = piece[:end - filled]
-            mask[filled:end] = loss if loss is True else loss[:end - filled]
+            tokens[filled:end], mask[filled:end] = piece[:end - filled], loss[:end - filled]
             ids[filled:end] = number
             filled = end
             if filled == size:
@@ -673,55 +694,54 @@ def separator_tokens(separator: str, tokenizer: tiktoken.Encoding | None) -> np.
 def map_shard(path: Path, dtype: str, size: int) -> np.ndarray:
     """A shard as an array that is read where touched. Raises ValueError unless it has `size` elements."""
     if not path.is_file() or path.stat().st_size != size * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path}: missing or not of the {size} tokens in meta.json; prepare the corpus again")
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+        raise ValueError(f"{path}: missing, or not the {size} tokens of meta.json; prepare the corpus again")
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # slices of a plain array are far cheaper
 
 
 class ChatDataset:
     """Chat samples, one a row, right-padded without loss, shuffled each epoch by (seed, epoch).
 
-    Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` holds the others.
+    Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` has the others.
     """
 
-    def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding, sequence_length: int,
-                 seed: int) -> None:
-        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]} lines, or lists of messages. Raises ValueError."""
-        from_file = isinstance(samples, (str, Path))
-        name, documents = (samples, read_documents(samples)) if from_file else ("samples", ({"messages": m} for m in samples))
-        documents = list(documents)
+    def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding,
+                 sequence_length: int, seed: int) -> None:
+        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]}, or lists of messages. Raises ValueError."""
+        name = samples if isinstance(samples, (str, Path)) else "samples"
+        documents = list(read_documents(samples)) if name is samples else [{"messages": m} for m in samples]
         if not all("messages" in document for document in documents):
             raise ValueError(f"{name}: every line must have messages")
         rows = [row[1:] for row in encode_documents((("chat", document) for document in documents), tokenizer)]
-        self.rows = [(tokens, mask) for tokens, mask in rows if len(tokens) <= sequence_length]
+        self.rows = [row for row in rows if len(row[0]) <= sequence_length]  # (tokens, loss mask)
         self.dropped = len(rows) - len(self.rows)
         if not self.rows:
-            raise ValueError(f"{name}: none of its {len(rows)} samples has {sequence_length} tokens or fewer")
+            raise ValueError(f"{name}: none of {len(rows)} samples has {sequence_length} tokens or fewer")
         self.sequence_length, self.seed, self.padding = sequence_length, seed, end_of_turn(tokenizer)
-        self._order = (-1, np.empty(0))
+        self._order = (-1, np.empty(0))  # the newest epoch and its order
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens int64, loss mask bool, document ids int64 (all `index`), each (S + 1,)."""
-        epoch, place = divmod(index, len(self.rows))
+        size, (epoch, place) = self.sequence_length + 1, divmod(index, len(self.rows))
         if self._order[0] != epoch:
             self._order = (epoch, shuffled(len(self.rows), self.seed, epoch))
         row, row_mask = self.rows[self._order[1][place]]
-        tokens, mask = np.full(self.sequence_length + 1, self.padding), np.zeros(self.sequence_length + 1, dtype=bool)
+        tokens, mask = np.full(size, self.padding, dtype=np.int64), np.zeros(size, dtype=bool)
         tokens[:len(row)], mask[:len(row)] = row, row_mask
-        return tokens, mask, np.full(len(tokens), index)
+        return tokens, mask, np.full(size, index, dtype=np.int64)
 
 
 class Blend:
-    """Datasets mixed by weight: each sequence comes from one of them, and each gives its own in order, without a gap.
+    """Datasets mixed by weight: a sequence comes from one of them, and each gives its own in order, without a gap.
 
-    A block of 1,000 sequences has a fixed number of each (so weights are rounded to 1/1000), evenly spread with a jitter
-    drawn from (seed, block): any stretch of a run has close to the right shares.
+    A block of 1,000 sequences has a fixed number of each (weights are rounded to 1/1000), evenly spread with a jitter
+    drawn from (seed, block): any stretch of a run has close to the right shares. Raises ValueError.
     """
 
     BLOCK = 1000
 
     def __init__(self, datasets: Sequence, weights: Sequence[float], seed: int) -> None:
         if not datasets or len(datasets) != len(weights) or not all(0 < weight < np.inf for weight in weights):
-            raise ValueError(f"a blend needs a positive weight a dataset; {len(datasets)} datasets, weights {weights}")
+            raise ValueError(f"a blend needs a positive weight for each of its datasets, not {weights}")
         if len({dataset.sequence_length for dataset in datasets}) > 1:
             raise ValueError("a blend needs datasets of one sequence_length")
         exact = np.array(weights) / sum(weights) * self.BLOCK
@@ -730,7 +750,7 @@ class Blend:
         if not self.counts.all():
             raise ValueError(f"weights {weights}: none may be below 1/{self.BLOCK} of their sum")
         self.datasets, self.seed, self.sequence_length = datasets, seed, datasets[0].sequence_length
-        self._block = (-1, np.empty(0))
+        self._block = (-1, np.empty(0))  # the newest block and whose turn each of its sequences is
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The next sequence of the dataset whose turn `index` is."""
@@ -744,7 +764,7 @@ class Blend:
         return self.datasets[owners[place]].sequence(int(used))
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------- command line
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -752,7 +772,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     bpe = commands.add_parser("train-bpe", help="train a byte-level BPE tokenizer, one token a digit", **options)
-    bpe.add_argument("--source", nargs="+", required=True, metavar="PATH", help="files or directories; or stdlib")
+    bpe.add_argument("--source", nargs="+", required=True, metavar="PATH", help="files, directories, or stdlib")
     bpe.add_argument("--vocab-size", type=int, required=True, help="tokens, without the 256 special ones")
     bpe.add_argument("--max-bytes", type=int, default=5_000_000, help="how much text to train on")
     bpe.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
@@ -762,25 +782,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
     prepare.add_argument("--out", type=Path, required=True, help="new corpus directory")
     prepare.add_argument("--holdout", type=float, default=0.1, help="share of the documents to hold out")
-    prepare.add_argument("--holdout-window", type=int, default=48, help="cut runs of this many held-out tokens that "
-                         "training documents have too; 0: keep them")
+    prepare.add_argument("--holdout-window", type=int, default=48, help="cut runs of this many held-out tokens "
+                         "that training documents have too; 0: keep them")
     prepare.add_argument("--seed", type=int, default=0, help="chooses the held-out documents")
     return parser.parse_args(argv)
 
 
 def source_path(text: str) -> Path:
-    """A --source as a path that exists. Raises FileNotFoundError."""
+    """The path that a --source names; stdlib is the running Python's library. Raises FileNotFoundError."""
     path = Path(sysconfig.get_path("stdlib") if text == "stdlib" else text)
     if not path.exists():
         raise FileNotFoundError(f"--source {text}: no such file or directory")
     return path
 
 
-def texts_of(paths: list[Path], max_bytes: int) -> Iterator[str]:
+def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
     """Texts of all documents until `max_bytes` of UTF-8 are reached."""
     for document in itertools.chain.from_iterable(map(read_documents, paths)):
-        texts = [m["content"] for m in document["messages"]] if "messages" in document else document.values()
-        for text in texts:
+        values = document.values()
+        for text in [m["content"] for m in document["messages"]] if "messages" in document else values:
             if max_bytes <= 0:
                 return
             yield text[:max_bytes]
@@ -789,21 +809,22 @@ def texts_of(paths: list[Path], max_bytes: int) -> Iterator[str]:
 
 def print_corpus(directory: Path, meta: dict) -> None:
     """Counts, and how the training tokens spread over document lengths."""
-    for split, counts in meta["splits"].items():
-        print(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {len(counts['shards'])} shards")
+    for split, n in meta["splits"].items():
+        print(f"{split}: {n['documents']:,} documents, {n['tokens']:,} tokens, {len(n['shards'])} shards")
     lengths, owners = np.diff(np.load(directory / "train-offsets.npy")), np.load(directory / "train-sources.npy")
     edges = [0, 1024, 4096, 8192, 32768, 131072, 2**62]
-    print("training tokens by document length:" + "".join(f"{f'< {e:,}':>12}" for e in edges[1:-1]) + "      longer")
+    print("training tokens by length of document" + "".join(f"{f'< {e:,}':>11}" for e in edges[1:-1]) + "   longer")
     for i, name in enumerate(meta["sources"]):
         mine = lengths[owners == i]
         shares = np.histogram(mine, edges, weights=mine)[0] / max(1, mine.sum())
-        print(f"{name:>35}" + "".join(f"{share:12.1%}" for share in shares))
+        print(f"{name:>37}" + "".join(f"{share:11.1%}" for share in shares[:-1]) + f"{shares[-1]:9.1%}")
 
 
 def run(a: argparse.Namespace) -> None:
     if a.command == "train-bpe":
-        tokenizer = train_bpe(texts_of([source_path(text) for text in a.source], a.max_bytes), a.vocab_size, a.out)
-        print(f"wrote {a.out}/tokenizer.model: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
+        texts = read_texts([source_path(text) for text in a.source], a.max_bytes)
+        special = len(train_bpe(texts, a.vocab_size, a.out).special_tokens_set)
+        print(f"wrote {a.out}/tokenizer.model: {a.vocab_size} tokens, {special} special ones")
         return
     malformed = [text for text in a.source if not re.fullmatch("[^=]+=.+", text)]
     if malformed:

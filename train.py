@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from tqdm import tqdm
 
 import data
@@ -52,14 +51,14 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                        help="compute type; auto measures whether bfloat16 is faster here. Master weights are float32")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    model.add_argument("--recompute", action="store_true", help="recompute each block in backward: less memory, one more forward")
+    model.add_argument("--recompute", action="store_true", help="recompute each block in backward: less memory, more time")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--steps", type=int, required=True, help="optimizer steps in all")
     optimisation.add_argument("--batch-size", type=int, default=1, help="sequences a step")
     optimisation.add_argument("--micro-batch-size", type=int, default=None, help="sequences a forward (default: the batch)")
     optimisation.add_argument("--learning-rate", type=float, default=3e-5)
     optimisation.add_argument("--warmup-steps", type=int, default=10, help="linear warm-up")
-    optimisation.add_argument("--final-learning-rate", type=float, default=0.1, help="where the cosine ends, as a share of the peak")
+    optimisation.add_argument("--final-learning-rate", type=float, default=0.1, help="end of the cosine / peak")
     optimisation.add_argument("--weight-decay", type=float, default=0.1)
     optimisation.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95))
     optimisation.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
@@ -115,7 +114,7 @@ def check_arguments(a: argparse.Namespace) -> None:
     if micro < 1 or a.batch_size % micro:
         raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {a.batch_size}")
     if a.device != "cpu" and not (a.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device {a.device} is not available here; use cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+        raise ValueError(f"--device {a.device} is not available here; use cpu, or cuda where there is a GPU")
 
 
 def weighted_paths(specifications: list[str]) -> list[tuple[Path, float]]:
@@ -347,7 +346,8 @@ def run(a: argparse.Namespace, build_datasets) -> None:
         raise ValueError("--tokenizer is needed with --config: the directory of the tokenizer the corpus was prepared with")
     config, tokenizer = starting_config(a), data.load_tokenizer(a.tokenizer)
     if tokenizer.n_vocab > config.vocab_size:
-        raise ValueError(f"--tokenizer {a.tokenizer} has {tokenizer.n_vocab} tokens, but the model's vocab_size is {config.vocab_size}")
+        raise ValueError(f"--tokenizer {a.tokenizer} has {tokenizer.n_vocab} tokens, but the model's vocab_size is "
+                         f"{config.vocab_size}; use the model's own tokenizer")
     training, validation = build_datasets(a, tokenizer)
     if (a.out / "final" / "config.json").exists() and a.resume:
         print(f"{a.out}/final is already there; nothing to do")
