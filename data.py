@@ -4,7 +4,7 @@
     python data.py prepare --source code=stdlib --tokenizer out/tokenizer --out out/corpus
 
 A dataset has `sequence_length` S and `sequence(index) -> (tokens int64, loss mask bool, document ids int64)`,
-each of S + 1 elements and a pure function of index and seed: training resumes anywhere, all ranks see one order.
+each of S + 1 elements and a pure function of index and seed: resume anywhere, on any number of ranks.
 `batch` shifts the targets there and then, before anything is sharded: none is lost at a shard's border.
 """
 from __future__ import annotations
@@ -54,8 +54,8 @@ LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
 class Tokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, with what Hugging Face's byte-level BPE files need beyond it.
 
-    Encode with `encode_ordinary`: it applies `normal_form` (Qwen2: NFC), drops bytes the vocabulary lacks as the
-    tokenizers library does (SmolLM2 lacks 21), and never makes special tokens of what a text spells.
+    Encode with `encode_ordinary`: it applies `normal_form` (Qwen2: NFC), drops bytes the vocabulary lacks as
+    the tokenizers library does (SmolLM2 lacks 21), and never makes special tokens of what a text spells.
     """
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
@@ -77,16 +77,18 @@ class Tokenizer(tiktoken.Encoding):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Llama-3 `tokenizer.model`, or Hugging Face `tokenizer.json` of byte-level BPE (Llama 3, Qwen2, SmolLM2).
+    """Llama-3 `tokenizer.model`, or Hugging Face `tokenizer.json` of byte-level BPE (Llama 3, Qwen2,
+    SmolLM2).
 
-    path: the file or its directory, where tokenizer.model wins. A tokenizer.model's ranks are followed by Llama
-    3.1's 256 special tokens. Raises FileNotFoundError, or ValueError if it cannot be reproduced exactly.
+    path: the file or its directory, where tokenizer.model wins. A tokenizer.model's ranks are followed by
+    Llama 3.1's 256 special tokens. Raises FileNotFoundError, or ValueError if it cannot be reproduced
+    exactly.
     """
     path = Path(path)
     if path.is_dir():
         path = path / ("tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.json")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such tokenizer.model or tokenizer.json, nor a directory with one")
+        raise FileNotFoundError(f"{path}: no such file; needs a tokenizer.model or tokenizer.json")
     if path.suffix == ".json":
         return load_tokenizer_json(path)
     try:
@@ -101,8 +103,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
-    """See load_tokenizer. tiktoken joins the pair whose result has the lowest id, tokenizers the one that `merges`
-    lists first: the same if ids grow along `merges` and every longer token has a merge, which is checked."""
+    """See load_tokenizer. tiktoken joins the pair whose result has the lowest id, tokenizers the one that
+    `merges` lists first: the same if ids grow along `merges` and every longer token has a merge, which is
+    checked."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         model, added = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -113,13 +116,13 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     splitting, normalizer = content.get("pre_tokenizer") or {}, content.get("normalizer") or {}
     pattern = split_pattern(splitting)
     if pattern is None:
-        raise ValueError(f"{path}: pre_tokenizer {json.dumps(splitting)[:200]} is not supported, only ByteLevel, "
-                         "Digits + ByteLevel, and Llama 3's or Qwen2's Split + ByteLevel")
+        raise ValueError(f"{path}: pre_tokenizer {json.dumps(splitting)[:200]} is not supported, only "
+                         "GPT-2's (ByteLevel), SmolLM2's (Digits + ByteLevel), Llama 3's and Qwen2's (Split)")
     if normalizer.get("type", "NFC") != "NFC":
         raise ValueError(f"{path}: normalizer {normalizer['type']} is not supported, only none or NFC")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
         if model.get(name):
-            raise ValueError(f"{path}: model.{name} {model[name]!r} is not supported, byte-level BPE has none")
+            raise ValueError(f"{path}: model.{name} {model[name]!r} is not supported, only none")
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are,
     others = [byte for byte in range(256) if byte not in printable]  # and these as characters from 256 on
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -133,7 +136,7 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def split_pattern(pre_tokenizer: dict) -> str | None:
-    """One regular expression that cuts text as tokenizer.json's `pre_tokenizer` does; None if we know none."""
+    """The regular expression that cuts text as tokenizer.json's `pre_tokenizer` does; None if unknown."""
     steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
     if last.get("add_prefix_space", True):
@@ -148,10 +151,12 @@ def split_pattern(pre_tokenizer: dict) -> str | None:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Train byte-level BPE, write it as a Llama-3 tokenizer.model (`path`: directory or *.model file), load it.
+    """Train byte-level BPE, write it as a Llama-3 tokenizer.model (`path`: directory or *.model file), load
+    it.
 
-    vocab_size counts the 256 bytes; 256 special tokens come on top. Pieces are Llama 3's but for single digits: no
-    merge joins digits, so Llama 3's own pattern gives one token a digit. ValueError for an impossible size.
+    vocab_size counts the 256 bytes; 256 special tokens come on top. Pieces are Llama 3's but for single
+    digits: no merge joins digits, so Llama 3's own pattern gives one token a digit. ValueError for an
+    impossible size.
     """
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size} is too small: the bytes alone are 256 tokens")
@@ -169,10 +174,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
 
 
 def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
-    """BPE (arXiv 1508.07909) over {word: frequency}: the vocabulary in order of merging, the most frequent pair
-    first, lower ids on a tie. A merge visits only words with its pair; outdated heap entries are skipped."""
-    tokens, spelled, frequency = [bytes([b]) for b in range(256)], [list(w) for w in words], list(words.values())
-    counts, where = Counter(), defaultdict(set)
+    """BPE (arXiv 1508.07909) over {word: frequency}: the vocabulary in order of merging, the most frequent
+    pair first, lower ids on a tie. A merge visits only words with its pair; outdated heap entries are
+    skipped."""
+    tokens, frequency = [bytes([b]) for b in range(256)], list(words.values())
+    spelled, counts, where = [list(word) for word in words], Counter(), defaultdict(set)
     for w, symbols in enumerate(spelled):
         for pair in itertools.pairwise(symbols):
             counts[pair] += frequency[w]
@@ -219,12 +225,12 @@ def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
     for start, end in (("<|start_header_id|>", "<|eot_id|>"), ("<|im_start|>", "<|im_end|>")):
         if {start, end} <= tokenizer.special_tokens_set:
             return tokenizer.encode_single_token(end)
-    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: neither Llama 3's <|start_header_id|> and "
-                     "<|eot_id|> nor ChatML's <|im_start|> and <|im_end|>")
+    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: Llama 3's <|start_header_id|> and "
+                     "<|eot_id|>, or ChatML's <|im_start|> and <|im_end|>")
 
 
 def check_messages(messages: list[dict], training: bool = True) -> None:
-    """Raise ValueError unless these are chat messages, with words of an assistant if they are for training."""
+    """Raise ValueError unless these are chat messages, for training with an assistant's words in them."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages must be a list of objects with role and content")
     for i, message in enumerate(messages):
@@ -238,11 +244,13 @@ def check_messages(messages: list[dict], training: bool = True) -> None:
 
 def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
                 add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation and which carry loss: the assistant's words and its end-of-turn token, no others.
+    """Tokens of a conversation and which carry loss: the assistant's words and its end-of-turn token, no
+    others.
 
-    Llama 3's template (llama-models, chat_format.py) or ChatML, by the tokenizer's special tokens; no system message
-    is added. Contents are plain text: a special token spelled there stays text. `add_generation_prompt` opens the
-    assistant's answer, and then messages need none. Raises ValueError: see check_messages, end_of_turn.
+    Llama 3's template (llama-models, chat_format.py) or ChatML, by the tokenizer's special tokens; no system
+    message is added. Contents are plain text: a special token spelled there stays text.
+    `add_generation_prompt` opens the assistant's answer, and then messages need none. Raises ValueError: see
+    check_messages, end_of_turn.
     """
     check_messages(messages, training=not add_generation_prompt)
     end, text, special = end_of_turn(tokenizer), tokenizer.encode_ordinary, tokenizer.encode_single_token
@@ -266,8 +274,8 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
 # -------------------------------------------------------------------------------------------------- corpus
 
 TEXT_SUFFIXES = frozenset(
-    ".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md .php .pl .py .pyi "
-    ".pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml".split())
+    ".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md .php .pl "
+    ".py .pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml".split())
 SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules")
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
@@ -308,10 +316,12 @@ def sync(path: Path) -> None:
 
 
 def read_documents(path: str | Path) -> Iterator[dict]:
-    """Documents of a file, or recursively and sorted of a directory: {text}, {prompt, completion} or {messages}.
+    """Documents of a file, or recursively and sorted of a directory: {text}, {prompt, completion} or
+    {messages}.
 
-    .jsonl and .jsonl.gz hold one a line; any other file is one text. In directories, hidden files, files without a
-    known text suffix and files that are not UTF-8 are passed over. ValueError names the file and line.
+    .jsonl and .jsonl.gz hold one a line; any other file is one text. In directories, hidden files, files
+    without a known text suffix and files that are not UTF-8 are passed over. ValueError names the file and
+    line.
     """
     path = Path(path)
     if not path.exists():
@@ -363,12 +373,13 @@ def parse_document(line: bytes, place: str) -> dict:
         raise ValueError(f"{place}: {error}") from None
     except (KeyError, TypeError):
         pass  # the message below says what is needed
-    raise ValueError(f"{place}: needs an object with a string text, strings prompt and completion, or messages")
+    raise ValueError(f"{place}: needs an object with text, with prompt and completion (strings), or messages")
 
 
 def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
-    """(source, document) -> (source, tokens uint32 (T,), loss mask bool (T,)), in order. Loss is on all of a text, on
-    a completion but not its prompt, or as encode_chat says. Threads: tiktoken releases the interpreter."""
+    """(source, document) -> (source, tokens uint32 (T,), loss mask bool (T,)), in order. Loss is on all of a
+    text, on a completion but not its prompt, or as encode_chat says. Threads: tiktoken releases the
+    interpreter."""
 
     def encode(item: tuple[str, dict]) -> tuple[str, np.ndarray, np.ndarray]:
         source, document = item
@@ -386,19 +397,23 @@ def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
-    """Identifies what ordinary ids stand for (special ones have other names in tokenizer.json than in .model)."""
-    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    return hashlib.sha256(b"".join(b"%d %d " % (i, len(token)) + token for token, i in ranks)).hexdigest()[:16]
+    """Identifies what ordinary ids stand for (special ones have other names in tokenizer.json than in
+    .model)."""
+    ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
+    return hashlib.sha256(b"".join(b"%d %d %s" % (i, len(t), t) for i, t in ranks)).hexdigest()[:16]
 
 
 def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]],
-                 out_dir: str | Path, tokenizer: tiktoken.Encoding, shard_tokens: int = 2**27, **notes) -> dict:
-    """Write documents token for token: {"train": ..., "valid": ...}, each iterable of (source, tokens, loss mask).
+                 out_dir: str | Path, tokenizer: tiktoken.Encoding, shard_tokens: int = 2**27,
+                 **notes) -> dict:
+    """Write documents token for token: {"train": ..., "valid": ...}, each iterable of (source, tokens, loss
+    mask).
 
-    A mask of None is loss everywhere; documents without a token are left out. out_dir appears complete or not at
-    all: SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a token), SPLIT-offsets.npy (int64, documents
-    + 1), SPLIT-sources.npy (int64, into meta.json's sources), and meta.json, which is returned and takes `notes`.
-    Shards hold `shard_tokens` at most; a longer document has its own. ValueError without training documents.
+    A mask of None is loss everywhere; documents without a token are left out. out_dir appears complete or not
+    at all: SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a token), SPLIT-offsets.npy (int64,
+    documents + 1), SPLIT-sources.npy (int64, into meta.json's sources), and meta.json, which is returned and
+    takes `notes`. Shards hold `shard_tokens` at most; a longer document has its own. ValueError without
+    training documents.
     """
     with complete_or_absent(out_dir) as aside:
         sources, counts = {}, {}
@@ -414,7 +429,7 @@ def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[b
 
 def write_split(documents: Iterable[tuple], prefix: Path, sources: dict[str, int], vocab_size: int,
                 shard_tokens: int) -> dict:
-    """A split of write_corpus, as files `prefix`-...; new names enter `sources`. Returns its meta.json entry."""
+    """A split of write_corpus, in files `prefix`-...; adds to `sources`. Returns its entry of meta.json."""
     lengths, owners, shards = [], [], []
     with ExitStack() as files:
         for source, tokens, mask in documents:
@@ -423,9 +438,9 @@ def write_split(documents: Iterable[tuple], prefix: Path, sources: dict[str, int
             if not len(tokens):
                 continue
             if len(mask) != len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(f"{prefix.name} document {len(lengths)} ({source}): {len(mask)} mask values for "
-                                 f"{len(tokens)} ids from {tokens.min()} to {tokens.max()}; needs one an id, and ids "
-                                 f"from 0 to {vocab_size - 1}")
+                raise ValueError(f"{prefix.name} document {len(lengths)} ({source}): {len(mask)} mask values "
+                                 f"for {len(tokens)} ids from {tokens.min()} to {tokens.max()}; ids must be "
+                                 f"0 to {vocab_size - 1}, with a mask value each")
             if not shards or shards[-1] + len(tokens) > shard_tokens:
                 files.close()
                 token_file, mask_file = (files.enter_context(open(f"{prefix}-{len(shards):05d}.{kind}", "wb"))
@@ -465,9 +480,10 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: tiktoken.En
                    holdout: float = 0.1, holdout_window: int = 48, seed: int = 0) -> dict:
     """Tokenise (name, path) sources into a corpus directory (see write_corpus); returns its meta.json.
 
-    A share `holdout` of the documents (see is_held_out) becomes split "valid". Every run of `holdout_window` tokens
-    that a training document has too is cut out of it (0: kept), or shared boilerplate would count as held-out.
-    Sources are read twice; memory holds the held-out documents. ValueError or OSError before anything is written.
+    A share `holdout` of the documents (see is_held_out) becomes split "valid". Every run of `holdout_window`
+    tokens that a training document has too is cut out of it (0: kept), or shared boilerplate would count as
+    held-out. Sources are read twice; memory holds the held-out documents. ValueError or OSError before
+    anything is written.
     """
     if not 0 <= holdout < 1 or holdout_window < 0:
         raise ValueError(f"holdout {holdout} must be in [0, 1), holdout_window {holdout_window} not negative")
@@ -518,7 +534,7 @@ def note_shared_windows(held_out: list[tuple], training: Iterable[tuple], window
     """Pass training documents on; `shared` collects the hashes of held-out windows that occur in them."""
     every = [window_hashes(tokens, window) for _, tokens, _ in held_out]
     hashes = np.unique(np.concatenate([np.empty(0, np.uint64), *every]))
-    table = np.zeros(2 ** min(28, 6 + len(hashes).bit_length()), dtype=bool)  # a cheap first test, by low bits
+    table = np.zeros(2 ** min(28, 6 + len(hashes).bit_length()), dtype=bool)  # quick test, by low bits
     low_bits = np.uint64(len(table) - 1)
     table[hashes & low_bits] = True
     for document in training:
@@ -532,7 +548,7 @@ def note_shared_windows(held_out: list[tuple], training: Iterable[tuple], window
 
 def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window: int,
                        shared: set[int]) -> Iterator[tuple]:
-    """A held-out document whole if it has no shared window, else its other pieces of `window` tokens or more."""
+    """A held-out document, whole if nothing is shared, else its other pieces of `window` tokens or more."""
     starts = np.flatnonzero([value in shared for value in window_hashes(tokens, window).tolist()])
     change = np.zeros(len(tokens) + 1, dtype=np.int64)
     change[starts] += 1
@@ -545,20 +561,21 @@ def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window
 
 def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, long: int = 8192,
                    short_weight: float = 1.0, long_weight: float = 1.0) -> np.ndarray:
-    """Expected repeats of each document an epoch, float64 (documents,): the up-sampling of arXiv 2504.06214, 3.1.
+    """Expected repeats of each document an epoch, float64 (documents,): the up-sampling of arXiv 2504.06214,
+    3.1.
 
-    Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each source is then scaled
-    so that its expected tokens stay as they are: sources keep their proportions. Raises ValueError.
+    Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each source is then
+    scaled so that its expected tokens stay as they are: sources keep their proportions. Raises ValueError.
     """
     if not 0 <= short <= long or not all(0 <= weight < np.inf for weight in (short_weight, long_weight)):
-        raise ValueError(f"length weights need 0 <= short {short} <= long {long} and finite weights of 0 or more, "
-                         f"not {short_weight} and {long_weight}")
+        raise ValueError(f"length weights need 0 <= short {short} <= long {long}, and finite weights of 0 or "
+                         f"more, not {short_weight} and {long_weight}")
     weights = np.where(lengths < short, short_weight, np.where(lengths > long, long_weight, 1.0))
     for source in np.unique(sources):
         mine = sources == source
         kept = weights[mine] @ lengths[mine]
         if not kept:
-            raise ValueError(f"source {source}: every document has weight 0; raise short_weight or long_weight")
+            raise ValueError(f"source {source}: every document has weight 0; raise short_weight")
         weights[mine] *= lengths[mine].sum() / kept
     return weights
 
@@ -590,20 +607,21 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 class PackedDataset:
     """A split of a corpus as one endless stream of documents, cut into sequences.
 
-    In an epoch a document occurs length_weights times (the fraction is drawn), in shuffled order: a pure function of
-    (seed, epoch). The separator follows every document: "<s>" is that plain text (arXiv 2504.06214, 3.1), "bos_eos"
-    the end-of-text token and, where there is one, begin-of-text, "none" nothing. It carries loss: to predict it is to
-    know where a document ends. Sequence i is tokens i·S to i·S + S of the stream, so its last target is the next
-    one's first input, and documents of S - len(separator) tokens start exactly where sequences do.
+    In an epoch a document occurs length_weights times (the fraction is drawn), in shuffled order: a pure
+    function of (seed, epoch). The separator follows every document: "<s>" is that plain text (arXiv
+    2504.06214, 3.1), "bos_eos" the end-of-text token and, where there is one, begin-of-text, "none" nothing.
+    It carries loss: to predict it is to know where a document ends. Sequence i is tokens i·S to i·S + S of
+    the stream, so its last target is the next one's first input, and documents of S - len(separator) tokens
+    start exactly where sequences do.
     """
 
-    def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int, separator: str = "<s>",
-                 short: int = 4096, long: int = 8192, short_weight: float = 1.0, long_weight: float = 1.0,
-                 tokenizer: tiktoken.Encoding | None = None) -> None:
-        """tokenizer: the one the corpus was prepared with, which is checked; separator "none" can do without."""
+    def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int,
+                 separator: str = "<s>", short: int = 4096, long: int = 8192, short_weight: float = 1.0,
+                 long_weight: float = 1.0, tokenizer: tiktoken.Encoding | None = None) -> None:
+        """tokenizer: the one the corpus was prepared with, which is checked; separator "none" needs none."""
         meta, prefix = read_meta(directory), Path(directory) / split
         if not meta["splits"].get(split, {}).get("documents"):
-            raise ValueError(f"{directory}: no documents in split {split!r}; needs more text or a larger holdout")
+            raise ValueError(f"{directory}: no documents in split {split!r}; prepare a larger holdout")
         if tokenizer is not None and fingerprint(tokenizer) != meta["tokenizer"]:
             raise ValueError(f"{directory}: was prepared with another tokenizer than {tokenizer.name!r}")
         if sequence_length < 1 or seed < 0:
@@ -624,7 +642,7 @@ class PackedDataset:
         self._plan = (-1, np.empty(0), np.empty(0))  # the newest epoch, its order and ends
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents of an epoch in order, int64 (n,), and where in it each one's separator ends, int64 (n,)."""
+        """Documents of an epoch in order, and where in the epoch each one's separator ends, int64 (n,)."""
         if self._plan[0] != epoch:
             draw = np.random.default_rng([self.seed, epoch, 1]).random()  # one for all: systematic sampling
             repeats = np.diff(np.floor(np.cumsum([0, *self.weights]) + draw)).astype(np.int64)
@@ -647,7 +665,8 @@ class PackedDataset:
         return self.tokens[self.shards[i]][here], self.masks[self.shards[i]][here]
 
     def pieces(self, position: int) -> Iterator[tuple]:
-        """The stream from `position` on: (tokens, loss mask, document's number), a document or separator each."""
+        """The stream from `position` on: (tokens, loss mask, document's number), a document or separator
+        each."""
         epoch, separator_loss = 0, np.ones(len(self.separator), dtype=bool)
         while self.before(epoch + 1)[0] <= position:
             epoch += 1
@@ -663,8 +682,8 @@ class PackedDataset:
             epoch += 1
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids count documents along the stream, so
-        a repeated document gets a new one; a separator has the id of the document before it."""
+        """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids count documents along the
+        stream, so a repeated document gets a new one; a separator has the id of the document before it."""
         size, filled = self.sequence_length + 1, 0
         tokens, mask, ids = np.empty(size, np.int64), np.empty(size, bool), np.empty(size, np.int64)
         for piece, loss, number in self.pieces(index * self.sequence_length):
@@ -701,17 +720,19 @@ def map_shard(path: Path, dtype: str, size: int) -> np.ndarray:
 class ChatDataset:
     """Chat samples, one a row, right-padded without loss, shuffled each epoch by (seed, epoch).
 
-    Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` has the others.
+    Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` has the
+    others.
     """
 
     def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding,
                  sequence_length: int, seed: int) -> None:
-        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]}, or lists of messages. Raises ValueError."""
+        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]}, or lists of messages. Raises
+        ValueError."""
         name = samples if isinstance(samples, (str, Path)) else "samples"
         documents = list(read_documents(samples)) if name is samples else [{"messages": m} for m in samples]
         if not all("messages" in document for document in documents):
             raise ValueError(f"{name}: every line must have messages")
-        rows = [row[1:] for row in encode_documents((("chat", document) for document in documents), tokenizer)]
+        rows = [row[1:] for row in encode_documents(((name, document) for document in documents), tokenizer)]
         self.rows = [row for row in rows if len(row[0]) <= sequence_length]  # (tokens, loss mask)
         self.dropped = len(rows) - len(self.rows)
         if not self.rows:
@@ -731,22 +752,23 @@ class ChatDataset:
 
 
 class Blend:
-    """Datasets mixed by weight: a sequence comes from one of them, and each gives its own in order, without a gap.
+    """Datasets mixed by weight: a sequence comes from one of them, and each gives its own in order, without a
+    gap.
 
-    A block of 1,000 sequences has a fixed number of each (weights are rounded to 1/1000), evenly spread with a jitter
-    drawn from (seed, block): any stretch of a run has close to the right shares. Raises ValueError.
+    A block of 1,000 sequences has a fixed number of each (weights are rounded to 1/1000), evenly spread with
+    a jitter drawn from (seed, block): any stretch of a run has close to the right shares. Raises ValueError.
     """
 
     BLOCK = 1000
 
     def __init__(self, datasets: Sequence, weights: Sequence[float], seed: int) -> None:
-        if not datasets or len(datasets) != len(weights) or not all(0 < weight < np.inf for weight in weights):
+        if not datasets or len(datasets) != len(weights) or not all(0 < w < np.inf for w in weights):
             raise ValueError(f"a blend needs a positive weight for each of its datasets, not {weights}")
         if len({dataset.sequence_length for dataset in datasets}) > 1:
             raise ValueError("a blend needs datasets of one sequence_length")
         exact = np.array(weights) / sum(weights) * self.BLOCK
         self.counts = np.floor(exact).astype(np.int64)
-        self.counts[np.argsort(self.counts - exact)[:self.BLOCK - self.counts.sum()]] += 1  # largest remainders
+        self.counts[np.argsort(self.counts - exact)[:self.BLOCK - self.counts.sum()]] += 1  # by remainder
         if not self.counts.all():
             raise ValueError(f"weights {weights}: none may be below 1/{self.BLOCK} of their sum")
         self.datasets, self.seed, self.sequence_length = datasets, seed, datasets[0].sequence_length
@@ -757,7 +779,7 @@ class Blend:
         block, place = divmod(index, self.BLOCK)
         if self._block[0] != block:
             random = np.random.default_rng([self.seed, block])
-            turns = np.concatenate([(np.arange(count) + random.random(count)) / count for count in self.counts])
+            turns = np.concatenate([(np.arange(n) + random.random(n)) / n for n in self.counts])
             self._block = (block, np.repeat(np.arange(len(self.counts)), self.counts)[np.argsort(turns)])
         owners = self._block[1]
         used = block * self.counts[owners[place]] + np.count_nonzero(owners[:place] == owners[place])
@@ -771,8 +793,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a tokenizer; tokenise a corpus.")
     commands = parser.add_subparsers(dest="command", required=True)
     options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    bpe = commands.add_parser("train-bpe", help="train a byte-level BPE tokenizer, one token a digit", **options)
-    bpe.add_argument("--source", nargs="+", required=True, metavar="PATH", help="files, directories, or stdlib")
+    bpe = commands.add_parser("train-bpe", help="train byte-level BPE, one token a digit", **options)
+    bpe.add_argument("--source", nargs="+", required=True, metavar="PATH", help="file, directory or stdlib")
     bpe.add_argument("--vocab-size", type=int, required=True, help="tokens, without the 256 special ones")
     bpe.add_argument("--max-bytes", type=int, default=5_000_000, help="how much text to train on")
     bpe.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
@@ -782,8 +804,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
     prepare.add_argument("--out", type=Path, required=True, help="new corpus directory")
     prepare.add_argument("--holdout", type=float, default=0.1, help="share of the documents to hold out")
-    prepare.add_argument("--holdout-window", type=int, default=48, help="cut runs of this many held-out tokens "
-                         "that training documents have too; 0: keep them")
+    prepare.add_argument("--holdout-window", type=int, default=48,
+                         help="cut held-out runs of this many tokens that training has too; 0: keep them")
     prepare.add_argument("--seed", type=int, default=0, help="chooses the held-out documents")
     return parser.parse_args(argv)
 
@@ -811,13 +833,15 @@ def print_corpus(directory: Path, meta: dict) -> None:
     """Counts, and how the training tokens spread over document lengths."""
     for split, n in meta["splits"].items():
         print(f"{split}: {n['documents']:,} documents, {n['tokens']:,} tokens, {len(n['shards'])} shards")
-    lengths, owners = np.diff(np.load(directory / "train-offsets.npy")), np.load(directory / "train-sources.npy")
+    offsets, owners = (np.load(directory / f"train-{name}.npy") for name in ("offsets", "sources"))
+    lengths = np.diff(offsets)
     edges = [0, 1024, 4096, 8192, 32768, 131072, 2**62]
-    print("training tokens by length of document" + "".join(f"{f'< {e:,}':>11}" for e in edges[1:-1]) + "   longer")
+    heads = [*(f"< {edge:,}" for edge in edges[1:-1]), "longer"]
+    print("training tokens by document length" + "".join(f"{head:>10}" for head in heads))
     for i, name in enumerate(meta["sources"]):
         mine = lengths[owners == i]
         shares = np.histogram(mine, edges, weights=mine)[0] / max(1, mine.sum())
-        print(f"{name:>37}" + "".join(f"{share:11.1%}" for share in shares[:-1]) + f"{shares[-1]:9.1%}")
+        print(f"{name:>34}" + "".join(f"{share:10.1%}" for share in shares))
 
 
 def run(a: argparse.Namespace) -> None:

@@ -89,7 +89,8 @@ class ModelConfig:
         if scaling.kind == "ntk":  # Hugging Face has no static NTK kind: it is the default kind at a larger theta
             theta, scaling = ntk_theta(theta, scaling.factor, self.head_dim), RopeScaling()
         family = self.hf.get("model_type", "qwen2" if self.qkv_bias and not self.output_bias else "llama")
-        kept = {key: value for key, value in self.hf.items() if key not in ("rope_parameters", "dtype")}
+        kept = {key: value for key, value in self.hf.items() if key not in
+                ("rope_parameters", "original_max_position_embeddings", "dtype")}  # they would contradict what follows
         architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]
         bias = {"attention_bias": self.output_bias} if family == "llama" else {}
         return kept | bias | {

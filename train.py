@@ -356,7 +356,6 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     if a.dtype == "auto":
         a.dtype = str(faster_dtype(a.device)).removeprefix("torch.")
     dtype = getattr(torch, a.dtype)
-    a.out.mkdir(parents=True, exist_ok=True)
     if checkpoint or a.model:
         model = Llama.from_pretrained(checkpoint or a.model, grid, dtype, a.device, None if checkpoint else config.rope_scaling)
     else:
@@ -365,6 +364,7 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay)
     if checkpoint:
         optimizer.load_state_dict(load_file(checkpoint / "optimizer.safetensors"))
+    a.out.mkdir(parents=True, exist_ok=True)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f}M parameters, {a.dtype} on {a.device}, window {config.max_position_embeddings}, "
           f"rope {config.rope_scaling.kind}, {a.batch_size} x {a.sequence_length} tokens a step"

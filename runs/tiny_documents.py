@@ -77,17 +77,22 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
         tail += before + digits + after
         mask += [False] * len(before) + [True] * len(digits) + [True] + [False] * (len(after) - 1)
     head = encode.open_user if chat else begin_of_text(encode.tokenizer)
-    room = length - len(head) - len(tail) - sum(map(len, hidden))
+    # answers must stand at every position, the very last included, or the model learns where to answer instead of what:
+    # half of the documents go on with text after the questions, the others may lose what follows their last answer
+    cut = rng.randrange(len(after) + 1)
+    room = length + cut - len(head) - len(tail) - sum(map(len, hidden))
     if room < 0:
         return None
+    rest = rng.randrange(room // 2 + 1) if rng.random() < 0.5 else 0
     start = rng.randrange(len(haystack) - room)
     window = haystack[start:start + room].tolist()
     body, previous = [], 0
-    for place, fact in zip(sorted(rng.randrange(room + 1) for _ in hidden), rng.sample(hidden, len(hidden))):
+    for place, fact in zip(sorted(rng.randrange(room - rest + 1) for _ in hidden), rng.sample(hidden, len(hidden))):
         body += window[previous:place] + fact
         previous = place
-    tokens = [*head, *body, *window[previous:], *tail]
-    return tokens, [False] * (length - len(tail)) + mask
+    before = [*head, *body, *window[previous:room - rest]]
+    tokens, mask = [*before, *tail, *window[room - rest:]], [False] * len(before) + mask + [False] * rest
+    return tokens[:length], mask[:length]
 
 
 def training_haystack(corpus: Path, tokenizer) -> np.ndarray:

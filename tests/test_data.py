@@ -329,6 +329,19 @@ def test_windows_shared_with_training_documents_are_cut_out_of_held_out_ones(tmp
     assert windows(valid) <= windows(uncut)
 
 
+def test_exactly_the_shared_tokens_are_cut_and_short_remainders_dropped():
+    held_out = ("x", np.arange(100, dtype=np.uint32), np.arange(100) < 90)
+    training = [("x", np.array([7, *range(20, 33), 8, *range(38, 47), *range(60, 70), 9], dtype=np.uint32), None)]
+    shared = set()
+    assert list(data.note_shared_windows([held_out], training, 10, shared)) == training and len(shared) == 5
+    pieces = [tokens.tolist() for _, tokens, _ in data.cut_shared_windows(*held_out, 10, shared)]
+    assert pieces == [list(range(20)), list(range(33, 60)), list(range(70, 100))]
+    short = [tokens.tolist() for _, tokens, _ in data.cut_shared_windows("x", held_out[1][12:80], held_out[2][12:80], 10, shared)]
+    assert short == [list(range(33, 60)), list(range(70, 80))]  # 12 to 19 is too short to keep
+    silent = ("x", held_out[1], np.arange(100) < 60)  # the last piece has no token with loss
+    assert [tokens[0] for _, tokens, _ in data.cut_shared_windows(*silent, 10, shared)] == [0, 33]
+
+
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 48, 64])
 def test_window_hashes_tell_windows_apart_and_find_equal_ones(window):
     tokens = np.random.default_rng(0).integers(0, 3, 3000).astype(np.uint32)
@@ -398,8 +411,10 @@ def test_a_damaged_corpus_is_refused(tmp_path, tokenizer):
     data.write_corpus({"train": [("x", [1, 2, 3], None)]}, tmp_path / "out", tokenizer)
     with pytest.raises(ValueError, match="no documents in split 'valid'"):
         data.PackedDataset(tmp_path / "out", "valid", 2, 0, "none")
-    with pytest.raises(ValueError, match="another tokenizer"):
-        data.PackedDataset(tmp_path / "out", "train", 2, 0, tokenizer=data.train_bpe(["ab ab"], 257, tmp_path / "t"))
+    for number, text in enumerate(("ab ab", TRAINING_TEXT.upper())):  # fewer tokens, and as many but others
+        other = data.train_bpe([text], (257, 400)[number], tmp_path / str(number))
+        with pytest.raises(ValueError, match="another tokenizer"):
+            data.PackedDataset(tmp_path / "out", "train", 2, 0, tokenizer=other)
     (tmp_path / "out" / "train-00000.tokens").write_bytes(b"12345")
     with pytest.raises(ValueError, match="train-00000.tokens"):
         data.PackedDataset(tmp_path / "out", "train", 2, 0, "none")
@@ -578,7 +593,7 @@ def test_chat_rows_are_whole_padded_and_too_long_ones_dropped(tmp_path, tokenize
     assert sorted(seen) == [f"word word word {i}<|eot_id|>" for i in range(9)]
     exact = len(data.encode_chat(samples[0], tokenizer)[0])
     assert data.ChatDataset(samples[:1], tokenizer, exact, 0).dropped == 0
-    with pytest.raises(ValueError, match="none of its 1 samples"):
+    with pytest.raises(ValueError, match="none of 1 samples"):
         data.ChatDataset(samples[:1], tokenizer, exact - 1, 0)
     (tmp_path / "text.jsonl").write_text('{"text": "x"}')
     with pytest.raises(ValueError, match="must have messages"):

@@ -207,6 +207,14 @@ def test_yarn_replaces_llama3_scaling_and_exports_explicitly(tiny_model, tmp_pat
     assert read_config(tmp_path / "b").rope_scaling.factor == 128.0
 
 
+def test_window_of_the_source_file_does_not_contradict_the_export(tiny_model, tmp_path):
+    """transformers 5 lets a top-level original_max_position_embeddings win over the scaling: it must not be left there."""
+    model = tiny_model(rope_scaling=LLAMA3, max_position_embeddings=256, original_max_position_embeddings=32)
+    model.save_pretrained(tmp_path / "a")
+    Llama.from_pretrained(tmp_path / "a", rope_scaling=RopeScaling("yarn", 2.0, 64)).save_pretrained(tmp_path / "b")
+    assert read_config(tmp_path / "b").rope_scaling.original_max_position == 64
+
+
 def test_bfloat16_loads_as_float32_on_request(tiny_model, tmp_path):
     tiny_model(torch.bfloat16).save_pretrained(tmp_path / "a")
     assert {p.dtype for p in Llama.from_pretrained(tmp_path / "a", dtype=torch.float32).parameters()} == {torch.float32}
