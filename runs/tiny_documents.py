@@ -78,12 +78,12 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
         mask += [False] * len(before) + [True] * len(digits) + [True] + [False] * (len(after) - 1)
     head = encode.open_user if chat else begin_of_text(encode.tokenizer)
     # answers must stand at every position, the very last included, or the model learns where to answer instead of what:
-    # half of the documents go on with text after the questions, the others may lose what follows their last answer
+    # some documents go on with text after the questions, the others may lose what follows their last answer
     cut = rng.randrange(len(after) + 1)
     room = length + cut - len(head) - len(tail) - sum(map(len, hidden))
     if room < 0:
         return None
-    rest = rng.randrange(room // 2 + 1) if rng.random() < 0.5 else 0
+    rest = rng.randrange(room // 2 + 1) if rng.random() < 0.25 else 0
     start = rng.randrange(len(haystack) - room)
     window = haystack[start:start + room].tolist()
     body, previous = [], 0
@@ -105,7 +105,8 @@ def retrieval_documents(tokenizer, haystack: np.ndarray, length: int, count: int
     """`count` documents for `data.write_corpus`, every one of `length` tokens."""
     encode, rng, made = Encoder(tokenizer), random.Random(seed), 0
     while made < count:
-        document = retrieval_document(encode, haystack, length, rng, rng.randint(1, most_facts), rng.random() < chat_share)
+        facts = rng.randint(1, rng.randint(1, most_facts))  # often one: few facts in much text is what is asked for
+        document = retrieval_document(encode, haystack, length, rng, facts, rng.random() < chat_share)
         if document:
             made += 1
             yield ("retrieval", *document)
