@@ -134,6 +134,7 @@ def test_one_clear_line_and_no_file(what, script, arguments, said, prepared, mon
 
 if __name__ == "__main__":
     import contextlib
+    import io
     import os
     import tempfile
 
@@ -142,7 +143,7 @@ if __name__ == "__main__":
         os.chdir(folder)
         print("| what is wrong | the line it gets |\n|---|---|")
         for what, script, arguments, _ in CASES:
-            with contextlib.redirect_stderr(None):
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
                 try:
                     SCRIPTS[script](arguments.split())
                 except SystemExit as stopped:
