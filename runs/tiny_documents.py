@@ -77,22 +77,19 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
         tail += before + digits + after
         mask += [False] * len(before) + [True] * len(digits) + [True] + [False] * (len(after) - 1)
     head = encode.open_user if chat else begin_of_text(encode.tokenizer)
-    # answers must stand at every position, the very last included, or the model learns where to answer instead of what:
-    # some documents go on with text after the questions, the others may lose what follows their last answer
+    # answers must also stand at the very last positions, so what follows the last one may be cut off
     cut = rng.randrange(len(after) + 1)
     room = length + cut - len(head) - len(tail) - sum(map(len, hidden))
     if room < 0:
         return None
-    rest = rng.randrange(room // 2 + 1) if rng.random() < 0.25 else 0
     start = rng.randrange(len(haystack) - room)
     window = haystack[start:start + room].tolist()
     body, previous = [], 0
-    for place, fact in zip(sorted(rng.randrange(room - rest + 1) for _ in hidden), rng.sample(hidden, len(hidden))):
+    for place, fact in zip(sorted(rng.randrange(room + 1) for _ in hidden), rng.sample(hidden, len(hidden))):
         body += window[previous:place] + fact
         previous = place
-    before = [*head, *body, *window[previous:room - rest]]
-    tokens, mask = [*before, *tail, *window[room - rest:]], [False] * len(before) + mask + [False] * rest
-    return tokens[:length], mask[:length]
+    before = [*head, *body, *window[previous:]]
+    return (before + tail)[:length], ([False] * len(before) + mask)[:length]
 
 
 def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
@@ -105,7 +102,7 @@ def retrieval_documents(tokenizer, haystack: np.ndarray, length: int, count: int
     """`count` documents for `data.write_corpus`, every one of `length` tokens."""
     encode, rng, made = Encoder(tokenizer), random.Random(seed), 0
     while made < count:
-        facts = rng.randint(1, rng.randint(1, most_facts))  # often one: few facts in much text is what is asked for
+        facts = rng.randint(1, most_facts)
         document = retrieval_document(encode, haystack, length, rng, facts, rng.random() < chat_share)
         if document:
             made += 1
