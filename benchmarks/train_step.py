@@ -46,7 +46,7 @@ def our_step(config: dict, dtype: torch.dtype, device: str):
         loss, count = model.loss(tokens, targets)
         (loss / count).backward()
         optimizer.step(LEARNING_RATE, max_norm=1.0)
-        return float(loss) / int(count)
+        return float(loss.detach()) / int(count)
 
     return step
 
