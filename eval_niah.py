@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 from model import Llama, ModelConfig, read_config, rescale
-from rope_yarn import RopeScaling
+from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
 WORDING = {
@@ -424,14 +424,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                          help="auto: the checkpoint's on GPU, float32 on CPU")
     compute.add_argument("--device", default="auto", help="auto, cpu or cuda")
     compute.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward, or one prompt")
-    rope = parser.add_argument_group("context extension without training (replaces the checkpoint's scaling)")
-    rope.add_argument("--rope-kind", choices=("default", "linear", "ntk", "llama3", "yarn"))
-    rope.add_argument("--rope-factor", type=float, default=1.0, help="s: new window / old window")
-    rope.add_argument("--original-length", type=int, help="window before (default: the checkpoint's)")
-    rope.add_argument("--beta-fast", type=float, default=4.0, help="keep pairs with more rotations than this")
-    rope.add_argument("--beta-slow", type=float, default=1.0, help="interpolate pairs with fewer")
-    rope.add_argument("--rope-ramp", choices=("index", "rotation"), default="index", help="the blend's unit")
-    rope.add_argument("--no-attention-temperature", action="store_true", help="YaRN without 0.1 ln s + 1")
+    add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, help="results, JSON")
     output.add_argument("--figure", type=Path, help="heat map, PNG (needs matplotlib)")
@@ -454,8 +447,7 @@ def check_arguments(a: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} is too small; the least is {least}")
     if a.distractors and a.task == "passkey":
         raise ValueError("--distractors need keys to tell facts apart: use --task needle or mixed")
-    if not a.rope_kind and (a.rope_factor != 1 or a.original_length):
-        raise ValueError("--rope-factor and --original-length need --rope-kind")
+    scaling_from_arguments(a)
     if a.device not in ("auto", "cpu") and not (a.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {a.device} is not available here; use auto")
     for option, path in (("--out", a.out), ("--figure", a.figure)):
@@ -468,11 +460,8 @@ def check_arguments(a: argparse.Namespace) -> None:
 def model_config(a: argparse.Namespace) -> ModelConfig:
     """The checkpoint's configuration, with the rope scaling that was asked for."""
     config = read_config(a.model)
-    if a.rope_kind is None:
-        return config
-    return rescale(config, RopeScaling(
-        a.rope_kind, a.rope_factor, a.original_length, a.beta_fast, a.beta_slow, ramp=a.rope_ramp,
-        attention_temperature=not a.no_attention_temperature))
+    scaling = scaling_from_arguments(a)
+    return rescale(config, scaling) if scaling else config
 
 
 def run(a: argparse.Namespace) -> None:

@@ -336,6 +336,28 @@ def number(name: str, place: dict, key: str, default: float | None = None) -> fl
     return float(value)
 
 
+def add_scaling_arguments(parser: argparse.ArgumentParser, title: str) -> None:
+    """The options by which a command asks for a context extension; `scaling_from_arguments` reads them."""
+    rope = parser.add_argument_group(title)
+    rope.add_argument("--rope-kind", choices=KINDS)
+    rope.add_argument("--rope-factor", type=float, default=1.0, help="s: new window / old window")
+    rope.add_argument("--original-length", type=int, help="window before (default: the checkpoint's)")
+    rope.add_argument("--beta-fast", type=float, default=4.0, help="keep pairs with more rotations than this")
+    rope.add_argument("--beta-slow", type=float, default=1.0, help="interpolate pairs with fewer")
+    rope.add_argument("--rope-ramp", choices=("index", "rotation"), default="index", help="what the blend is linear in")
+    rope.add_argument("--no-attention-temperature", action="store_true", help="YaRN without 0.1 ln s + 1")
+
+
+def scaling_from_arguments(a: argparse.Namespace) -> RopeScaling | None:
+    """The rule that was asked for, None if none was. Raises ValueError for a factor or length without a kind."""
+    if a.rope_kind is None:
+        if a.rope_factor != 1 or a.original_length:
+            raise ValueError("--rope-factor and --original-length need --rope-kind")
+        return None
+    return RopeScaling(a.rope_kind, a.rope_factor, a.original_length, a.beta_fast, a.beta_slow, ramp=a.rope_ramp,
+                       attention_temperature=not a.no_attention_temperature)
+
+
 # ----------------------------------------------------------------------------- what a rule does, pair by pair
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 from model import Llama, ModelConfig, read_config, rescale, save_tensors
 from parallel import Grid, ShardedAdamW
-from rope_yarn import RopeScaling
+from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "generation_config.json")
@@ -87,14 +87,7 @@ def stage1_parser() -> argparse.ArgumentParser:
     group.add_argument("--short-weight", type=float, default=1.0, help="sampling weight of short documents")
     group.add_argument("--long-weight", type=float, default=1.0, help="sampling weight of long documents")
     group.add_argument("--cross-document-mask", action="store_true", help="ablation: documents do not see each other")
-    rope = parser.add_argument_group("context extension (replaces the checkpoint's own scaling)")
-    rope.add_argument("--rope-kind", choices=("default", "linear", "ntk", "llama3", "yarn"), default=None)
-    rope.add_argument("--rope-factor", type=float, default=1.0, help="s: how many times longer the window becomes")
-    rope.add_argument("--original-length", type=int, default=None, help="window before (default: the checkpoint's)")
-    rope.add_argument("--beta-fast", type=float, default=4.0, help="YaRN: keep pairs with more rotations than this")
-    rope.add_argument("--beta-slow", type=float, default=1.0, help="YaRN: interpolate pairs with fewer")
-    rope.add_argument("--rope-ramp", choices=("index", "rotation"), default="index", help="what the blend is linear in")
-    rope.add_argument("--no-attention-temperature", action="store_true", help="YaRN without its 0.1 ln s + 1")
+    add_scaling_arguments(parser, "context extension (replaces the checkpoint's own scaling)")
     return parser
 
 
@@ -165,10 +158,9 @@ def faster_dtype(device: str) -> torch.dtype:
 def starting_config(a: argparse.Namespace) -> ModelConfig:
     """The configuration to train: the checkpoint's or the JSON's, with the rope scaling that was asked for."""
     config = read_config(a.model or a.config)
-    if getattr(a, "rope_kind", None):
-        config = rescale(config, RopeScaling(
-            kind=a.rope_kind, factor=a.rope_factor, original_max_position=a.original_length, beta_fast=a.beta_fast,
-            beta_slow=a.beta_slow, ramp=a.rope_ramp, attention_temperature=not a.no_attention_temperature))
+    scaling = scaling_from_arguments(a) if "rope_kind" in a else None  # stage 2 has no such options
+    if scaling:
+        config = rescale(config, scaling)
     if a.sequence_length > config.max_position_embeddings:
         needed = a.sequence_length / config.max_position_embeddings
         raise ValueError(f"--sequence-length {a.sequence_length} is beyond the model's window of "

@@ -51,6 +51,7 @@ CASES = [
     ("no steps", "train.py", "--model good --data corpus --sequence-length 64 --steps 0 --out new", "--steps 0"),
     ("learning rate is not a number", "train.py", f"--model good --learning-rate nan {TRAIN}", "--learning-rate nan"),
     ("factor below 1", "train.py", f"--model good --rope-kind yarn --rope-factor 0.5 {TRAIN}", "factor is 0.5; it must be"),
+    ("factor without a kind", "train.py", f"--model good --rope-factor 4 {TRAIN}", "--rope-factor.*need --rope-kind"),
     ("no such device", "train.py", f"--model good --device tpu {TRAIN}", "--device tpu"),
     ("output directory in use", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out good", "earlier run"),
     ("output is a file", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out text.txt", "text.txt"),
