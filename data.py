@@ -3,9 +3,9 @@
     python data.py train-bpe --source stdlib --vocab-size 1024 --out out/tokenizer
     python data.py prepare --source code=stdlib --tokenizer out/tokenizer --out out/corpus
 
-A dataset has `sequence_length` S and `sequence(index) -> (tokens int64, loss mask bool, document ids int64)`,
-each of S + 1 elements and a pure function of index and seed: resume anywhere, on any number of ranks.
-`batch` shifts the targets there and then, before anything is sharded: none is lost at a shard's border.
+A dataset has `sequence_length` S and `sequence(index) -> (tokens int64, loss mask bool, document ids int64)`, each of
+S + 1 elements and a pure function of index and seed: resume anywhere, on any number of ranks. `batch` shifts the
+targets there and then, before anything is sharded: none is lost at a shard's border.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,27 +35,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------- tokenizers
+# -------------------------------------------------------------------------------------------------------- tokenizers
 
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-QWEN2_STDLIB = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # `re` has no \p{L}: [^\W\d_] is it, and signs like ½
+QWEN2_STDLIB = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+")  # `re` has no \p{L}: [^\W\d_] is it, and signs like ½
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are cut off before GPT-2's pattern runs, so its lookahead takes a digit for the end of the text.
 GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-    "<|eot_id|>", "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)))
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+    "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)))
 
 
 class Tokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, with what Hugging Face's byte-level BPE files need beyond it.
 
-    Encode with `encode_ordinary`: it applies `normal_form` (Qwen2: NFC), drops bytes the vocabulary lacks as
-    the tokenizers library does (SmolLM2 lacks 21), and never makes special tokens of what a text spells.
+    Encode with `encode_ordinary`: it applies `normal_form` (Qwen2: NFC), drops bytes the vocabulary lacks as the
+    tokenizers library does (SmolLM2 lacks 21), and never makes special tokens of what a text spells.
     """
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
@@ -69,20 +69,16 @@ class Tokenizer(tiktoken.Encoding):
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of plain text. White space is cut after 100,000 in a row: at a million, tiktoken panics."""
         text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
-        cuts = [0, *(match.end() for match in re.finditer(r"\s{100000}", text)), len(text)]
-        tokens = []
-        for start, end in itertools.pairwise(cuts):
-            tokens += super().encode_ordinary(text[start:end])
+        pieces = map(super().encode_ordinary, re.split(r"(\s{100000})", text))
+        tokens = list(itertools.chain.from_iterable(pieces))
         return [t for t in tokens if t <= self.max_token_value] if self.lacks_bytes else tokens
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Llama-3 `tokenizer.model`, or Hugging Face `tokenizer.json` of byte-level BPE (Llama 3, Qwen2,
-    SmolLM2).
+    """Llama-3 `tokenizer.model`, or Hugging Face `tokenizer.json` of byte-level BPE (Llama 3, Qwen2, SmolLM2).
 
-    path: the file or its directory, where tokenizer.model wins. A tokenizer.model's ranks are followed by
-    Llama 3.1's 256 special tokens. Raises FileNotFoundError, or ValueError if it cannot be reproduced
-    exactly.
+    path: the file or its directory, where tokenizer.model wins: Llama 3.1's 256 special tokens follow its ranks.
+    Raises FileNotFoundError, or ValueError if it cannot be reproduced exactly.
     """
     path = Path(path)
     if path.is_dir():
@@ -98,14 +94,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path}: not a Llama-3 tokenizer.model (lines of base64 token and rank)") from None
     if list(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
         raise ValueError(f"{path}: needs ranks 0, 1, 2, ... for distinct tokens, all 256 bytes among them")
-    special = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}
-    return Tokenizer("llama3", LLAMA3, ranks, special)
+    return Tokenizer("llama3", LLAMA3, ranks, {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)})
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
-    """See load_tokenizer. tiktoken joins the pair whose result has the lowest id, tokenizers the one that
-    `merges` lists first: the same if ids grow along `merges` and every longer token has a merge, which is
-    checked."""
+    """See load_tokenizer. tiktoken joins the pair whose result has the lowest id, tokenizers the first one of `merges`:
+    the same if ids grow along `merges` and every longer token has a merge, which is checked."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         model, added = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -116,19 +110,19 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     splitting, normalizer = content.get("pre_tokenizer") or {}, content.get("normalizer") or {}
     pattern = split_pattern(splitting)
     if pattern is None:
-        raise ValueError(f"{path}: pre_tokenizer {json.dumps(splitting)[:200]} is not supported, only "
-                         "GPT-2's (ByteLevel), SmolLM2's (Digits + ByteLevel), Llama 3's and Qwen2's (Split)")
+        raise ValueError(f"{path}: pre_tokenizer {json.dumps(splitting)[:200]} is not supported, only GPT-2's (ByteLevel), "
+                         "SmolLM2's (Digits + ByteLevel), Llama 3's and Qwen2's (Split)")
     if normalizer.get("type", "NFC") != "NFC":
         raise ValueError(f"{path}: normalizer {normalizer['type']} is not supported, only none or NFC")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
         if model.get(name):
             raise ValueError(f"{path}: model.{name} {model[name]!r} is not supported, only none")
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are,
-    others = [byte for byte in range(256) if byte not in printable]  # and these as characters from 256 on
+    others = sorted({*range(256)} - {*printable})  # and these as characters from 256 on
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    ids = set(made)
-    lone = [token for token, i in vocab.items() if i not in ids and token not in byte_of]
-    if lone or any(first > second for first, second in itertools.pairwise(made)):
+    merged = set(made)
+    lone = [token for token, i in vocab.items() if i not in merged and token not in byte_of]
+    if lone or made != sorted(made):
         reason = f"token {lone[0]!r} has no merge" if lone else "token ids do not grow in the order of merges"
         raise ValueError(f"{path}: {reason}, so tiktoken would encode differently")
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
@@ -137,26 +131,24 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
 
 def split_pattern(pre_tokenizer: dict) -> str | None:
     """The regular expression that cuts text as tokenizer.json's `pre_tokenizer` does; None if unknown."""
-    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
-    kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
-    if last.get("add_prefix_space", True):
-        return None
-    if last.get("use_regex", True):
-        digits = kinds == ["Digits", "ByteLevel"] and first.get("individual_digits")
-        return GPT2_DIGITS if digits else GPT2 if kinds == ["ByteLevel"] else None
-    if kinds != ["Split", "ByteLevel"] or first.get("behavior") != "Isolated" or first.get("invert"):
-        return None
-    pattern = first["pattern"].get("Regex")  # tiktoken drops text between matches; after these there is none
-    return pattern if pattern in (LLAMA3, QWEN2, GPT2) else None
+    match pre_tokenizer.get("pretokenizers") or [pre_tokenizer]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, **more}] if more.get("use_regex", True):
+            return GPT2
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, **more}] if more.get("use_regex", True):
+            return GPT2_DIGITS
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            # tiktoken drops what lies between matches: with these patterns nothing does
+            return pattern if pattern in (LLAMA3, QWEN2, GPT2) else None
+    return None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Train byte-level BPE, write it as a Llama-3 tokenizer.model (`path`: directory or *.model file), load
-    it.
+    """Train byte-level BPE, write it as a Llama-3 tokenizer.model (`path`: directory or *.model file) and load it.
 
-    vocab_size counts the 256 bytes; 256 special tokens come on top. Pieces are Llama 3's but for single
-    digits: no merge joins digits, so Llama 3's own pattern gives one token a digit. ValueError for an
-    impossible size.
+    vocab_size counts the 256 bytes; 256 special tokens come on top. Pieces are Llama 3's but for single digits: no
+    merge joins digits, so Llama 3's own pattern gives one token a digit. ValueError for an impossible size.
     """
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size} is too small: the bytes alone are 256 tokens")
@@ -174,50 +166,38 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
 
 
 def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
-    """BPE (arXiv 1508.07909) over {word: frequency}: the vocabulary in order of merging, the most frequent
-    pair first, lower ids on a tie. A merge visits only words with its pair; outdated heap entries are
-    skipped."""
+    """BPE (arXiv 1508.07909) over {word: frequency}: the vocabulary in order of merging, the most frequent pair first,
+    lower ids on a tie. Words are spelled as strings with a character for each token id, so that str.replace merges."""
     tokens, frequency = [bytes([b]) for b in range(256)], list(words.values())
-    spelled, counts, where = [list(word) for word in words], Counter(), defaultdict(set)
-    for w, symbols in enumerate(spelled):
-        for pair in itertools.pairwise(symbols):
-            counts[pair] += frequency[w]
+    spelled, counts, where = [word.decode("latin-1") for word in words], Counter(), defaultdict(set)
+
+    def count(w: int, sign: int) -> None:
+        for pair in itertools.pairwise(spelled[w]):
+            counts[pair] += sign * frequency[w]
             where[pair].add(w)
-    heap = [(-count, pair) for pair, count in counts.items()]
+
+    for w in range(len(spelled)):
+        count(w, 1)
+    heap = [(-n, pair) for pair, n in counts.items()]
     heapq.heapify(heap)
     while len(tokens) < vocab_size:
-        while heap and counts[heap[0][1]] != -heap[0][0]:
-            heapq.heappop(heap)
-        if not heap:
+        while heap and counts[heap[0][1]] < -heap[0][0]:  # counts of pairs fall as merges use their tokens up
+            heapq.heapreplace(heap, (-counts[heap[0][1]], heap[0][1]))
+        if not heap or not heap[0][0]:
             raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} at most")
-        pair, changed = heapq.heappop(heap)[1], set()
-        for w in where.pop(pair):
-            before, after = spelled[w], join_pair(spelled[w], pair, len(tokens))
-            spelled[w] = after
-            for old in itertools.pairwise(before):
-                counts[old] -= frequency[w]
-            for new in itertools.pairwise(after):
-                counts[new] += frequency[w]
-                where[new].add(w)
-            changed.update(itertools.pairwise(before), itertools.pairwise(after))
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for other in changed:
-            if counts[other]:
-                heapq.heappush(heap, (-counts[other], other))
+        (first, second), joined, made = heapq.heappop(heap)[1], chr(len(tokens)), set()
+        for w in list(where[first, second]):
+            count(w, -1)
+            spelled[w] = spelled[w].replace(first + second, joined)
+            count(w, 1)
+            made.update(pair for pair in itertools.pairwise(spelled[w]) if joined in pair)
+        tokens.append(tokens[ord(first)] + tokens[ord(second)])
+        for pair in made:
+            heapq.heappush(heap, (-counts[pair], pair))
     return tokens
 
 
-def join_pair(symbols: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """Replace each occurrence of `pair`, from the left."""
-    result, i = [], 0
-    while i < len(symbols):
-        found = symbols[i] == pair[0] and symbols[i + 1:i + 2] == [pair[1]]
-        result.append(new if found else symbols[i])
-        i += 1 + found
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------- chat
+# -------------------------------------------------------------------------------------------------------------- chat
 
 
 def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
@@ -225,8 +205,8 @@ def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
     for start, end in (("<|start_header_id|>", "<|eot_id|>"), ("<|im_start|>", "<|im_end|>")):
         if {start, end} <= tokenizer.special_tokens_set:
             return tokenizer.encode_single_token(end)
-    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: Llama 3's <|start_header_id|> and "
-                     "<|eot_id|>, or ChatML's <|im_start|> and <|im_end|>")
+    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: Llama 3's <|start_header_id|> and <|eot_id|>, or "
+                     "ChatML's <|im_start|> and <|im_end|>")
 
 
 def check_messages(messages: list[dict], training: bool = True) -> None:
@@ -244,13 +224,11 @@ def check_messages(messages: list[dict], training: bool = True) -> None:
 
 def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
                 add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation and which carry loss: the assistant's words and its end-of-turn token, no
-    others.
+    """Tokens of a conversation and which carry loss: the assistant's words and its end-of-turn token, no others.
 
-    Llama 3's template (llama-models, chat_format.py) or ChatML, by the tokenizer's special tokens; no system
-    message is added. Contents are plain text: a special token spelled there stays text.
-    `add_generation_prompt` opens the assistant's answer, and then messages need none. Raises ValueError: see
-    check_messages, end_of_turn.
+    Llama 3's template (llama-models, chat_format.py) or ChatML, by the tokenizer's special tokens; no system message is
+    added. Contents are plain text: a special token spelled there stays text. `add_generation_prompt` opens the
+    assistant's answer, and then messages need none. Raises ValueError: see check_messages, end_of_turn.
     """
     check_messages(messages, training=not add_generation_prompt)
     end, text, special = end_of_turn(tokenizer), tokenizer.encode_ordinary, tokenizer.encode_single_token
@@ -271,13 +249,78 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
     return [t for tokens, _ in parts for t in tokens], [loss for tokens, loss in parts for _ in tokens]
 
 
-# -------------------------------------------------------------------------------------------------- corpus
+# --------------------------------------------------------------------------------------------------------- documents
 
-TEXT_SUFFIXES = frozenset(
-    ".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md .php .pl "
-    ".py .pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml".split())
+JSON_LINES = (".jsonl", ".jsonl.gz")
+TEXT = tuple(".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md .php .pl .py "
+             ".pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml".split())
 SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules")
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
+
+
+def read_documents(path: str | Path) -> Iterator[dict]:
+    """Documents of a file, or recursively and sorted of a directory: {text}, {prompt, completion} or {messages}.
+
+    .jsonl and .jsonl.gz hold one a line; any other file is one text. In directories, hidden files, files without a
+    known text suffix and files that are not UTF-8 are passed over. ValueError names the file and line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    if path.is_file():
+        yield from read_file(path)
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and name[0] != ".")
+        for file in (Path(folder, name) for name in sorted(names) if name[0] != "."):
+            if file.name.endswith(JSON_LINES):
+                yield from read_file(file)
+            elif file.name.endswith(TEXT):
+                with suppress(UnicodeDecodeError):
+                    yield {"text": file.read_bytes().decode()}
+
+
+def read_file(path: Path) -> Iterator[dict]:
+    """Documents of one file; see read_documents."""
+    try:
+        if not path.name.endswith(JSON_LINES):
+            yield {"text": path.read_bytes().decode()}
+            return
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield parse_document(line, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error})") from None
+
+
+def parse_document(line: bytes, place: str) -> dict:
+    """A JSON line as a document, other keys dropped. Raises ValueError that starts with `place`."""
+    try:
+        record = json.loads(line)
+        if "messages" in record:
+            check_messages(record["messages"])
+            return {"messages": record["messages"]}
+        keys = ("text",) if "text" in record else ("prompt", "completion")
+        if all(isinstance(record[key], str) for key in keys):
+            return {key: record[key] for key in keys}
+    except ValueError as error:
+        reason = f"not valid JSON ({error})" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{place}: {reason}") from None
+    except (KeyError, TypeError):
+        pass  # the message below says what is needed
+    raise ValueError(f"{place}: needs an object with text, with prompt and completion (strings), or messages")
+
+
+def source_path(source: str | Path) -> Path:
+    """The path that a --source names; "stdlib" is the running Python's library. Raises FileNotFoundError."""
+    path = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
+    if not path.exists():
+        raise FileNotFoundError(f"--source {source}: no such file or directory")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- corpora
 
 
 @contextmanager
@@ -315,105 +358,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_documents(path: str | Path) -> Iterator[dict]:
-    """Documents of a file, or recursively and sorted of a directory: {text}, {prompt, completion} or
-    {messages}.
-
-    .jsonl and .jsonl.gz hold one a line; any other file is one text. In directories, hidden files, files
-    without a known text suffix and files that are not UTF-8 are passed over. ValueError names the file and
-    line.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
-    if path.is_file():
-        yield from read_file(path)
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and name[0] != ".")
-        for file in (Path(folder, name) for name in sorted(names) if name[0] != "."):
-            if file.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from read_file(file)
-            elif file.suffix in TEXT_SUFFIXES:
-                try:
-                    document = {"text": file.read_bytes().decode()}
-                except UnicodeDecodeError:
-                    continue
-                yield document
-
-
-def read_file(path: Path) -> Iterator[dict]:
-    """Documents of one file; see read_documents."""
-    try:
-        if not path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield {"text": path.read_bytes().decode()}
-            return
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield parse_document(line, f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error})") from None
-
-
-def parse_document(line: bytes, place: str) -> dict:
-    """A JSON line as a document, other keys dropped. Raises ValueError that starts with `place`."""
-    try:
-        record = json.loads(line)
-        if "messages" in record:
-            check_messages(record["messages"])
-            return {"messages": record["messages"]}
-        document = {key: record[key] for key in (("text",) if "text" in record else ("prompt", "completion"))}
-        if all(isinstance(value, str) for value in document.values()):
-            return document
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error})") from None
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    except (KeyError, TypeError):
-        pass  # the message below says what is needed
-    raise ValueError(f"{place}: needs an object with text, with prompt and completion (strings), or messages")
-
-
-def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
-    """(source, document) -> (source, tokens uint32 (T,), loss mask bool (T,)), in order. Loss is on all of a
-    text, on a completion but not its prompt, or as encode_chat says. Threads: tiktoken releases the
-    interpreter."""
-
-    def encode(item: tuple[str, dict]) -> tuple[str, np.ndarray, np.ndarray]:
-        source, document = item
-        if "messages" in document:
-            tokens, mask = encode_chat(document["messages"], tokenizer)
-        else:
-            parts = [(tokenizer.encode_ordinary(text), key != "prompt") for key, text in document.items()]
-            tokens, mask = sum((t for t, _ in parts), []), [loss for t, loss in parts for _ in t]
-        return source, np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
-
-    documents = iter(documents)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while group := list(itertools.islice(documents, 256)):  # bounded memory
-            yield from pool.map(encode, group)
-
-
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
-    """Identifies what ordinary ids stand for (special ones have other names in tokenizer.json than in
-    .model)."""
+    """Identifies what ordinary ids stand for (special ones have other names in tokenizer.json than in .model)."""
     ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
     return hashlib.sha256(b"".join(b"%d %d %s" % (i, len(t), t) for i, t in ranks)).hexdigest()[:16]
 
 
-def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]],
-                 out_dir: str | Path, tokenizer: tiktoken.Encoding, shard_tokens: int = 2**27,
-                 **notes) -> dict:
-    """Write documents token for token: {"train": ..., "valid": ...}, each iterable of (source, tokens, loss
-    mask).
+def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]], out_dir: str | Path,
+                 tokenizer: tiktoken.Encoding, shard_tokens: int = 2**27, **notes) -> dict:
+    """Write documents token for token: {"train": ..., "valid": ...}, each iterable of (source, tokens, loss mask).
 
-    A mask of None is loss everywhere; documents without a token are left out. out_dir appears complete or not
-    at all: SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a token), SPLIT-offsets.npy (int64,
-    documents + 1), SPLIT-sources.npy (int64, into meta.json's sources), and meta.json, which is returned and
-    takes `notes`. Shards hold `shard_tokens` at most; a longer document has its own. ValueError without
-    training documents.
+    A mask of None is loss everywhere; documents without a token are left out. out_dir appears complete or not at all:
+    SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a token), SPLIT-offsets.npy (int64, documents + 1),
+    SPLIT-sources.npy (int64, into meta.json's sources), and meta.json, which is returned and takes `notes`. Shards hold
+    `shard_tokens` at most; a longer document has its own. ValueError without training documents.
     """
     with complete_or_absent(out_dir) as aside:
         sources, counts = {}, {}
@@ -438,9 +396,9 @@ def write_split(documents: Iterable[tuple], prefix: Path, sources: dict[str, int
             if not len(tokens):
                 continue
             if len(mask) != len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(f"{prefix.name} document {len(lengths)} ({source}): {len(mask)} mask values "
-                                 f"for {len(tokens)} ids from {tokens.min()} to {tokens.max()}; ids must be "
-                                 f"0 to {vocab_size - 1}, with a mask value each")
+                raise ValueError(f"{prefix.name} document {len(lengths)} ({source}): {len(mask)} mask values for "
+                                 f"{len(tokens)} ids from {tokens.min()} to {tokens.max()}; ids must be 0 to "
+                                 f"{vocab_size - 1}, with a mask value each")
             if not shards or shards[-1] + len(tokens) > shard_tokens:
                 files.close()
                 token_file, mask_file = (files.enter_context(open(f"{prefix}-{len(shards):05d}.{kind}", "wb"))
@@ -461,13 +419,11 @@ def read_meta(directory: str | Path) -> dict:
     path = Path(directory) / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); write one with data.py prepare")
-    try:
+    with suppress(ValueError, TypeError, KeyError):
         meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(meta, dict) or meta.get("format") != 1:
-        raise ValueError(f"{path}: not a corpus of format 1, which this version reads; prepare it again")
-    return meta
+        if meta["format"] == 1:
+            return meta
+    raise ValueError(f"{path}: not a corpus of format 1, which this version reads; prepare it again")
 
 
 def is_held_out(document: dict, holdout: float, seed: int) -> bool:
@@ -478,109 +434,84 @@ def is_held_out(document: dict, holdout: float, seed: int) -> bool:
 
 def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: tiktoken.Encoding, out_dir: str | Path,
                    holdout: float = 0.1, holdout_window: int = 48, seed: int = 0) -> dict:
-    """Tokenise (name, path) sources into a corpus directory (see write_corpus); returns its meta.json.
+    """Tokenise (name, path) sources, see source_path, into a corpus directory, see write_corpus; returns its meta.json.
 
-    A share `holdout` of the documents (see is_held_out) becomes split "valid". Every run of `holdout_window`
-    tokens that a training document has too is cut out of it (0: kept), or shared boilerplate would count as
-    held-out. Sources are read twice; memory holds the held-out documents. ValueError or OSError before
-    anything is written.
+    A share `holdout` of the documents (see is_held_out) becomes split "valid". Every run of `holdout_window` tokens
+    that a training document has too is cut out of it (0: kept), or shared boilerplate would count as held-out. Sources
+    are read twice; memory holds the held-out documents. ValueError or OSError before anything is written.
     """
     if not 0 <= holdout < 1 or holdout_window < 0:
         raise ValueError(f"holdout {holdout} must be in [0, 1), holdout_window {holdout_window} not negative")
     if len(dict(sources)) != len(sources):
         raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
-    for _, path in sources:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file or directory")
-    held_out, shared = [], set()
+    sources, held_out, shared = [(name, source_path(path)) for name, path in sources], [], set()
 
-    def documents(valid: bool) -> Iterator[tuple[str, dict]]:
-        for name, path in sources:
-            yield from ((name, d) for d in read_documents(path) if is_held_out(d, holdout, seed) == valid)
+    def encoded(side: bool) -> Iterator[tuple]:
+        documents = ((name, document) for name, path in sources for document in read_documents(path))
+        return encode_documents((d for d in documents if is_held_out(d[1], holdout, seed) == side), tokenizer)
 
     def training() -> Iterator[tuple]:
-        held_out.extend(encode_documents(documents(True), tokenizer))
-        others = encode_documents(documents(False), tokenizer)
-        others = tqdm(others, "tokenise", unit=" documents", disable=None)
+        held_out.extend(encoded(True))
+        others = tqdm(encoded(False), "tokenise", unit=" documents", disable=None)
         yield from note_shared_windows(held_out, others, holdout_window, shared) if holdout_window else others
 
-    def valid() -> Iterator[tuple]:  # runs after `training`
-        for document in held_out:
-            yield from cut_shared_windows(*document, holdout_window, shared) if shared else [document]
+    valid = (piece for document in held_out for piece in cut_shared_windows(*document, holdout_window, shared))
+    return write_corpus({"train": training(), "valid": valid}, out_dir, tokenizer,  # in this order
+                        holdout=holdout, holdout_window=holdout_window, seed=seed)
 
-    return write_corpus({"train": training(), "valid": valid()}, out_dir, tokenizer, holdout=holdout,
-                        holdout_window=holdout_window, seed=seed)
+
+def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
+    """(source, document) -> (source, tokens uint32 (T,), loss mask bool (T,)), in order. Loss is on all of a text, on a
+    completion but not its prompt, or as encode_chat says. Threads: tiktoken releases the interpreter."""
+
+    def encode(item: tuple[str, dict]) -> tuple[str, np.ndarray, np.ndarray]:
+        source, document = item
+        if "messages" in document:
+            tokens, mask = encode_chat(document["messages"], tokenizer)
+        else:
+            parts = [tokenizer.encode_ordinary(text) for text in document.values()]
+            tokens, mask = sum(parts, []), np.repeat([key != "prompt" for key in document], list(map(len, parts)))
+        return source, np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
+
+    documents = iter(documents)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while group := list(itertools.islice(documents, 256)):  # bounded memory
+            yield from pool.map(encode, group)
 
 
 def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
-    """Hash of each run of `window` tokens, uint64 (len - window + 1,), from hashes of runs of 1, 2, 4, ..."""
-
-    def mix(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # arithmetic modulo 2^64
-        a = (a ^ (a >> np.uint64(32))) * MULTIPLIER + b
-        return (a ^ (a >> np.uint64(29))) * MULTIPLIER
-
-    count = max(0, len(tokens) - window + 1)
-    run, size, done, result = tokens.astype(np.uint64) * MULTIPLIER, 1, 0, np.zeros(count, dtype=np.uint64)
-    while size <= window and count:
-        if window & size:  # `done` tokens of each window are in its hash, `size` more follow
-            result = mix(result, run[done:done + count])
-            done += size
-        run, size = mix(run[:-size], run[size:]), size * 2
-    return result
+    """Hash of each run of `window` tokens, uint64 (len - window + 1,): the sum of token k times base^(k - start)."""
+    base = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+    powers, inverses = (np.cumprod(np.full(len(tokens), b, np.uint64)) for b in (base, pow(base, -1, 2**64)))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(tokens * powers)])
+    return (sums[window:] - sums[:-window]) * inverses[:max(0, len(sums) - window)]
 
 
 def note_shared_windows(held_out: list[tuple], training: Iterable[tuple], window: int,
                         shared: set[int]) -> Iterator[tuple]:
     """Pass training documents on; `shared` collects the hashes of held-out windows that occur in them."""
-    every = [window_hashes(tokens, window) for _, tokens, _ in held_out]
-    hashes = np.unique(np.concatenate([np.empty(0, np.uint64), *every]))
-    table = np.zeros(2 ** min(28, 6 + len(hashes).bit_length()), dtype=bool)  # quick test, by low bits
-    low_bits = np.uint64(len(table) - 1)
-    table[hashes & low_bits] = True
+    hashes = [window_hashes(tokens, window) for _, tokens, _ in held_out]
+    known = np.unique(np.concatenate([np.zeros(1, np.uint64), *hashes]))  # never empty: a 0 too many does no harm
     for document in training:
-        found = window_hashes(document[1], window)
-        found = found[table[found & low_bits]]
-        if len(found):
-            places = np.searchsorted(hashes[:-1], found)  # the last place takes all that lies beyond
-            shared.update(found[hashes[places] == found].tolist())
+        found = np.sort(window_hashes(document[1], window))  # sorted: twice as fast to search for
+        shared.update(found[known[np.searchsorted(known, found, side="right") - 1] == found].tolist())
         yield document
 
 
 def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window: int,
                        shared: set[int]) -> Iterator[tuple]:
     """A held-out document, whole if nothing is shared, else its other pieces of `window` tokens or more."""
-    starts = np.flatnonzero([value in shared for value in window_hashes(tokens, window).tolist()])
-    change = np.zeros(len(tokens) + 1, dtype=np.int64)
-    change[starts] += 1
-    change[starts + window] -= 1
-    kept = np.concatenate([[False], np.cumsum(change[:-1]) == 0, [False]])  # (T + 2,)
-    for start, end in np.flatnonzero(np.diff(kept)).reshape(-1, 2):
-        if not len(starts) or end - start >= window and mask[start:end].any():
+    starts = [value in shared for value in window_hashes(tokens, window).tolist()] if shared else []
+    if not any(starts):
+        yield source, tokens, mask
+        return
+    kept = np.convolve(starts, np.ones(window)) == 0  # (T,): in none of the windows that start there
+    for start, end in np.flatnonzero(np.diff(kept, prepend=False, append=False)).reshape(-1, 2):
+        if end - start >= window and mask[start:end].any():
             yield source, tokens[start:end], mask[start:end]
 
 
-def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, long: int = 8192,
-                   short_weight: float = 1.0, long_weight: float = 1.0) -> np.ndarray:
-    """Expected repeats of each document an epoch, float64 (documents,): the up-sampling of arXiv 2504.06214,
-    3.1.
-
-    Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each source is then
-    scaled so that its expected tokens stay as they are: sources keep their proportions. Raises ValueError.
-    """
-    if not 0 <= short <= long or not all(0 <= weight < np.inf for weight in (short_weight, long_weight)):
-        raise ValueError(f"length weights need 0 <= short {short} <= long {long}, and finite weights of 0 or "
-                         f"more, not {short_weight} and {long_weight}")
-    weights = np.where(lengths < short, short_weight, np.where(lengths > long, long_weight, 1.0))
-    for source in np.unique(sources):
-        mine = sources == source
-        kept = weights[mine] @ lengths[mine]
-        if not kept:
-            raise ValueError(f"source {source}: every document has weight 0; raise short_weight")
-        weights[mine] *= lengths[mine].sum() / kept
-    return weights
-
-
-# ------------------------------------------------------------------------------------------------ datasets
+# ---------------------------------------------------------------------------------------------------------- datasets
 
 
 class Batch(NamedTuple):
@@ -604,95 +535,24 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.default_rng([seed, epoch]).random(count), kind="stable")
 
 
-class PackedDataset:
-    """A split of a corpus as one endless stream of documents, cut into sequences.
+def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, long: int = 8192,
+                   short_weight: float = 1.0, long_weight: float = 1.0) -> np.ndarray:
+    """Expected repeats of each document an epoch, float64 (documents,): the up-sampling of arXiv 2504.06214, 3.1.
 
-    In an epoch a document occurs length_weights times (the fraction is drawn), in shuffled order: a pure
-    function of (seed, epoch). The separator follows every document: "<s>" is that plain text (arXiv
-    2504.06214, 3.1), "bos_eos" the end-of-text token and, where there is one, begin-of-text, "none" nothing.
-    It carries loss: to predict it is to know where a document ends. Sequence i is tokens i·S to i·S + S of
-    the stream, so its last target is the next one's first input, and documents of S - len(separator) tokens
-    start exactly where sequences do.
+    Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each source is then scaled so
+    that its expected tokens stay as they are: sources keep their proportions. Raises ValueError.
     """
-
-    def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int,
-                 separator: str = "<s>", short: int = 4096, long: int = 8192, short_weight: float = 1.0,
-                 long_weight: float = 1.0, tokenizer: tiktoken.Encoding | None = None) -> None:
-        """tokenizer: the one the corpus was prepared with, which is checked; separator "none" needs none."""
-        meta, prefix = read_meta(directory), Path(directory) / split
-        if not meta["splits"].get(split, {}).get("documents"):
-            raise ValueError(f"{directory}: no documents in split {split!r}; prepare a larger holdout")
-        if tokenizer is not None and fingerprint(tokenizer) != meta["tokenizer"]:
-            raise ValueError(f"{directory}: was prepared with another tokenizer than {tokenizer.name!r}")
-        if sequence_length < 1 or seed < 0:
-            raise ValueError(f"sequence_length {sequence_length} must be 1 or more, seed {seed} 0 or more")
-        shards = meta["splits"][split]["shards"]
-        self.tokens, self.masks = (  # lists of arrays (T,), one a shard
-            [map_shard(Path(f"{prefix}-{i:05d}.{kind}"), dtype, size) for i, size in enumerate(shards)]
-            for kind, dtype in (("tokens", "<u4"), ("mask", "?")))
-        offsets, sources, shard_starts = (
-            np.load(f"{prefix}-offsets.npy"), np.load(f"{prefix}-sources.npy"), np.cumsum([0, *shards]))
-        self.lengths = np.diff(offsets)  # (documents,), as are the next three
-        self.shards = np.searchsorted(shard_starts, offsets[:-1], side="right") - 1
-        self.starts = offsets[:-1] - shard_starts[self.shards]
-        self.weights = length_weights(self.lengths, sources, short, long, short_weight, long_weight)
-        self.sequence_length, self.seed = sequence_length, seed
-        self.separator = separator_tokens(separator, tokenizer)
-        self._before = [(0, 0)]  # tokens and documents of the stream before epochs 0, 1, ...
-        self._plan = (-1, np.empty(0), np.empty(0))  # the newest epoch, its order and ends
-
-    def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents of an epoch in order, and where in the epoch each one's separator ends, int64 (n,)."""
-        if self._plan[0] != epoch:
-            draw = np.random.default_rng([self.seed, epoch, 1]).random()  # one for all: systematic sampling
-            repeats = np.diff(np.floor(np.cumsum([0, *self.weights]) + draw)).astype(np.int64)
-            repeated = np.repeat(np.arange(len(repeats)), repeats)
-            order = repeated[shuffled(len(repeated), self.seed, epoch)]
-            self._plan = (epoch, order, np.cumsum(self.lengths[order] + len(self.separator)))
-        return self._plan[1:]
-
-    def before(self, epoch: int) -> tuple[int, int]:
-        """Tokens and documents of the stream before an epoch; epochs differ where fractions are drawn."""
-        while len(self._before) <= epoch:
-            order, ends = self.plan(len(self._before) - 1)
-            tokens, documents = self._before[-1]
-            self._before.append((tokens + int(ends[-1]) if len(ends) else tokens, documents + len(order)))
-        return self._before[epoch]
-
-    def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Document i of the split: tokens uint32 (T,), loss mask bool (T,), as views of the files."""
-        here = slice(self.starts[i], self.starts[i] + self.lengths[i])
-        return self.tokens[self.shards[i]][here], self.masks[self.shards[i]][here]
-
-    def pieces(self, position: int) -> Iterator[tuple]:
-        """The stream from `position` on: (tokens, loss mask, document's number), a document or separator
-        each."""
-        epoch, separator_loss = 0, np.ones(len(self.separator), dtype=bool)
-        while self.before(epoch + 1)[0] <= position:
-            epoch += 1
-        while True:
-            (tokens_before, number), (order, ends) = self.before(epoch), self.plan(epoch)
-            for k in range(np.searchsorted(ends, position - tokens_before, side="right"), len(order)):
-                tokens, mask = self.document(order[k])
-                start = tokens_before + int(ends[k]) - len(self.separator) - len(tokens)
-                skip = max(0, position - start)  # of the first document only, and perhaps of its separator
-                after = max(0, skip - len(tokens))
-                yield tokens[skip:], mask[skip:], number + k
-                yield self.separator[after:], separator_loss[after:], number + k
-            epoch += 1
-
-    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids count documents along the
-        stream, so a repeated document gets a new one; a separator has the id of the document before it."""
-        size, filled = self.sequence_length + 1, 0
-        tokens, mask, ids = np.empty(size, np.int64), np.empty(size, bool), np.empty(size, np.int64)
-        for piece, loss, number in self.pieces(index * self.sequence_length):
-            end = min(size, filled + len(piece))
-            tokens[filled:end], mask[filled:end] = piece[:end - filled], loss[:end - filled]
-            ids[filled:end] = number
-            filled = end
-            if filled == size:
-                return tokens, mask, ids
+    if not 0 <= short <= long or not all(0 <= weight < np.inf for weight in (short_weight, long_weight)):
+        raise ValueError(f"length weights need 0 <= short {short} <= long {long}, and finite weights of 0 or more, not "
+                         f"{short_weight} and {long_weight}")
+    weights = np.where(lengths < short, short_weight, np.where(lengths > long, long_weight, 1.0))
+    for source in np.unique(sources):
+        mine = sources == source
+        kept = weights[mine] @ lengths[mine]
+        if not kept:
+            raise ValueError(f"source {source}: every document has weight 0; raise short_weight")
+        weights[mine] *= lengths[mine].sum() / kept
+    return weights
 
 
 def separator_tokens(separator: str, tokenizer: tiktoken.Encoding | None) -> np.ndarray:
@@ -714,20 +574,82 @@ def map_shard(path: Path, dtype: str, size: int) -> np.ndarray:
     """A shard as an array that is read where touched. Raises ValueError unless it has `size` elements."""
     if not path.is_file() or path.stat().st_size != size * np.dtype(dtype).itemsize:
         raise ValueError(f"{path}: missing, or not the {size} tokens of meta.json; prepare the corpus again")
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # slices of a plain array are far cheaper
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # a plain array: indexing a memmap is far slower
+
+
+class PackedDataset:
+    """A split of a corpus as one endless stream of documents, cut into sequences.
+
+    In an epoch a document occurs length_weights times (the fraction is drawn), in shuffled order: a pure function of
+    (seed, epoch). The separator follows every document: "<s>" is that plain text (arXiv 2504.06214, 3.1), "bos_eos" the
+    end-of-text token and, where there is one, begin-of-text, "none" nothing. It carries loss: to predict it is to know
+    where a document ends. Sequence i is tokens i·S to i·S + S of the stream, so its last target is the next one's
+    first input, and documents of S - len(separator) tokens start exactly where sequences do.
+    """
+
+    def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int, separator: str = "<s>",
+                 short: int = 4096, long: int = 8192, short_weight: float = 1.0, long_weight: float = 1.0,
+                 tokenizer: tiktoken.Encoding | None = None) -> None:
+        """tokenizer: the one the corpus was prepared with, which is checked; separator "none" needs none."""
+        meta, prefix = read_meta(directory), Path(directory) / split
+        if not meta["splits"].get(split, {}).get("documents"):
+            raise ValueError(f"{directory}: no documents in split {split!r}; prepare a larger holdout")
+        if tokenizer is not None and fingerprint(tokenizer) != meta["tokenizer"]:
+            raise ValueError(f"{directory}: was prepared with another tokenizer than {tokenizer.name!r}")
+        if sequence_length < 1 or seed < 0:
+            raise ValueError(f"sequence_length {sequence_length} must be 1 or more, seed {seed} 0 or more")
+        shards = meta["splits"][split]["shards"]
+        self.tokens, self.masks = (  # lists of arrays (T,), one a shard
+            [map_shard(Path(f"{prefix}-{i:05d}.{kind}"), dtype, size) for i, size in enumerate(shards)]
+            for kind, dtype in (("tokens", "<u4"), ("mask", "?")))
+        offsets, shard_starts = np.load(f"{prefix}-offsets.npy"), np.cumsum([0, *shards])
+        self.lengths = np.diff(offsets)  # (documents,), as are the next two and the weights
+        self.shards = np.searchsorted(shard_starts, offsets[:-1], side="right") - 1
+        self.starts = offsets[:-1] - shard_starts[self.shards]  # in the shard
+        self.weights = length_weights(self.lengths, np.load(f"{prefix}-sources.npy"), short, long, short_weight, long_weight)
+        self.sequence_length, self.seed = sequence_length, seed
+        self.separator = separator_tokens(separator, tokenizer)
+        self.epochs = 0  # how many of the stream are planned so far,
+        self.order = np.empty(0, dtype=np.int64)  # (n,), the documents that occur in them,
+        self.bounds = np.zeros(1, dtype=np.int64)  # (n + 1,), and where in the stream each begins and the last ends
+
+    def plan(self, epoch: int) -> np.ndarray:
+        """Documents of an epoch in order, int64 (n,)."""
+        draw = np.random.default_rng([self.seed, epoch, 1]).random()  # one for all: systematic sampling
+        repeats = np.diff(np.floor(np.cumsum([0, *self.weights]) + draw)).astype(np.int64)
+        repeated = np.repeat(np.arange(len(repeats)), repeats)
+        return repeated[shuffled(len(repeated), self.seed, epoch)]
+
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids count documents along the stream, so a
+        repeated document gets a new one; a separator has the id of the document before it."""
+        places = index * self.sequence_length + np.arange(self.sequence_length + 1)  # in the stream
+        while self.bounds[-1] <= places[-1]:
+            order = self.plan(self.epochs)
+            self.order = np.append(self.order, order)
+            self.bounds = np.append(self.bounds, self.bounds[-1] + np.cumsum(self.lengths[order] + len(self.separator)))
+            self.epochs += 1
+        ids = np.searchsorted(self.bounds, places, side="right") - 1
+        documents, offsets = self.order[ids], places - self.bounds[ids]
+        after = offsets - self.lengths[documents]  # < 0 in the document, 0, 1, ... in its separator
+        tokens, mask = np.empty(len(places), dtype=np.int64), np.ones(len(places), dtype=bool)
+        tokens[after >= 0] = self.separator[after[after >= 0]]
+        for shard in np.unique(self.shards[documents]):
+            mine = (self.shards[documents] == shard) & (after < 0)
+            source = (self.starts[documents] + offsets)[mine]
+            tokens[mine], mask[mine] = self.tokens[shard][source], self.masks[shard][source]
+        return tokens, mask, ids
 
 
 class ChatDataset:
     """Chat samples, one a row, right-padded without loss, shuffled each epoch by (seed, epoch).
 
-    Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` has the
-    others.
+    Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` has the others.
     """
 
-    def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding,
-                 sequence_length: int, seed: int) -> None:
-        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]}, or lists of messages. Raises
-        ValueError."""
+    def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding, sequence_length: int,
+                 seed: int) -> None:
+        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]}, or lists of messages. Raises ValueError."""
         name = samples if isinstance(samples, (str, Path)) else "samples"
         documents = list(read_documents(samples)) if name is samples else [{"messages": m} for m in samples]
         if not all("messages" in document for document in documents):
@@ -738,25 +660,24 @@ class ChatDataset:
         if not self.rows:
             raise ValueError(f"{name}: none of {len(rows)} samples has {sequence_length} tokens or fewer")
         self.sequence_length, self.seed, self.padding = sequence_length, seed, end_of_turn(tokenizer)
-        self._order = (-1, np.empty(0))  # the newest epoch and its order
+        self.epoch, self.order = -1, np.empty(0)  # the newest one's order of rows
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens int64, loss mask bool, document ids int64 (all `index`), each (S + 1,)."""
         size, (epoch, place) = self.sequence_length + 1, divmod(index, len(self.rows))
-        if self._order[0] != epoch:
-            self._order = (epoch, shuffled(len(self.rows), self.seed, epoch))
-        row, row_mask = self.rows[self._order[1][place]]
+        if self.epoch != epoch:
+            self.epoch, self.order = epoch, shuffled(len(self.rows), self.seed, epoch)
+        row, row_mask = self.rows[self.order[place]]
         tokens, mask = np.full(size, self.padding, dtype=np.int64), np.zeros(size, dtype=bool)
         tokens[:len(row)], mask[:len(row)] = row, row_mask
         return tokens, mask, np.full(size, index, dtype=np.int64)
 
 
 class Blend:
-    """Datasets mixed by weight: a sequence comes from one of them, and each gives its own in order, without a
-    gap.
+    """Datasets mixed by weight: a sequence comes from one of them, and each gives its own in order, without a gap.
 
-    A block of 1,000 sequences has a fixed number of each (weights are rounded to 1/1000), evenly spread with
-    a jitter drawn from (seed, block): any stretch of a run has close to the right shares. Raises ValueError.
+    A block of 1,000 sequences has a fixed number of each (weights are rounded to 1/1000), evenly spread with a jitter
+    drawn from (seed, block): any stretch of a run has close to the right shares. Raises ValueError.
     """
 
     BLOCK = 1000
@@ -767,26 +688,23 @@ class Blend:
         if len({dataset.sequence_length for dataset in datasets}) > 1:
             raise ValueError("a blend needs datasets of one sequence_length")
         exact = np.array(weights) / sum(weights) * self.BLOCK
-        self.counts = np.floor(exact).astype(np.int64)
+        self.counts = np.floor(exact).astype(np.int64)  # sequences of each in a block
         self.counts[np.argsort(self.counts - exact)[:self.BLOCK - self.counts.sum()]] += 1  # by remainder
         if not self.counts.all():
             raise ValueError(f"weights {weights}: none may be below 1/{self.BLOCK} of their sum")
         self.datasets, self.seed, self.sequence_length = datasets, seed, datasets[0].sequence_length
-        self._block = (-1, np.empty(0))  # the newest block and whose turn each of its sequences is
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The next sequence of the dataset whose turn `index` is."""
         block, place = divmod(index, self.BLOCK)
-        if self._block[0] != block:
-            random = np.random.default_rng([self.seed, block])
-            turns = np.concatenate([(np.arange(n) + random.random(n)) / n for n in self.counts])
-            self._block = (block, np.repeat(np.arange(len(self.counts)), self.counts)[np.argsort(turns)])
-        owners = self._block[1]
-        used = block * self.counts[owners[place]] + np.count_nonzero(owners[:place] == owners[place])
-        return self.datasets[owners[place]].sequence(int(used))
+        owners = np.repeat(np.arange(len(self.counts)), self.counts)  # (BLOCK,), and which of its owner's each is:
+        own = np.concatenate([np.arange(count) for count in self.counts])
+        jitter = np.random.default_rng([self.seed, block]).random(self.BLOCK)
+        turn = np.argsort((own + jitter) / self.counts[owners], kind="stable")[place]
+        return self.datasets[owners[turn]].sequence(int(block * self.counts[owners[turn]] + own[turn]))
 
 
-# -------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------------------------ command line
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -810,19 +728,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def source_path(text: str) -> Path:
-    """The path that a --source names; stdlib is the running Python's library. Raises FileNotFoundError."""
-    path = Path(sysconfig.get_path("stdlib") if text == "stdlib" else text)
-    if not path.exists():
-        raise FileNotFoundError(f"--source {text}: no such file or directory")
-    return path
-
-
 def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
     """Texts of all documents until `max_bytes` of UTF-8 are reached."""
     for document in itertools.chain.from_iterable(map(read_documents, paths)):
-        values = document.values()
-        for text in [m["content"] for m in document["messages"]] if "messages" in document else values:
+        for text in [message["content"] for message in document.get("messages", [])] or document.values():
             if max_bytes <= 0:
                 return
             yield text[:max_bytes]
@@ -834,8 +743,7 @@ def print_corpus(directory: Path, meta: dict) -> None:
     for split, n in meta["splits"].items():
         print(f"{split}: {n['documents']:,} documents, {n['tokens']:,} tokens, {len(n['shards'])} shards")
     offsets, owners = (np.load(directory / f"train-{name}.npy") for name in ("offsets", "sources"))
-    lengths = np.diff(offsets)
-    edges = [0, 1024, 4096, 8192, 32768, 131072, 2**62]
+    lengths, edges = np.diff(offsets), [0, 1024, 4096, 8192, 32768, 131072, 2**62]
     heads = [*(f"< {edge:,}" for edge in edges[1:-1]), "longer"]
     print("training tokens by document length" + "".join(f"{head:>10}" for head in heads))
     for i, name in enumerate(meta["sources"]):
@@ -844,23 +752,19 @@ def print_corpus(directory: Path, meta: dict) -> None:
         print(f"{name:>34}" + "".join(f"{share:10.1%}" for share in shares))
 
 
-def run(a: argparse.Namespace) -> None:
-    if a.command == "train-bpe":
-        texts = read_texts([source_path(text) for text in a.source], a.max_bytes)
-        special = len(train_bpe(texts, a.vocab_size, a.out).special_tokens_set)
-        print(f"wrote {a.out}/tokenizer.model: {a.vocab_size} tokens, {special} special ones")
-        return
-    malformed = [text for text in a.source if not re.fullmatch("[^=]+=.+", text)]
-    if malformed:
-        raise ValueError(f"--source {malformed[0]}: write it as NAME=PATH")
-    sources = [(name, source_path(path)) for name, path in (text.split("=", 1) for text in a.source)]
-    meta = prepare_corpus(sources, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window, a.seed)
-    print_corpus(a.out, meta)
-
-
 def main(argv: list[str] | None = None) -> None:
+    a = parse_arguments(argv)
     try:
-        run(parse_arguments(argv))
+        if a.command == "train-bpe":
+            tokenizer = train_bpe(read_texts([source_path(text) for text in a.source], a.max_bytes), a.vocab_size, a.out)
+            print(f"wrote {a.out}/tokenizer.model: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
+            return
+        for text in a.source:
+            if not re.fullmatch("[^=]+=.+", text):
+                raise ValueError(f"--source {text}: write it as NAME=PATH")
+        sources = [tuple(text.split("=", 1)) for text in a.source]
+        meta = prepare_corpus(sources, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window, a.seed)
+        print_corpus(a.out, meta)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

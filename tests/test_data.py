@@ -420,6 +420,10 @@ def test_a_damaged_corpus_is_refused(tmp_path, tokenizer):
         data.PackedDataset(tmp_path / "out", "train", 2, 0, "none")
     with pytest.raises(FileNotFoundError, match="not a corpus"):
         data.PackedDataset(tmp_path, "train", 2, 0, "none")
+    for content in ("{oops", "[1]", "{}", '{"format": 2}'):
+        (tmp_path / "meta.json").write_text(content)
+        with pytest.raises(ValueError, match="meta.json: not a corpus of format 1"):
+            data.read_meta(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------- length up-sampling
@@ -478,7 +482,7 @@ def stream_of(dataset, documents, separator, epochs):
     tokens, mask, ids = [], [], []
     number = 0
     for epoch in range(epochs):
-        for i in dataset.plan(epoch)[0]:
+        for i in dataset.plan(epoch):
             _, own, loss = documents[i]
             tokens += own + separator
             mask += (loss or [True] * len(own)) + [True] * len(separator)
@@ -524,7 +528,7 @@ def test_order_is_a_pure_function_of_seed_and_epoch(corpus, tokenizer):
     forward = [one.sequence(i)[0].tolist() for i in range(200)]
     assert forward == [make().sequence(i)[0].tolist() for i in range(200)]  # each resumed at i in a fresh object
     assert forward[::-1] == [one.sequence(i)[0].tolist() for i in reversed(range(200))]
-    orders = [make(seed).plan(epoch)[0].tolist() for seed in (0, 1) for epoch in (0, 1)]
+    orders = [make(seed).plan(epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(40)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
@@ -634,6 +638,11 @@ def test_blend_uses_every_sequence_of_each_dataset_once_in_order_at_its_weight()
         drawn[i] for i in (2400, 1, 999, 1000)]
     other = data.Blend([Counting(0), Counting(1), Counting(2)], [7, 2, 1], seed=4)
     assert [int(other.sequence(i)[2][0]) for i in range(100)] != [owner for owner, _ in drawn[:100]]
+
+
+def test_blend_rounds_weights_to_thousandths():
+    assert data.Blend([Counting(i) for i in range(3)], [1, 1, 1], 0).counts.tolist() == [334, 333, 333]
+    assert data.Blend([Counting(i) for i in range(3)], [0.4995, 0.001, 0.4995], 0).counts.tolist() == [500, 1, 499]
 
 
 def test_blend_refuses_what_it_cannot_keep():
