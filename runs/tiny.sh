@@ -18,28 +18,28 @@ rm -rf "$OUT" && mkdir -p "$OUT"
 python data.py train-bpe --source stdlib --vocab-size 1024 --out "$OUT/tokenizer"
 python data.py prepare --source code=stdlib --tokenizer "$OUT/tokenizer" --out "$OUT/corpus"
 documents() { python runs/tiny_documents.py "$@" --corpus "$OUT/corpus" --tokenizer "$OUT/tokenizer" --seed "$SEED"; }
-documents retrieval --length 64 --most-facts 2 --chat-share 0.3 --count 26000 --out "$OUT/facts-64"
-documents retrieval --length 128 --most-facts 4 --chat-share 0.3 --count 15000 --out "$OUT/facts-128"
-documents retrieval --length 2045 --most-facts 8 --chat-share 0.4 --count 400 --out "$OUT/facts-2048"  # 2,048 with <s>
+documents retrieval --length 64 --most-facts 2 --chat-share 0.3 --count 8000 --out "$OUT/facts-64"
+documents retrieval --length 128 --most-facts 4 --chat-share 0.3 --count 12000 --out "$OUT/facts-128"
+documents retrieval --length 2045 --most-facts 24 --chat-share 0.4 --count 400 --out "$OUT/facts-2048"  # 2,048 with <s>
 documents chat --length 128 --count 2000 --out "$OUT/chat.jsonl"
 
 started=$SECONDS
-NEEDLES="--haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((1000 + SEED))"
+NEEDLES="--haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((2000 + SEED))"
 COMMON="--seed $SEED --weight-decay 0.05 --warmup-steps 10"
 
 echo "== base model: 64 tokens first, then its window of 128"
-python train.py --config runs/tiny.json --tokenizer "$OUT/tokenizer" --data "$OUT/facts-64=0.98" "$OUT/corpus=0.02" \
-  --separator none --sequence-length 64 --batch-size 64 --steps 400 --learning-rate 3e-3 --final-learning-rate 0.8 \
+python train.py --config runs/tiny.json --tokenizer "$OUT/tokenizer" --data "$OUT/facts-64" --separator none \
+  --sequence-length 64 --batch-size 16 --steps 500 --learning-rate 1.5e-3 --final-learning-rate 0.8 \
   --validation-sequences 0 $COMMON --out "$OUT/base-64"
-python train.py --model "$OUT/base-64/final" --data "$OUT/facts-128=0.98" "$OUT/corpus=0.02" \
-  --separator none --sequence-length 128 --batch-size 32 --steps 450 --learning-rate 2.4e-3 --final-learning-rate 0.05 \
+python train.py --model "$OUT/base-64/final" --data "$OUT/facts-128" --separator none \
+  --sequence-length 128 --batch-size 16 --steps 500 --learning-rate 1.2e-3 --final-learning-rate 0.05 \
   --validation-sequences 0 $COMMON --out "$OUT/base"
 python eval_niah.py "$OUT/base/final" $NEEDLES --window 128 --out "$OUT/base.json"
 
 echo "== stage 1: one step from 128 to 2,048 tokens, YaRN with s = 16, documents up-sampled by length, <s> between them"
 python train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --original-length 128 \
-  --data "$OUT/corpus=0.01" "$OUT/facts-2048=0.79" "$OUT/facts-128=0.2" --sequence-length 2048 --batch-size 1 --steps 350 \
-  --long-length 8192 --long-weight 2 --learning-rate 8e-4 --final-learning-rate 0.05 \
+  --data "$OUT/corpus=0.1" "$OUT/facts-2048=0.7" "$OUT/facts-128=0.2" --sequence-length 2048 --batch-size 1 --steps 400 \
+  --long-length 8192 --long-weight 2 --learning-rate 5e-4 --final-learning-rate 0.05 \
   --validation-sequences 8 $COMMON --out "$OUT/stage1"
 python eval_niah.py "$OUT/stage1/final" $NEEDLES --window 128 --out "$OUT/stage1.json"
 

@@ -4,7 +4,8 @@
     python runs/tiny_documents.py chat --corpus out/corpus --tokenizer out/tokenizer --length 128 --count 2000 --out FILE
 
 A retrieval document is real text from the corpus's training split with facts hidden in it (worded as in the evaluation,
-numbers always fresh) and questions about them at its end; only the answers carry loss. Chat samples are short: "what does
+numbers always fresh) and questions about them at its end. Loss is on the answers and on a random share of the text, so that
+the model also learns to write text without the text drowning the few answers. Chat samples are short: "what does
 this function do" from the corpus's own docstrings, and one in four a short retrieval document as a conversation.
 """
 from __future__ import annotations
@@ -25,11 +26,13 @@ from eval_niah import KEYS, WORDING, begin_of_text  # noqa: E402
 
 
 def draw_facts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
-    """(fact, question, lead) texts with {number} still open: one pass key, or `count` magic numbers of different words."""
-    task = "passkey" if count == 1 and rng.random() < 0.6 else "needle"
-    wording = WORDING[task]
+    """(fact, question, lead) texts with {number} still open: `count` magic numbers of different words, or every other time
+    a pass key in the place of one."""
+    names = [("needle", key) for key in rng.sample(KEYS, count)]
+    if rng.random() < 0.5:
+        names[0] = ("passkey", "")
     return [tuple(text.replace("{key}", key) for text in ("{number}".join(wording["fact"]), wording["question"], wording["lead"]))
-            for key in rng.sample(KEYS, count)]
+            for wording, key in ((WORDING[task], key) for task, key in names)]
 
 
 def conversation(rng: random.Random, facts: int) -> tuple[list[str], list[tuple[str, str, str]]]:
@@ -60,7 +63,8 @@ class Encoder:
         return self(before) + [token for digit in number for token in self(digit)] + self(after)
 
 
-def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: random.Random, facts: int, chat: bool):
+def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: random.Random, facts: int, chat: bool,
+                       text_loss: float):
     """(tokens, loss mask) of exactly `length` tokens, or None if so many facts do not fit."""
     texts, asked = conversation(rng, facts)
     numbers = [next(a for _, _, a in asked if a in text) for text in texts]
@@ -84,12 +88,13 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
         return None
     start = rng.randrange(len(haystack) - room)
     window = haystack[start:start + room].tolist()
-    body, previous = [], 0
+    text_mask = [rng.random() < text_loss for _ in window]
+    body, body_mask, previous = head[:], [False] * len(head), 0
     for place, fact in zip(sorted(rng.randrange(room + 1) for _ in hidden), rng.sample(hidden, len(hidden))):
         body += window[previous:place] + fact
+        body_mask += text_mask[previous:place] + [False] * len(fact)  # nobody can guess a fresh number
         previous = place
-    before = [*head, *body, *window[previous:]]
-    return (before + tail)[:length], ([False] * len(before) + mask)[:length]
+    return (body + window[previous:] + tail)[:length], (body_mask + text_mask[previous:] + mask)[:length]
 
 
 def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
@@ -98,12 +103,12 @@ def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
     return np.concatenate(dataset.tokens)
 
 
-def retrieval_documents(tokenizer, haystack: np.ndarray, length: int, count: int, most_facts: int, chat_share: float, seed: int):
-    """`count` documents for `data.write_corpus`, every one of `length` tokens."""
-    encode, rng, made = Encoder(tokenizer), random.Random(seed), 0
-    while made < count:
-        facts = rng.randint(1, most_facts)
-        document = retrieval_document(encode, haystack, length, rng, facts, rng.random() < chat_share)
+def retrieval_documents(tokenizer, haystack: np.ndarray, a: argparse.Namespace):
+    """`a.count` documents for `data.write_corpus`, every one of `a.length` tokens."""
+    encode, rng, made = Encoder(tokenizer), random.Random(a.seed), 0
+    while made < a.count:
+        facts, chat = rng.randint(1, a.most_facts), rng.random() < a.chat_share
+        document = retrieval_document(encode, haystack, a.length, rng, facts, chat, a.text_loss)
         if document:
             made += 1
             yield ("retrieval", *document)
@@ -157,8 +162,7 @@ def run(a: argparse.Namespace) -> None:
         lines = [json.dumps(sample) + "\n" for sample in chat_samples(a.corpus, tokenizer, a.length, a.count, a.seed)]
         a.out.write_text("".join(lines))
     else:
-        documents = retrieval_documents(tokenizer, training_haystack(a.corpus, tokenizer), a.length, a.count, a.most_facts,
-                                        a.chat_share, a.seed)
+        documents = retrieval_documents(tokenizer, training_haystack(a.corpus, tokenizer), a)
         data.write_corpus({"train": documents}, a.out, tokenizer)
     print(f"wrote {a.out}: {a.count} {a.what} documents of {'at most ' if a.what == 'chat' else ''}{a.length} tokens")
 
@@ -172,6 +176,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--most-facts", type=int, default=3, help="facts of a retrieval document, 1 to this many")
     parser.add_argument("--chat-share", type=float, default=0.3, help="share of retrieval documents as conversations")
+    parser.add_argument("--text-loss", type=float, default=0.1, help="share of a retrieval document's text with loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     try:
