@@ -54,8 +54,8 @@ LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
 class Tokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, with what Hugging Face's byte-level BPE files need beyond it.
 
-    Encode with `encode_ordinary`: it applies `normal_form` (Qwen2: NFC), drops bytes the vocabulary lacks as the
-    tokenizers library does (SmolLM2 lacks 21), and never makes special tokens of what a text spells.
+    It applies `normal_form` (Qwen2: NFC) and drops bytes the vocabulary lacks as the tokenizers library does (SmolLM2
+    lacks 21). `encode_ordinary` never makes special tokens of what a text spells.
     """
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
@@ -68,10 +68,20 @@ class Tokenizer(tiktoken.Encoding):
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of plain text. White space is cut after 100,000 in a row: at a million, tiktoken panics."""
-        text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
-        pieces = map(super().encode_ordinary, re.split(r"(\s{100000})", text))
-        tokens = list(itertools.chain.from_iterable(pieces))
-        return [t for t in tokens if t <= self.max_token_value] if self.lacks_bytes else tokens
+        pieces = map(super().encode_ordinary, re.split(r"(\s{100000})", self.normalise(text)))
+        return self.known(itertools.chain.from_iterable(pieces))
+
+    def encode(self, text: str, **special) -> list[int]:
+        """Ids of a text, with tiktoken's `allowed_special` and `disallowed_special`."""
+        return self.known(super().encode(self.normalise(text), **special))
+
+    def normalise(self, text: str) -> str:
+        """The text in `normal_form`."""
+        return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+
+    def known(self, tokens: Iterable[int]) -> list[int]:
+        """The ids that the vocabulary has."""
+        return [t for t in tokens if t <= self.max_token_value] if self.lacks_bytes else list(tokens)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -158,10 +168,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
     tokens = learn_merges({word.encode(errors="replace"): n for word, n in words.items()}, vocab_size)
     path = Path(path) if Path(path).suffix == ".model" else Path(path) / "tokenizer.model"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
-    sync(aside)
-    os.replace(aside, path)
+    write_complete(path, b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
     return load_tokenizer(path)
 
 
@@ -347,6 +354,17 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
         raise OSError(f"{path}: not written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_complete(path: Path, content: bytes) -> None:
+    """Write a file so that it is there complete or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -340,19 +340,6 @@ def draw_figure(runs: list[dict], labels: list[str]) -> bytes:
     return buffer.getvalue()
 
 
-def write_complete(path: Path, content: bytes) -> None:
-    """Write a file so that it is there complete or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def show_comparison(a: argparse.Namespace) -> None:
     """Print mean accuracy of runs x lengths, and draw their heat maps side by side."""
     runs, labels = [], a.labels or [path.stem for path in a.compare]
@@ -372,7 +359,7 @@ def show_comparison(a: argparse.Namespace) -> None:
         means = {mean["length"]: f"{mean['accuracy']:.1f}" for mean in results["means"]}
         print(f"{label:>{width}}" + "".join(f"{means.get(length, '-'):>8}" for length in lengths))
     if a.figure:
-        write_complete(a.figure, draw_figure(runs, labels))
+        data.write_complete(a.figure, draw_figure(runs, labels))
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -494,9 +481,9 @@ def run(a: argparse.Namespace) -> None:
                         device=device, progress=True, **options)
     print(terminal_map(results, sys.stdout.isatty()))
     if a.out:
-        write_complete(a.out, (json.dumps(results, indent=1) + "\n").encode())
+        data.write_complete(a.out, (json.dumps(results, indent=1) + "\n").encode())
     if a.figure:
-        write_complete(a.figure, draw_figure([results], [a.labels[0] if a.labels else a.model.name]))
+        data.write_complete(a.figure, draw_figure([results], [a.labels[0] if a.labels else a.model.name]))
 
 
 def main(argv: list[str] | None = None) -> None:

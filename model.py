@@ -24,6 +24,7 @@ from parallel import Grid, document_segments, ring_attention
 from rope_yarn import RopeScaling, apply_rotary, inverse_frequencies, ntk_theta, rope_theta_from_hf, rotary_tables
 
 LOGITS_TILE_BYTES = 2**27  # float32 logits that exist at once during a loss, whatever S and V
+VOCABULARY_TILE = 8192  # rows of the head's gradient that are added up at a time
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -363,31 +364,34 @@ class TiledCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of hidden @ weight.T, one tile of rows at a time, gradients formed in the same pass.
 
     The gradient of a row's logits is softmax - onehot, known as soon as the logits are: so each tile's logits are
-    used up (for the loss, the hidden gradient, the weight gradient) and forgotten, and backward multiplies two
-    stored results by a scalar. Peak memory is one tile, and no product is computed twice.
+    used up (for the loss, the hidden gradient, the weight gradient) and overwritten by the next tile's, and backward
+    multiplies two stored results by a scalar. Peak memory is one tile, and no product is computed twice.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """hidden (N, hidden), weight (V, hidden), targets (N,) in [0, V) -> float32 scalar (float64 for float64 input)."""
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=total.dtype)
-        rows = tile_rows(weight.shape[0])
-        for h, d_h, target in zip(hidden.split(rows), d_hidden.split(rows), targets.split(rows)):
-            logits = F.linear(h, weight).to(total.dtype)  # (rows, V)
-            index = target[:, None]
-            picked = logits.gather(1, index)
-            log_sum_exp = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_sum_exp - picked).sum()
-            d_logits = logits.sub_(log_sum_exp).exp_()
-            d_logits.scatter_add_(1, index, torch.full_like(picked, -1.0))
-            d_logits = d_logits.to(hidden.dtype)
-            torch.mm(d_logits, weight, out=d_h)
-            if d_weight.dtype == hidden.dtype:
-                d_weight.addmm_(d_logits.T, h)
-            else:  # a bfloat16 product, summed over tiles in float32
-                d_weight += d_logits.T @ h
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)
+        rows = min(len(hidden), tile_rows(weight.shape[0]))
+        product = hidden.new_empty(rows, weight.shape[0])  # (rows, V), in the compute type
+        logits = product if product.dtype == total.dtype else torch.empty_like(product, dtype=total.dtype)
+        for h, d_h, target in zip(*(x.split(max(1, rows)) for x in (hidden, d_hidden, targets))):
+            exact = logits[:len(h)]
+            rounded = torch.mm(h, weight.T, out=product[:len(h)])
+            if exact.dtype != rounded.dtype:
+                exact.copy_(rounded)
+            largest, picked = exact.amax(1, keepdim=True), exact.gather(1, target[:, None])
+            exact.sub_(largest).exp_()
+            normaliser = exact.sum(1, keepdim=True)  # (rows, 1): the softmax is exact / normaliser
+            total += (normaliser.log() + largest - picked).sum()
+            exact.scatter_add_(1, target[:, None], -normaliser)  # (softmax - onehot) * normaliser
+            if exact.dtype != rounded.dtype:
+                rounded.copy_(exact)
+            torch.mm(rounded, weight, out=d_h).div_(normaliser)
+            h = (h / normaliser).to(h.dtype)
+            for d_w, columns in zip(d_weight.split(VOCABULARY_TILE), rounded.split(VOCABULARY_TILE, dim=1)):
+                d_w += columns.T @ h  # a product of the compute type, summed in float32
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 
@@ -548,7 +552,7 @@ def run(arguments: argparse.Namespace) -> None:
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"{arguments.model}: the tokenizer has {tokenizer.n_vocab} tokens, the model only {config.vocab_size}")
     if arguments.raw:
-        tokens, stops = tokenizer.encode(arguments.prompt, disallowed_special=()), ()
+        tokens, stops = tokenizer.encode_ordinary(arguments.prompt), ()
     else:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         messages = [*system, {"role": "user", "content": arguments.prompt}]

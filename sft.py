@@ -22,6 +22,8 @@ def stage2_parser() -> argparse.ArgumentParser:
     group.add_argument("--sequence-length", type=int, default=8192, help="longer samples are dropped and counted")
     group.add_argument("--validation-data", help="held-out chat samples")
     parser.set_defaults(batch_size=128, learning_rate=5e-6)
+    parser.set_defaults(rope_kind=None, rope_factor=1.0, original_length=None)  # the window stays as stage 1 made it
+    parser.set_defaults(cross_document_mask=False)  # a row holds one sample
     return parser
 
 

@@ -106,6 +106,8 @@ def check_arguments(a: argparse.Namespace) -> None:
     micro = a.micro_batch_size or a.batch_size
     if micro < 1 or a.batch_size % micro:
         raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {a.batch_size}")
+    if a.out.is_file():
+        raise ValueError(f"--out {a.out}: is a file; choose a directory")
     if a.device != "cpu" and not (a.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {a.device} is not available here; use cpu, or cuda where there is a GPU")
 
@@ -158,7 +160,7 @@ def faster_dtype(device: str) -> torch.dtype:
 def starting_config(a: argparse.Namespace) -> ModelConfig:
     """The configuration to train: the checkpoint's or the JSON's, with the rope scaling that was asked for."""
     config = read_config(a.model or a.config)
-    scaling = scaling_from_arguments(a) if "rope_kind" in a else None  # stage 2 has no such options
+    scaling = scaling_from_arguments(a)
     if scaling:
         config = rescale(config, scaling)
     if a.sequence_length > config.max_position_embeddings:
@@ -274,7 +276,7 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch, a: argparse.Name
     optimizer.zero_gradients()
     valid = max(1, int((batch.targets != -100).sum()))  # over the whole batch, before any backward
     total = 0.0
-    ids = batch.document_ids if getattr(a, "cross_document_mask", False) else None
+    ids = batch.document_ids if a.cross_document_mask else None
     micro = a.micro_batch_size or a.batch_size
     for start in range(0, a.batch_size, micro):
         part = [None if x is None else x[start:start + micro].to(a.device) for x in (batch.tokens, batch.targets, ids)]
@@ -316,7 +318,7 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {peak_memory_gib(a.device):.1f} GiB", refresh=False)
         if validation and (step == a.steps or a.validate_every and step % a.validate_every == 0):
             mean, by_position = validate(model, validation, a.validation_sequences, a.validation_buckets,
-                                         getattr(a, "cross_document_mask", False), a.device)
+                                         a.cross_document_mask, a.device)
             metrics.write(step=step, validation_loss=mean, validation_loss_by_position=by_position)
             shown = " ".join("-" if value is None else f"{value:.2f}" for value in by_position)
             bar.write(f"step {step}: held-out loss {mean:.3f}; by position {shown}")

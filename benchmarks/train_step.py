@@ -1,11 +1,13 @@
 """One training step, ours against transformers' LlamaForCausalLM: tokens/s and peak memory, interleaved.
 
     python benchmarks/train_step.py                        # S = 2,048 and 8,192, Llama 3's vocabulary of 128,256
-    python benchmarks/train_step.py --lengths 256 --vocab-size 4096 --repeats 2
+    python benchmarks/train_step.py --dtypes float32 --lengths 256 --vocab-size 4096 --repeats 2
 
 Same configuration, weights, dtype, batch and optimizer settings (AdamW, fused where transformers' side allows it). Two
 child processes take turns, one step each, so that a slow minute of the machine hits both; the ratio is of medians.
 Peak memory is the child's largest resident size (CPU) or torch.cuda.max_memory_allocated. Prints a table, writes JSON.
+In bfloat16, transformers' side also keeps its weights and AdamW's moments in bfloat16: less memory, less to compute and
+less exact than our float32 state, so that row does not flatter ours.
 """
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Batch  # noqa: E402
 from model import Llama, ModelConfig  # noqa: E402
 from parallel import Grid, ShardedAdamW  # noqa: E402
+from train import training_step  # noqa: E402
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
 
@@ -37,16 +41,15 @@ def configuration(a: argparse.Namespace, length: int) -> dict:
 
 
 def our_step(config: dict, dtype: torch.dtype, device: str):
-    """A function that makes one step of this project's training and returns the mean loss."""
+    """A function that makes one step of train.py and returns the mean loss."""
     model = Llama(ModelConfig.from_hf(config)).initialise(0).to(device, dtype)
     optimizer = ShardedAdamW(model, Grid(), weight_decay=WEIGHT_DECAY)
 
     def step(tokens, targets):
-        optimizer.zero_gradients()
-        loss, count = model.loss(tokens, targets)
-        (loss / count).backward()
+        options = argparse.Namespace(batch_size=len(tokens), micro_batch_size=None, cross_document_mask=False, device=device)
+        loss = training_step(model, optimizer, Batch(tokens, targets, None), options)
         optimizer.step(LEARNING_RATE, max_norm=1.0)
-        return float(loss.detach()) / int(count)
+        return loss
 
     return step
 
@@ -88,13 +91,13 @@ def serve(pipe, build, config: dict, batch: int, length: int, dtype: torch.dtype
         pipe.send((seconds, loss, peak))
 
 
-def compare(a: argparse.Namespace, length: int) -> dict:
-    """Interleaved steps of both at one sequence length."""
+def compare(a: argparse.Namespace, dtype: str, length: int) -> dict:
+    """Interleaved steps of both in one type at one sequence length."""
     context = multiprocessing.get_context("spawn")
     sides = {}
     for name, build in (("ours", our_step), ("transformers", transformers_step)):
         pipe, other = context.Pipe()
-        arguments = (other, build, configuration(a, length), a.batch_size, length, getattr(torch, a.dtype), a.device, a.threads)
+        arguments = (other, build, configuration(a, length), a.batch_size, length, getattr(torch, dtype), a.device, a.threads)
         process = context.Process(target=serve, args=arguments, daemon=True)
         process.start()
         sides[name] = (process, pipe, [])
@@ -105,7 +108,7 @@ def compare(a: argparse.Namespace, length: int) -> dict:
                 if not process.is_alive():
                     raise SystemExit(f"error: a child ended with code {process.exitcode} at S = {length} (out of memory?)")
             results.append(pipe.recv())
-    row = {"length": length}
+    row = {"dtype": dtype, "length": length}
     for name, (process, pipe, results) in sides.items():
         pipe.send(False)
         process.join()
@@ -125,19 +128,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtypes", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("out/train_step.json"))
     a = parser.parse_args()
     device = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"CPU, {a.threads} threads"
-    print(f"{device}, torch {torch.__version__}, {a.dtype}, {a.layers} layers of width {a.hidden_size}, vocabulary {a.vocab_size}")
-    rows = [compare(a, length) for length in a.lengths]
-    print(f"{'S':>6} {'ours tok/s':>11} {'HF tok/s':>11} {'speed':>7} {'ours GiB':>9} {'HF GiB':>8} {'memory':>7} {'loss difference':>16}")
+    print(f"{device}, torch {torch.__version__}, {a.layers} layers of width {a.hidden_size}, vocabulary {a.vocab_size}")
+    rows = [compare(a, dtype, length) for dtype in a.dtypes for length in a.lengths]
+    print(f"{'type':>8} {'S':>6} {'ours tok/s':>11} {'HF tok/s':>11} {'speed':>7} {'ours GiB':>9} {'HF GiB':>8} {'memory':>7} {'loss difference':>16}")
     for row in rows:
         ours, other = row["ours"], row["transformers"]
         difference = max(abs(x - y) for x, y in zip(ours["losses"], other["losses"]))
-        print(f"{row['length']:>6} {ours['tokens_per_second']:>11,.0f} {other['tokens_per_second']:>11,.0f} "
+        print(f"{row['dtype']:>8} {row['length']:>6} {ours['tokens_per_second']:>11,.0f} {other['tokens_per_second']:>11,.0f} "
               f"{row['speed_ratio']:>6.2f}x {ours['peak_gib']:>9.2f} {other['peak_gib']:>8.2f} {row['memory_ratio']:>6.2f}x {difference:>16.1e}")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "arguments": vars(a), "rows": rows},

@@ -35,11 +35,12 @@ python train.py --model "$OUT/base-64/final" --data "$OUT/facts-128" --separator
   --sequence-length 128 --batch-size 16 --steps 500 --learning-rate 1.2e-3 --final-learning-rate 0.05 \
   --validation-sequences 0 $COMMON --out "$OUT/base"
 python eval_niah.py "$OUT/base/final" $NEEDLES --window 128 --out "$OUT/base.json"
+python eval_niah.py "$OUT/base/final" $NEEDLES --rope-kind yarn --rope-factor 16 --original-length 128 --out "$OUT/untrained.json"
 
 echo "== stage 1: one step from 128 to 2,048 tokens, YaRN with s = 16, documents up-sampled by length, <s> between them"
 python train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --original-length 128 \
   --data "$OUT/corpus=0.1" "$OUT/facts-2048=0.7" "$OUT/facts-128=0.2" --sequence-length 2048 --batch-size 1 --steps 400 \
-  --long-length 8192 --long-weight 2 --learning-rate 5e-4 --final-learning-rate 0.05 \
+  --short-length 1024 --short-weight 0.5 --long-length 2048 --long-weight 2 --learning-rate 5e-4 --final-learning-rate 0.05 \
   --validation-sequences 8 $COMMON --out "$OUT/stage1"
 python eval_niah.py "$OUT/stage1/final" $NEEDLES --window 128 --out "$OUT/stage1.json"
 
@@ -50,7 +51,9 @@ python eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --out "$OUT/stage2
 python eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --prompt chat --out "$OUT/stage2-chat.json"
 
 echo "== exact match in %, by prompt length; the base model's window is 128"
-python eval_niah.py --compare "$OUT"/{base,stage1,stage2,stage2-chat}.json --labels "before" "after stage 1" "after stage 2" \
-  "stage 2, chat prompt" --figure "$OUT/figure.png"
+python eval_niah.py --compare "$OUT"/{base,untrained,stage1,stage2,stage2-chat}.json \
+  --labels "base" "base with YaRN, untrained" "after stage 1" "after stage 2" "after stage 2, chat prompt"
+python eval_niah.py --compare "$OUT"/{base,stage1,stage2}.json --labels "before" "after stage 1" "after stage 2" \
+  --figure "$OUT/figure.png" > /dev/null
 echo "training and evaluation took $((SECONDS - started)) s; figure: $OUT/figure.png"
 echo "chat with it: .venv/bin/python model.py $OUT/stage2/final --prompt 'What does def load(path) do?' --max-new-tokens 40"
