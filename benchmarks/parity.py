@@ -44,10 +44,8 @@ def tokenization(path: Path) -> tuple[bool, str]:
     return different == 0, f"{len(texts) - different} of {len(texts)} texts equal"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    path = parser.parse_args().model
+def run(path: Path) -> None:
+    """Make every check of a model directory and print a line for each."""
     import transformers
 
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -75,6 +73,15 @@ def main() -> None:
     for name, good, detail in checks:
         print(f"{'ok  ' if good else 'FAIL'}  {name}: {detail}")
     sys.exit(not all(good for _, good, _ in checks))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    try:
+        run(parser.parse_args().model)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
