@@ -216,6 +216,13 @@ def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
                      "ChatML's <|im_start|> and <|im_end|>")
 
 
+def stop_tokens(tokenizer: tiktoken.Encoding, known: int | list[int] | None) -> list[int]:
+    """Ids at which a server should stop: those the model states (`eos_token_id`), and what ends a text or a turn here."""
+    names = {"<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>"} & tokenizer.special_tokens_set
+    stated = known if isinstance(known, list) else [] if known is None else [known]
+    return sorted({*stated, *map(tokenizer.encode_single_token, names)})
+
+
 def check_messages(messages: list[dict], training: bool = True) -> None:
     """Raise ValueError unless these are chat messages, for training with an assistant's words in them."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -234,8 +241,9 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
     """Tokens of a conversation and which carry loss: the assistant's words and its end-of-turn token, no others.
 
     Llama 3's template (llama-models, chat_format.py) or ChatML, by the tokenizer's special tokens; no system message is
-    added. Contents are plain text: a special token spelled there stays text. `add_generation_prompt` opens the
-    assistant's answer, and then messages need none. Raises ValueError: see check_messages, end_of_turn.
+    added (Hugging Face's templates of Llama 3.1, SmolLM2 and Qwen2 add one). Contents are plain text: a special token
+    spelled there stays text. `add_generation_prompt` opens the assistant's answer, and then messages need none. Raises
+    ValueError: see check_messages, end_of_turn.
     """
     check_messages(messages, training=not add_generation_prompt)
     end, text, special = end_of_turn(tokenizer), tokenizer.encode_ordinary, tokenizer.encode_single_token
@@ -248,9 +256,12 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
 
     parts = [([special("<|begin_of_text|>")] if llama else [], False)]  # (tokens, whether they carry loss)
     for message in messages:
-        parts += [(header(message["role"]), False),
-                  ([*text(message["content"]), end], message["role"] == "assistant"),
-                  ([] if llama else text("\n"), False)]
+        role, content = message["role"], message["content"].strip() if llama else message["content"]  # as the templates
+        if role == "assistant" or llama:
+            parts += [(header(role), False), ([*text(content), end], role == "assistant")]
+        else:  # one text: white space that begins a content joins ChatML's line break before it
+            parts.append(([special("<|im_start|>"), *text(f"{role}\n{content}"), end], False))
+        parts.append(([] if llama else text("\n"), False))
     if add_generation_prompt:
         parts.append((header("assistant"), False))
     return [t for tokens, _ in parts for t in tokens], [loss for tokens, loss in parts for _ in tokens]
@@ -444,6 +455,12 @@ def read_meta(directory: str | Path) -> dict:
     raise ValueError(f"{path}: not a corpus of format 1, which this version reads; prepare it again")
 
 
+def digest(path: str | Path) -> str:
+    """Identifies the data at a path: what a corpus's meta.json, or a file of samples, holds."""
+    file = Path(path) / "meta.json" if Path(path).is_dir() else Path(path)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
 def is_held_out(document: dict, holdout: float, seed: int) -> bool:
     """By a hash of seed and content: independent of order, and copies of a document fall on one side."""
     digest = hashlib.blake2b(json.dumps([seed, document]).encode(), digest_size=8).digest()
@@ -588,6 +605,14 @@ def separator_tokens(separator: str, tokenizer: tiktoken.Encoding | None) -> np.
     return np.array([tokenizer.encode_single_token(name) for name in names], dtype=np.int64)
 
 
+def load_array(path: str) -> np.ndarray:
+    """A .npy file. Raises ValueError if it is damaged."""
+    try:
+        return np.load(path)
+    except (ValueError, EOFError):
+        raise ValueError(f"{path}: damaged; prepare the corpus again") from None
+
+
 def map_shard(path: Path, dtype: str, size: int) -> np.ndarray:
     """A shard as an array that is read where touched. Raises ValueError unless it has `size` elements."""
     if not path.is_file() or path.stat().st_size != size * np.dtype(dtype).itemsize:
@@ -620,11 +645,11 @@ class PackedDataset:
         self.tokens, self.masks = (  # lists of arrays (T,), one a shard
             [map_shard(Path(f"{prefix}-{i:05d}.{kind}"), dtype, size) for i, size in enumerate(shards)]
             for kind, dtype in (("tokens", "<u4"), ("mask", "?")))
-        offsets, shard_starts = np.load(f"{prefix}-offsets.npy"), np.cumsum([0, *shards])
+        offsets, shard_starts = load_array(f"{prefix}-offsets.npy"), np.cumsum([0, *shards])
         self.lengths = np.diff(offsets)  # (documents,), as are the next two and the weights
         self.shards = np.searchsorted(shard_starts, offsets[:-1], side="right") - 1
         self.starts = offsets[:-1] - shard_starts[self.shards]  # in the shard
-        self.weights = length_weights(self.lengths, np.load(f"{prefix}-sources.npy"), short, long, short_weight, long_weight)
+        self.weights = length_weights(self.lengths, load_array(f"{prefix}-sources.npy"), short, long, short_weight, long_weight)
         self.sequence_length, self.seed = sequence_length, seed
         self.separator = separator_tokens(separator, tokenizer)
         self.epochs = 0  # how many of the stream are planned so far,
@@ -730,12 +755,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     bpe = commands.add_parser("train-bpe", help="train byte-level BPE, one token a digit", **options)
-    bpe.add_argument("--source", nargs="+", required=True, metavar="PATH", help="file, directory or stdlib")
+    bpe.add_argument("--source", nargs="+", action="extend", required=True, metavar="PATH", help="file, directory or stdlib")
     bpe.add_argument("--vocab-size", type=int, required=True, help="tokens, without the 256 special ones")
     bpe.add_argument("--max-bytes", type=int, default=5_000_000, help="how much text to train on")
     bpe.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
     prepare = commands.add_parser("prepare", help="tokenise sources into a corpus directory", **options)
-    prepare.add_argument("--source", nargs="+", required=True, metavar="NAME=PATH",
+    prepare.add_argument("--source", nargs="+", action="extend", required=True, metavar="NAME=PATH",
                          help="a file or directory; stdlib is this Python's standard library")
     prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
     prepare.add_argument("--out", type=Path, required=True, help="new corpus directory")
@@ -774,8 +799,11 @@ def main(argv: list[str] | None = None) -> None:
     a = parse_arguments(argv)
     try:
         if a.command == "train-bpe":
-            tokenizer = train_bpe(read_texts([source_path(text) for text in a.source], a.max_bytes), a.vocab_size, a.out)
-            print(f"wrote {a.out}/tokenizer.model: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
+            target = a.out if a.out.suffix == ".model" else a.out / "tokenizer.model"
+            if target.exists():
+                raise ValueError(f"--out {target}: already exists; remove it or choose another place")
+            tokenizer = train_bpe(read_texts([source_path(text) for text in a.source], a.max_bytes), a.vocab_size, target)
+            print(f"wrote {target}: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
             return
         for text in a.source:
             if not re.fullmatch("[^=]+=.+", text):

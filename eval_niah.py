@@ -29,7 +29,7 @@ from tiktoken import Encoding
 from tqdm import tqdm
 
 import data
-from model import Llama, ModelConfig, read_config, rescale
+from model import Llama, ModelConfig, check_device, read_config, rescale
 from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
@@ -350,7 +350,7 @@ def show_comparison(a: argparse.Namespace) -> None:
             results = json.loads(path.read_text())
             runs.append(results | {"window": a.window or results["window"]})
             terminal_map(runs[-1], colour=False)  # whatever is missing shows here
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, ArithmeticError):
             raise ValueError(f"--compare {path}: not results that eval_niah.py --out has written") from None
     lengths = sorted({length for results in runs for length in results["lengths"]})
     width = max(map(len, labels))
@@ -409,7 +409,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     compute = parser.add_argument_group("compute")
     compute.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                          help="auto: the checkpoint's on GPU, float32 on CPU")
-    compute.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    compute.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     compute.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward, or one prompt")
     add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
     output = parser.add_argument_group("output")
@@ -435,11 +435,12 @@ def check_arguments(a: argparse.Namespace) -> None:
     if a.distractors and a.task == "passkey":
         raise ValueError("--distractors need keys to tell facts apart: use --task needle or mixed")
     scaling_from_arguments(a)
-    if a.device not in ("auto", "cpu") and not (a.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device {a.device} is not available here; use auto")
+    check_device(a.device)
     for option, path in (("--out", a.out), ("--figure", a.figure)):
         if path and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
             raise OSError(f"{option} {path}: cannot be written; give a file in a directory that exists")
+    if a.figure and a.figure.suffix != ".png":
+        raise ValueError(f"--figure {a.figure}: the heat map is a PNG; give a name that ends in .png")
     if a.figure and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
 
@@ -471,14 +472,13 @@ def run(a: argparse.Namespace) -> None:
         print(f"note: lengths above {config.max_position_embeddings} lie beyond this model's window")
     scaling = config.rope_scaling  # Llama 3.1's own is part of its window, the other kinds extend one
     extended = scaling.original_max_position if scaling.kind not in ("default", "llama3") else None
-    device = a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    automatic = torch.float32 if device == "cpu" else None
-    model = Llama.from_pretrained(a.model, device=device, rope_scaling=scaling if a.rope_kind else None,
+    automatic = torch.float32 if a.device == "cpu" else None
+    model = Llama.from_pretrained(a.model, device=a.device, rope_scaling=scaling if a.rope_kind else None,
                                   dtype=automatic if a.dtype == "auto" else getattr(torch, a.dtype))
     results = {"settings": json.loads(json.dumps(vars(a), default=str)),
                "window": a.window or extended or config.max_position_embeddings}
     results |= evaluate(model, tokenizer, haystack, a.lengths, depths, a.samples, batch_tokens=a.batch_tokens,
-                        device=device, progress=True, **options)
+                        device=a.device, progress=True, **options)
     print(terminal_map(results, sys.stdout.isatty()))
     if a.out:
         data.write_complete(a.out, (json.dumps(results, indent=1) + "\n").encode())
@@ -489,7 +489,7 @@ def run(a: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_arguments(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -21,9 +21,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel import Grid, document_segments, ring_attention
-from rope_yarn import RopeScaling, apply_rotary, inverse_frequencies, ntk_theta, rope_theta_from_hf, rotary_tables
+from rope_yarn import (
+    RopeScaling,
+    apply_rotary,
+    inverse_frequencies,
+    is_number,
+    ntk_theta,
+    rope_theta_from_hf,
+    rotary_tables,
+)
 
 LOGITS_TILE_BYTES = 2**27  # float32 logits that exist at once during a loss, whatever S and V
+NTK_KEY = "ntk_aware_scaling"  # our own key of config.json, beside the rope_theta that NTK-aware scaling came to
 VOCABULARY_TILE = 8192  # rows of the head's gradient that are added up at a time
 
 
@@ -68,33 +77,40 @@ class ModelConfig:
         heads = shape["num_attention_heads"]
         kv_heads = positive_integer(config, "num_key_value_heads", default=heads)
         head_dim = positive_integer(config, "head_dim", default=shape["hidden_size"] // heads)
-        if "head_dim" not in config and shape["hidden_size"] % heads:
+        if config.get("head_dim") is None and shape["hidden_size"] % heads:
             raise ValueError(f"config.json: hidden_size {shape['hidden_size']} is not a multiple of "
                              f"num_attention_heads {heads}; state head_dim or change one of them")
         if heads % kv_heads:
             raise ValueError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim {head_dim} is odd; rotary embedding turns pairs, so it must be even")
-        bias = bool(config.get("attention_bias", False))
+        for key in ("attention_bias", "tie_word_embeddings"):
+            if not isinstance(config.get(key, False), bool):
+                raise ValueError(f"config.json: {key} must be true or false, found {config[key]!r}")
+        bias = config.get("attention_bias", False)
+        theta, scaling, before = rope_theta_from_hf(config), RopeScaling.from_hf(config), config.get(NTK_KEY)
+        if before:  # a model of ours: what its rope_theta was made from
+            theta, scaling = before["rope_theta"], RopeScaling("ntk", before["factor"], before["original"])
         return cls(**shape, num_key_value_heads=kv_heads, head_dim=head_dim,
                    max_position_embeddings=positive_integer(config, "max_position_embeddings", default=2048),
-                   rope_theta=rope_theta_from_hf(config), rope_scaling=RopeScaling.from_hf(config),
-                   rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                   tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                   rope_theta=theta, rope_scaling=scaling,
+                   rms_norm_eps=positive_number(config, "rms_norm_eps", 1e-6),
+                   tie_word_embeddings=config.get("tie_word_embeddings", False),
                    qkv_bias=family == "qwen2" or bias, output_bias=family == "llama" and bias,
-                   initializer_range=float(config.get("initializer_range", 0.02)), hf=dict(config))
+                   initializer_range=positive_number(config, "initializer_range", 0.02), hf=dict(config))
 
     def to_hf(self) -> dict:
         """A config.json that transformers 4.43+, transformers 5 and vLLM read, and compute the same model from."""
-        theta, scaling = self.rope_theta, self.rope_scaling
+        theta, scaling, note = self.rope_theta, self.rope_scaling, {}
         if scaling.kind == "ntk":  # Hugging Face has no static NTK kind: it is the default kind at a larger theta
+            note = {NTK_KEY: {"rope_theta": theta, "factor": scaling.factor, "original": scaling.original_max_position}}
             theta, scaling = ntk_theta(theta, scaling.factor, self.head_dim), RopeScaling()
         family = self.hf.get("model_type", "qwen2" if self.qkv_bias and not self.output_bias else "llama")
         kept = {key: value for key, value in self.hf.items() if key not in
-                ("rope_parameters", "original_max_position_embeddings", "dtype")}  # they would contradict what follows
+                ("rope_parameters", "original_max_position_embeddings", "dtype", NTK_KEY)}  # they would contradict what follows
         architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]
         bias = {"attention_bias": self.output_bias} if family == "llama" else {}
-        return kept | bias | {
+        return kept | bias | note | {
             "architectures": [architecture], "model_type": family, "hidden_act": "silu",
             "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_hidden_layers, "num_attention_heads": self.num_attention_heads,
@@ -112,6 +128,14 @@ def positive_integer(config: dict, key: str, default: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"config.json: {key} must be a positive integer, found {config.get(key, 'nothing')!r}")
     return value
+
+
+def positive_number(config: dict, key: str, default: float) -> float:
+    """config[key], or the default where it is missing, if it is a finite number above zero."""
+    value = config.get(key, default)
+    if not is_number(value) or value <= 0:
+        raise ValueError(f"config.json: {key} must be a number above 0, found {value!r}")
+    return float(value)
 
 
 # ----------------------------------------------------------------------------------------------- architecture
@@ -207,12 +231,34 @@ class Context:
     cache: KVCache | None = None
 
 
+class Embedding(nn.Embedding):
+    """Rows of the table (V, hidden) for tokens (B, S) -> (B, S, hidden); a row's gradient is summed in float32."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return Lookup.apply(self.weight, tokens)
+
+
+class Lookup(torch.autograd.Function):
+    """In bfloat16, torch's own gradient of a token that occurs thousands of times stops growing at 256 times one's."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.vocab_size = len(weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        return torch.ops.aten.embedding_dense_backward(wide, *ctx.saved_tensors, ctx.vocab_size, -1, False), None
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and final norm: what Hugging Face calls `model`."""
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, grid) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -435,12 +481,24 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def rescale(config: ModelConfig, scaling: RopeScaling) -> ModelConfig:
-    """`config` with `scaling` in place of its own rope scaling (they never stack), and the window that follows."""
-    original = scaling.original_max_position or config.rope_scaling.original_max_position or config.max_position_embeddings
+    """`config` with `scaling` in place of its own rope scaling (they never stack), and the window that follows.
+
+    Raises ValueError where the window before a linear scaling is not known: checkpoints do not say.
+    """
     if scaling.kind == "default":
         return replace(config, rope_scaling=scaling)
+    original = scaling.original_max_position or config.rope_scaling.original_max_position
+    if original is None and config.rope_scaling.kind == "linear":
+        raise ValueError("--original-length is needed: a checkpoint with linear scaling does not state its window before")
+    original = original or config.max_position_embeddings
     return replace(config, rope_scaling=replace(scaling, original_max_position=original),
                    max_position_embeddings=round(original * scaling.factor))
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch can compute on it here."""
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device {device} is not available here; use cpu, or cuda where there is a GPU")
 
 
 def locate_weights(path: Path) -> dict[str, Path]:
@@ -490,7 +548,10 @@ def read_weights(path: Path, shapes: dict[str, tuple], dtype: torch.dtype | None
                 found = tuple(tensors.get_slice(name).get_shape())
                 if found != shapes[name]:
                     raise ValueError(f"{file}: {name} has shape {found}, config.json asks for {shapes[name]}")
-                weights[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
+                tensor = tensors.get_tensor(name)
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{file}: {name} holds {tensor.dtype}; use the checkpoint that is not quantised")
+                weights[name] = tensor.to(device=device, dtype=dtype)
     return weights
 
 
@@ -548,6 +609,7 @@ def run(arguments: argparse.Namespace) -> None:
                               ("--top-p", arguments.top_p, 0 < arguments.top_p <= 1)):
         if not fits:
             raise ValueError(f"{name} {value} is out of range")
+    check_device(arguments.device)
     config, tokenizer = read_config(arguments.model), load_tokenizer(arguments.model)
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"{arguments.model}: the tokenizer has {tokenizer.n_vocab} tokens, the model only {config.vocab_size}")
@@ -564,14 +626,14 @@ def run(arguments: argparse.Namespace) -> None:
     model = Llama.from_pretrained(arguments.model, dtype=dtype, device=arguments.device)
     prompt = torch.tensor([tokens], device=arguments.device)
     output = model.generate(prompt, arguments.max_new_tokens, arguments.temperature, arguments.top_p, stops, arguments.seed)
-    answer = [t for t in output[0, len(tokens):].tolist() if t not in stops]
+    answer = [t for t in output[0, len(tokens):].tolist() if t not in stops and t < tokenizer.n_vocab]
     print(tokenizer.decode(answer))
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_arguments(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

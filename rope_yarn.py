@@ -340,22 +340,28 @@ def add_scaling_arguments(parser: argparse.ArgumentParser, title: str) -> None:
     """The options by which a command asks for a context extension; `scaling_from_arguments` reads them."""
     rope = parser.add_argument_group(title)
     rope.add_argument("--rope-kind", choices=KINDS)
-    rope.add_argument("--rope-factor", type=float, default=1.0, help="s: new window / old window")
+    rope.add_argument("--rope-factor", type=float, help="s: new window / old window")
     rope.add_argument("--original-length", type=int, help="window before (default: the checkpoint's)")
-    rope.add_argument("--beta-fast", type=float, default=4.0, help="keep pairs with more rotations than this")
-    rope.add_argument("--beta-slow", type=float, default=1.0, help="interpolate pairs with fewer")
-    rope.add_argument("--rope-ramp", choices=("index", "rotation"), default="index", help="what the blend is linear in")
-    rope.add_argument("--no-attention-temperature", action="store_true", help="YaRN without 0.1 ln s + 1")
+    rope.add_argument("--beta-fast", type=float, help="keep pairs with more rotations than this (default: 4)")
+    rope.add_argument("--beta-slow", type=float, help="interpolate pairs with fewer (default: 1)")
+    rope.add_argument("--rope-ramp", choices=("index", "rotation"), help="what the blend is linear in (default: index)")
+    rope.add_argument("--no-truncate", dest="truncate", action="store_const", const=False,
+                      help="YaRN: do not round the ramp's ends")
+    rope.add_argument("--no-attention-temperature", dest="attention_temperature", action="store_const", const=False,
+                      help="YaRN without 0.1 ln s + 1")
 
 
 def scaling_from_arguments(a: argparse.Namespace) -> RopeScaling | None:
-    """The rule that was asked for, None if none was. Raises ValueError for a factor or length without a kind."""
-    if a.rope_kind is None:
-        if a.rope_factor != 1 or a.original_length:
-            raise ValueError("--rope-factor and --original-length need --rope-kind")
-        return None
-    return RopeScaling(a.rope_kind, a.rope_factor, a.original_length, a.beta_fast, a.beta_slow, ramp=a.rope_ramp,
-                       attention_temperature=not a.no_attention_temperature)
+    """The rule that was asked for, None if none was. Raises ValueError for settings without a kind, or no factor."""
+    fields = {"factor": a.rope_factor, "original_max_position": a.original_length, "beta_fast": a.beta_fast,
+              "beta_slow": a.beta_slow, "ramp": a.rope_ramp, "truncate": a.truncate,
+              "attention_temperature": a.attention_temperature}
+    stated = {name: value for name, value in fields.items() if value is not None}
+    if a.rope_kind is None and stated:
+        raise ValueError(f"rope scaling: {next(iter(stated))} is given without a kind; add --rope-kind yarn (or another)")
+    if a.rope_kind not in (None, "default") and a.rope_factor is None:
+        raise ValueError(f"--rope-kind {a.rope_kind} needs --rope-factor, new window / old window")
+    return None if a.rope_kind is None else RopeScaling(a.rope_kind, **stated)
 
 
 # ----------------------------------------------------------------------------- what a rule does, pair by pair
@@ -461,7 +467,7 @@ def run(a: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_arguments(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -18,22 +18,26 @@ def stage2_parser() -> argparse.ArgumentParser:
     """Stage 2's options, with the paper's batch of 128 and learning rate of 5e-6 as defaults."""
     parser = argument_parser("Supervised fine-tuning on short chat samples (stage 2).")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", required=True, metavar="FILE[=WEIGHT]", help="JSON lines with messages")
+    group.add_argument("--data", nargs="+", action="extend", required=True, metavar="FILE[=WEIGHT]",
+                       help="JSON lines with messages; each sample comes from one file, by weight")
     group.add_argument("--sequence-length", type=int, default=8192, help="longer samples are dropped and counted")
     group.add_argument("--validation-data", help="held-out chat samples")
-    parser.set_defaults(batch_size=128, learning_rate=5e-6)
-    parser.set_defaults(rope_kind=None, rope_factor=1.0, original_length=None)  # the window stays as stage 1 made it
-    parser.set_defaults(cross_document_mask=False)  # a row holds one sample
+    parser.set_defaults(batch_size=128, micro_batch_size=1, learning_rate=5e-6, cross_document_mask=False)
     return parser
 
 
-def stage2_datasets(a: argparse.Namespace, tokenizer):
-    """(training, validation) datasets of chat samples, one a row."""
-    sources = weighted_paths(a.data)
-    parts = [data.ChatDataset(path, tokenizer, a.sequence_length, a.seed) for path, _ in sources]
+def stage2_datasets(a: argparse.Namespace, tokenizer: data.Tokenizer):
+    """(training, validation) datasets of chat samples, one a row; validation is None without held-out samples."""
+    def samples(path) -> data.ChatDataset:
+        dataset = data.ChatDataset(path, tokenizer, a.sequence_length, a.seed)
+        print(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than {a.sequence_length} tokens")
+        return dataset
+
+    sources = weighted_paths("--data", a.data)
+    parts = [samples(path) for path, _ in sources]
     training = data.Blend(parts, [weight for _, weight in sources], a.seed) if len(parts) > 1 else parts[0]
-    held_out = weighted_paths([a.validation_data])[0][0] if a.validation_data and a.validation_sequences else None
-    return training, held_out and data.ChatDataset(held_out, tokenizer, a.sequence_length, a.seed)
+    held_out = weighted_paths("--validation-data", [a.validation_data])[0][0] if a.validation_data else None
+    return training, samples(held_out) if held_out and a.validation_sequences else None
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from model import Llama, ModelConfig, read_config, rescale, save_tensors
+from model import Llama, ModelConfig, check_device, read_config, rescale, save_tensors
 from parallel import Grid, ShardedAdamW
 from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
@@ -55,7 +56,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--steps", type=int, required=True, help="optimizer steps in all")
     optimisation.add_argument("--batch-size", type=int, default=1, help="sequences a step")
-    optimisation.add_argument("--micro-batch-size", type=int, default=None, help="sequences a forward (default: the batch)")
+    optimisation.add_argument("--micro-batch-size", type=int, default=None, help="sequences a forward; None: the whole batch")
     optimisation.add_argument("--learning-rate", type=float, default=3e-5)
     optimisation.add_argument("--warmup-steps", type=int, default=10, help="linear warm-up")
     optimisation.add_argument("--final-learning-rate", type=float, default=0.1, help="end of the cosine / peak")
@@ -78,7 +79,7 @@ def stage1_parser() -> argparse.ArgumentParser:
     """Stage 1's options: packed documents, length up-sampling, rope scaling."""
     parser = argument_parser("Continued pretraining on packed documents (stage 1), or pretraining from scratch.")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", required=True, metavar="DIR[=WEIGHT]",
+    group.add_argument("--data", nargs="+", action="extend", required=True, metavar="DIR[=WEIGHT]",
                        help="corpora written by `data.py prepare`; each sequence comes from one, by weight")
     group.add_argument("--sequence-length", type=int, required=True)
     group.add_argument("--separator", choices=("<s>", "none", "bos_eos"), default="<s>", help="between documents")
@@ -94,25 +95,26 @@ def stage1_parser() -> argparse.ArgumentParser:
 def check_arguments(a: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is read. Raises ValueError naming the option."""
     at_least = {"steps": 1, "batch_size": 1, "sequence_length": 2, "warmup_steps": 0, "checkpoint_every": 0,
-                "keep_checkpoints": 1, "validate_every": 0, "validation_sequences": 0, "validation_buckets": 1}
+                "keep_checkpoints": 1, "validate_every": 0, "validation_sequences": 0, "validation_buckets": 1, "seed": 0}
     for name, smallest in at_least.items():
         if getattr(a, name) < smallest:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)} is too small; the least is {smallest}")
     for name in ("learning_rate", "weight_decay", "clip", "final_learning_rate"):
         if not 0 <= getattr(a, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)} must be a finite number, zero or more")
+    if a.final_learning_rate > 1:
+        raise ValueError(f"--final-learning-rate {a.final_learning_rate} must be at most 1: it is a share of --learning-rate")
     if not all(0 <= beta < 1 for beta in a.betas):
         raise ValueError(f"--betas {a.betas[0]} {a.betas[1]} must lie in [0, 1)")
-    micro = a.micro_batch_size or a.batch_size
-    if micro < 1 or a.batch_size % micro:
-        raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {a.batch_size}")
+    a.micro_batch_size = a.batch_size if a.micro_batch_size is None else a.micro_batch_size
+    if a.micro_batch_size < 1 or a.batch_size % a.micro_batch_size:
+        raise ValueError(f"--micro-batch-size {a.micro_batch_size} does not divide --batch-size {a.batch_size}")
     if a.out.is_file():
         raise ValueError(f"--out {a.out}: is a file; choose a directory")
-    if a.device != "cpu" and not (a.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device {a.device} is not available here; use cpu, or cuda where there is a GPU")
+    check_device(a.device)
 
 
-def weighted_paths(specifications: list[str]) -> list[tuple[Path, float]]:
+def weighted_paths(option: str, specifications: list[str]) -> list[tuple[Path, float]]:
     """['a=0.8', 'b'] -> [(a, 0.8), (b, 1.0)]. Raises for a path that is missing or a weight that is not positive."""
     result = []
     for text in specifications:
@@ -120,23 +122,27 @@ def weighted_paths(specifications: list[str]) -> list[tuple[Path, float]]:
         try:
             result.append((Path(path), float(weight)))
         except ValueError:
-            raise ValueError(f"--data {text}: the weight after '=' must be a number") from None
+            raise ValueError(f"{option} {text}: the weight after '=' must be a number") from None
         if not 0 < result[-1][1] < math.inf:
-            raise ValueError(f"--data {text}: the weight must be above 0")
+            raise ValueError(f"{option} {text}: the weight must be above 0")
         if not Path(path).exists():
-            raise FileNotFoundError(f"--data {path}: no such file or directory")
+            raise FileNotFoundError(f"{option} {path}: no such file or directory")
     return result
 
 
-def stage1_datasets(a: argparse.Namespace, tokenizer):
-    """(training, validation) datasets of packed documents; validation is the first corpus's held-out split."""
-    sources = weighted_paths(a.data)
+def stage1_datasets(a: argparse.Namespace, tokenizer: data.Tokenizer):
+    """(training, validation) datasets of packed documents; validation is the first corpus's held-out split, or None."""
+    sources = weighted_paths("--data", a.data)
     options = {"sequence_length": a.sequence_length, "seed": a.seed, "separator": a.separator, "tokenizer": tokenizer,
                "short": a.short_length, "long": a.long_length}
     parts = [data.PackedDataset(path, "train", short_weight=a.short_weight, long_weight=a.long_weight, **options)
              for path, _ in sources]
     training = data.Blend(parts, [weight for _, weight in sources], a.seed) if len(parts) > 1 else parts[0]
     validation = data.PackedDataset(sources[0][0], "valid", **options) if a.validation_sequences else None
+    needed = a.validation_sequences * a.sequence_length + 1
+    if validation and validation.lengths.sum() < needed:  # a document seen twice in one sequence would be copied
+        raise ValueError(f"--validation-sequences {a.validation_sequences} need {needed} tokens, but {sources[0][0]} holds out "
+                         f"{validation.lengths.sum()}; ask for fewer, or prepare it with a larger --holdout")
     return training, validation
 
 
@@ -160,13 +166,13 @@ def faster_dtype(device: str) -> torch.dtype:
 def starting_config(a: argparse.Namespace) -> ModelConfig:
     """The configuration to train: the checkpoint's or the JSON's, with the rope scaling that was asked for."""
     config = read_config(a.model or a.config)
-    scaling = scaling_from_arguments(a)
+    scaling = scaling_from_arguments(a) if "rope_kind" in a else None  # stage 2 keeps the window
     if scaling:
         config = rescale(config, scaling)
     if a.sequence_length > config.max_position_embeddings:
-        needed = a.sequence_length / config.max_position_embeddings
+        needed = math.ceil(a.sequence_length / (config.rope_scaling.original_max_position or config.max_position_embeddings))
         raise ValueError(f"--sequence-length {a.sequence_length} is beyond the model's window of "
-                         f"{config.max_position_embeddings}; extend it (--rope-kind yarn --rope-factor {math.ceil(needed)}) "
+                         f"{config.max_position_embeddings}; extend it (train.py --rope-kind yarn --rope-factor {needed}) "
                          "or shorten the sequences")
     return config
 
@@ -183,12 +189,19 @@ def learning_rate(step: int, a: argparse.Namespace) -> float:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Put the tokenizer's files beside the weights, so that the directory stands alone."""
-    folder = source if source.is_dir() else source.parent
+def copy_tokenizer(source: Path, target: Path, config: ModelConfig) -> None:
+    """Put the tokenizer's files beside the weights, with the model's window and stop tokens: what a server reads."""
+    if source.is_file():
+        shutil.copyfile(source, target / f"tokenizer{source.suffix}")
+        return
     for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for name, key, value in (("tokenizer_config.json", "model_max_length", config.max_position_embeddings),
+                             ("generation_config.json", "eos_token_id", config.hf["eos_token_id"])):
+        if (target / name).is_file():
+            content = json.loads((target / name).read_text()) | {key: value}
+            (target / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW, a: argparse.Namespace) -> Path:
@@ -196,11 +209,12 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
     path = run / f"checkpoint-{step:08d}"
     with data.complete_or_absent(path) as aside:
         model.save_pretrained(aside)
-        copy_tokenizer(a.tokenizer, aside)
+        copy_tokenizer(a.tokenizer, aside, model.config)
         save_tensors(aside / "optimizer.safetensors", optimizer.state_dict())
         (aside / "training.json").write_text(json.dumps({"step": step, "settings": settings(a)}, indent=2) + "\n")
     for old in checkpoints(run)[:-a.keep_checkpoints]:
-        shutil.rmtree(old)
+        doomed = old.rename(f"{old}.partial")  # no longer a checkpoint, should its deletion be cut short
+        shutil.rmtree(doomed)
     return path
 
 
@@ -210,9 +224,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def settings(a: argparse.Namespace) -> dict:
-    """What a resumed run must share with the run it continues, as JSON."""
-    return {name: json.loads(json.dumps(value, default=str)) for name, value in sorted(vars(a).items())
-            if name not in FREE_TO_CHANGE}
+    """What a resumed run must share with the run it continues, as JSON: options, and what the data is."""
+    options = {name: json.loads(json.dumps(value, default=str)) for name, value in sorted(vars(a).items())
+               if name not in FREE_TO_CHANGE}
+    return options | {"data": [[text, data.digest(path)] for text, (path, _) in zip(a.data, weighted_paths("--data", a.data))]}
 
 
 def load_progress(a: argparse.Namespace) -> tuple[Path | None, int]:
@@ -266,24 +281,24 @@ def validate(model: Llama, dataset, sequences: int, buckets: int, masked: bool, 
         losses = model.token_losses(batch.tokens.to(device), batch.targets.to(device), ids)  # (1, S)
         total += losses[0].cpu()
         count += batch.targets[0] != -100
-    parts = list(zip(total.chunk(buckets), count.chunk(buckets)))
+    parts = list(zip(total.tensor_split(buckets), count.tensor_split(buckets)))
     by_bucket = [(t.sum() / n.sum()).item() if n.sum() else None for t, n in parts]
     return (total.sum() / count.sum().clamp(min=1)).item(), by_bucket
 
 
-def training_step(model: Llama, optimizer: ShardedAdamW, batch, a: argparse.Namespace) -> float:
-    """Accumulate one global batch's gradients in the optimizer; returns the mean loss over its targets."""
+def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch, a: argparse.Namespace) -> tuple[float, int]:
+    """Accumulate one global batch's gradients in the optimizer: (mean loss over its targets, positions computed)."""
     optimizer.zero_gradients()
     valid = max(1, int((batch.targets != -100).sum()))  # over the whole batch, before any backward
-    total = 0.0
-    ids = batch.document_ids if a.cross_document_mask else None
-    micro = a.micro_batch_size or a.batch_size
-    for start in range(0, a.batch_size, micro):
-        part = [None if x is None else x[start:start + micro].to(a.device) for x in (batch.tokens, batch.targets, ids)]
-        loss, _ = model.loss(*part)
+    total, positions = 0.0, 0
+    for rows in torch.arange(len(batch.tokens)).split(a.micro_batch_size):
+        last = (batch.targets[rows] != -100).any(0).nonzero()[-1:]  # what follows the last target, padding say, changes nothing
+        used = int(last.sum()) + 1
+        part = [x[rows, :used].to(a.device) for x in (batch.tokens, batch.targets, batch.document_ids)]
+        loss, _ = model.loss(*part[:2], part[2] if a.cross_document_mask else None)
         (loss / valid).backward()
-        total = total + loss.detach()
-    return float(total) / valid
+        total, positions = total + loss.detach(), positions + part[0].numel()
+    return float(total) / valid, positions
 
 
 def peak_memory_gib(device: str) -> float:
@@ -293,16 +308,16 @@ def peak_memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argparse.Namespace, first_step: int) -> bool:
-    """Steps first_step + 1 ... a.steps. Returns whether the run reached its end (SIGTERM stops it earlier)."""
+def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argparse.Namespace, first_step: int) -> int:
+    """Steps first_step + 1 ... a.steps, then a checkpoint; returns the last step made: SIGTERM stops it before a.steps."""
     stop = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     metrics = Metrics(a.out / "metrics.jsonl", first_step)
     bar = tqdm(range(first_step + 1, a.steps + 1), initial=first_step, total=a.steps, desc=a.out.name, mininterval=1.0)
-    tokens = a.batch_size * a.sequence_length
+    step = first_step
     for step in bar:
         start = time.perf_counter()
-        loss = training_step(model, optimizer, data.batch(training, (step - 1) * a.batch_size, a.batch_size), a)
+        loss, positions = training_step(model, optimizer, data.batch(training, (step - 1) * a.batch_size, a.batch_size), a)
         rate = learning_rate(step, a)
         try:
             if not math.isfinite(loss):
@@ -312,8 +327,8 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
             good = checkpoints(a.out)
             raise ArithmeticError(f"step {step}: {error}; nothing was updated. The last good checkpoint is "
                                   f"{good[-1] if good else 'none'}; try a lower --learning-rate") from None
-        speed = tokens / (time.perf_counter() - start)
-        metrics.write(step=step, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=step * tokens,
+        speed = positions / (time.perf_counter() - start)
+        metrics.write(step=step, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=positions,
                       tokens_per_second=round(speed), peak_memory_gib=round(peak_memory_gib(a.device), 3))
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {peak_memory_gib(a.device):.1f} GiB", refresh=False)
         if validation and (step == a.steps or a.validate_every and step % a.validate_every == 0):
@@ -322,13 +337,13 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
             metrics.write(step=step, validation_loss=mean, validation_loss_by_position=by_position)
             shown = " ".join("-" if value is None else f"{value:.2f}" for value in by_position)
             bar.write(f"step {step}: held-out loss {mean:.3f}; by position {shown}")
-        if stop or a.checkpoint_every and step % a.checkpoint_every == 0 and step < a.steps:
+        if stop or step == a.steps or a.checkpoint_every and step % a.checkpoint_every == 0:
             path = save_checkpoint(a.out, step, model, optimizer, a)
-            if stop:
-                bar.write(f"stopped by SIGTERM after step {step}; continue with --resume from {path}")
-                break
+        if stop:
+            bar.write(f"stopped by SIGTERM after step {step}; continue with --resume from {path}")
+            break
     signal.signal(signal.SIGTERM, previous)
-    return not stop
+    return step
 
 
 def run(a: argparse.Namespace, build_datasets) -> None:
@@ -343,10 +358,12 @@ def run(a: argparse.Namespace, build_datasets) -> None:
         raise ValueError(f"--tokenizer {a.tokenizer} has {tokenizer.n_vocab} tokens, but the model's vocab_size is "
                          f"{config.vocab_size}; use the model's own tokenizer")
     training, validation = build_datasets(a, tokenizer)
-    if (a.out / "final" / "config.json").exists() and a.resume:
+    if validation and a.validation_buckets > a.sequence_length:
+        raise ValueError(f"--validation-buckets {a.validation_buckets} is more than --sequence-length {a.sequence_length}")
+    checkpoint, step = load_progress(a)
+    if (a.out / "final" / "config.json").exists():
         print(f"{a.out}/final is already there; nothing to do")
         return
-    checkpoint, step = load_progress(a)
     if a.dtype == "auto":
         a.dtype = str(faster_dtype(a.device)).removeprefix("torch.")
     dtype = getattr(torch, a.dtype)
@@ -354,7 +371,8 @@ def run(a: argparse.Namespace, build_datasets) -> None:
         model = Llama.from_pretrained(checkpoint or a.model, grid, dtype, a.device, None if checkpoint else config.rope_scaling)
     else:
         model = Llama(config, grid).initialise(a.seed).to(a.device, dtype)
-    model.recompute = a.recompute
+    stops = data.stop_tokens(tokenizer, model.config.hf.get("eos_token_id"))
+    model.config, model.recompute = replace(model.config, hf=model.config.hf | {"eos_token_id": stops}), a.recompute
     optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay)
     if checkpoint:
         optimizer.load_state_dict(load_file(checkpoint / "optimizer.safetensors"))
@@ -363,10 +381,10 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     print(f"{parameters / 1e6:.2f}M parameters, {a.dtype} on {a.device}, window {config.max_position_embeddings}, "
           f"rope {config.rope_scaling.kind}, {a.batch_size} x {a.sequence_length} tokens a step"
           + (f", resumed after step {step}" if checkpoint else ""))
-    if train(model, optimizer, training, validation, a, step):
+    if train(model, optimizer, training, validation, a, step) == a.steps:
         with data.complete_or_absent(a.out / "final") as aside:
             model.save_pretrained(aside)
-            copy_tokenizer(a.tokenizer, aside)
+            copy_tokenizer(a.tokenizer, aside, model.config)
         print(f"wrote {a.out}/final")
 
 

@@ -46,8 +46,8 @@ def our_step(config: dict, dtype: torch.dtype, device: str):
     optimizer = ShardedAdamW(model, Grid(), weight_decay=WEIGHT_DECAY)
 
     def step(tokens, targets):
-        options = argparse.Namespace(batch_size=len(tokens), micro_batch_size=None, cross_document_mask=False, device=device)
-        loss = training_step(model, optimizer, Batch(tokens, targets, None), options)
+        options = argparse.Namespace(micro_batch_size=len(tokens), cross_document_mask=False, device=device)
+        loss, _ = training_step(model, optimizer, Batch(tokens, targets, torch.zeros_like(tokens)), options)
         optimizer.step(LEARNING_RATE, max_norm=1.0)
         return loss
 

@@ -25,7 +25,7 @@ documents chat --length 128 --count 2000 --out "$OUT/chat.jsonl"
 
 started=$SECONDS
 NEEDLES="--haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((2000 + SEED))"
-COMMON="--seed $SEED --weight-decay 0.05 --warmup-steps 10"
+COMMON="--seed $SEED --dtype float32 --weight-decay 0.05 --warmup-steps 10"  # float32: any CPU gives these results
 
 echo "== base model: 64 tokens first, then its window of 128"
 python train.py --config runs/tiny.json --tokenizer "$OUT/tokenizer" --data "$OUT/facts-64" --separator none \
@@ -45,7 +45,7 @@ python train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --or
 python eval_niah.py "$OUT/stage1/final" $NEEDLES --window 128 --out "$OUT/stage1.json"
 
 echo "== stage 2: short chat samples (at most 128 tokens), loss on the assistant's words only"
-python sft.py --model "$OUT/stage1/final" --data "$OUT/chat.jsonl" --sequence-length 128 --batch-size 32 --steps 40 \
+python sft.py --model "$OUT/stage1/final" --data "$OUT/chat.jsonl" --sequence-length 128 --batch-size 32 --micro-batch-size 32 --steps 40 \
   --learning-rate 1e-4 --validation-sequences 0 $COMMON --out "$OUT/stage2"
 python eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --out "$OUT/stage2.json"
 python eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --prompt chat --out "$OUT/stage2-chat.json"

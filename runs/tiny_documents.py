@@ -4,7 +4,7 @@
     python runs/tiny_documents.py chat --corpus out/corpus --tokenizer out/tokenizer --length 128 --count 2000 --out FILE
 
 A retrieval document is real text from the corpus's training split with facts hidden in it (worded as in the evaluation,
-numbers always fresh) and questions about them at its end. Loss is on the answers and on a random share of the text, so that
+numbers drawn anew) and questions about them at its end. Loss is on the answers and on a random share of the text, so that
 the model also learns to write text without the text drowning the few answers. Chat samples are short: "what does
 this function do" from the corpus's own docstrings, and one in four a short retrieval document as a conversation.
 """
@@ -25,7 +25,7 @@ import data  # noqa: E402
 from eval_niah import KEYS, WORDING, begin_of_text  # noqa: E402
 
 
-def draw_facts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
+def fact_texts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
     """(fact, question, lead) texts with {number} still open: `count` magic numbers of different words, or every other time
     a pass key in the place of one."""
     names = [("needle", key) for key in rng.sample(KEYS, count)]
@@ -37,7 +37,7 @@ def draw_facts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
 
 def conversation(rng: random.Random, facts: int) -> tuple[list[str], list[tuple[str, str, str]]]:
     """Fact texts, and (question, lead, answer) for each in another order; numbers of five random digits."""
-    drawn = [(texts, str(rng.randrange(10_000, 100_000))) for texts in draw_facts(rng, facts)]
+    drawn = [(texts, str(rng.randrange(10_000, 100_000))) for texts in fact_texts(rng, facts)]
     asked = [(question, lead, answer) for (_, question, lead), answer in drawn]
     return [fact.replace("{number}", answer) for (fact, _, _), answer in drawn], rng.sample(asked, len(asked))
 
@@ -69,7 +69,7 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
     texts, asked = conversation(rng, facts)
     numbers = [next(a for _, _, a in asked if a in text) for text in texts]
     hidden = [encode.with_number(text, number) for text, number in zip(texts, numbers)]
-    tail, mask = [], []
+    tail, mask, after = [], [], []
     for i, (question, lead, answer) in enumerate(asked):
         if chat:
             again = encode.open_user[1:] if i else []  # the next user turn: the template without its begin-of-text
@@ -89,8 +89,9 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
     start = rng.randrange(len(haystack) - room)
     window = haystack[start:start + room].tolist()
     text_mask = [rng.random() < text_loss for _ in window]
+    places, order = sorted(rng.randrange(room + 1) for _ in hidden), rng.sample(hidden, len(hidden))
     body, body_mask, previous = head[:], [False] * len(head), 0
-    for place, fact in zip(sorted(rng.randrange(room + 1) for _ in hidden), rng.sample(hidden, len(hidden))):
+    for place, fact in zip(places, order):
         body += window[previous:place] + fact
         body_mask += text_mask[previous:place] + [False] * len(fact)  # nobody can guess a fresh number
         previous = place
@@ -105,7 +106,7 @@ def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
 
 def retrieval_documents(tokenizer, haystack: np.ndarray, a: argparse.Namespace):
     """`a.count` documents for `data.write_corpus`, every one of `a.length` tokens."""
-    encode, rng, made = Encoder(tokenizer), random.Random(a.seed), 0
+    encode, rng, made = Encoder(tokenizer), random.Random(f"{a.seed} retrieval {a.length}"), 0
     while made < a.count:
         facts, chat = rng.randint(1, a.most_facts), rng.random() < a.chat_share
         document = retrieval_document(encode, haystack, a.length, rng, facts, chat, a.text_loss)
@@ -133,7 +134,7 @@ def docstring_samples(corpus: Path):
 
 def chat_samples(corpus: Path, tokenizer, length: int, count: int, seed: int):
     """`count` conversations of at most `length` tokens; every fourth one hides a fact in a few lines of text."""
-    rng, haystack = random.Random(seed), training_haystack(corpus, tokenizer)
+    rng, haystack = random.Random(f"{seed} chat {length}"), training_haystack(corpus, tokenizer)
     short = (sample for sample in docstring_samples(corpus) if len(data.encode_chat(sample, tokenizer)[0]) <= length)
     fits = list(itertools.islice(short, count))
     if not fits:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -32,11 +34,13 @@ CASES = [
     ("config.json is not JSON", "train.py", f"--model not-json {TRAIN}", "config.json.*not valid JSON"),
     ("config.json lacks a key", "train.py", f"--config no-layers.json --tokenizer tokenizer {TRAIN}", "num_hidden_layers"),
     ("another architecture", "train.py", f"--config gemma.json --tokenizer tokenizer {TRAIN}", "model_type 'gemma'"),
+    ("true or false is a string", "train.py", f"--config tied.json --tokenizer tokenizer {TRAIN}", "tie_word_embeddings must be true or"),
     ("unknown rope scaling", "train.py", f"--config spiral.json --tokenizer tokenizer {TRAIN}", "spiral.*known are"),
     ("contradictory rope scaling", "train.py", f"--config contradictory.json --tokenizer tokenizer {TRAIN}", "contradict"),
     ("heads do not divide", "train.py", f"--config heads.json --tokenizer tokenizer {TRAIN}", "num_key_value_heads 3"),
     ("truncated safetensors", "train.py", f"--model truncated {TRAIN}", "not a complete safetensors file"),
     ("missing shard", "train.py", f"--model shardless {TRAIN}", "safetensors.*missing"),
+    ("quantised weights", "train.py", f"--model quantised {TRAIN}", "holds torch.int8"),
     ("weights of another shape", "train.py", f"--model reshaped {TRAIN}", "has shape.*config.json asks for"),
     ("no weights", "train.py", f"--model weightless {TRAIN}", "neither model.safetensors nor"),
     ("no tokenizer", "train.py", f"--config good/config.json {TRAIN}", "--tokenizer is needed"),
@@ -52,7 +56,9 @@ CASES = [
     ("no steps", "train.py", "--model good --data corpus --sequence-length 64 --steps 0 --out new", "--steps 0"),
     ("learning rate is not a number", "train.py", f"--model good --learning-rate nan {TRAIN}", "--learning-rate nan"),
     ("factor below 1", "train.py", f"--model good --rope-kind yarn --rope-factor 0.5 {TRAIN}", "factor is 0.5; it must be"),
-    ("factor without a kind", "train.py", f"--model good --rope-factor 4 {TRAIN}", "--rope-factor.*need --rope-kind"),
+    ("factor without a kind", "train.py", f"--model good --rope-factor 4 {TRAIN}", "factor is given without a kind"),
+    ("kind without a factor", "train.py", f"--model good --rope-kind yarn {TRAIN}", "--rope-kind yarn needs --rope-factor"),
+    ("larger validation than what is held out", "train.py", f"--model good {TRAIN} --validation-sequences 999", "--validation-sequences 999"),
     ("no such device", "train.py", f"--model good --device tpu {TRAIN}", "--device tpu"),
     ("output directory in use", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out good", "earlier run"),
     ("output is a file", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out text.txt", "text.txt: is a file"),
@@ -61,10 +67,12 @@ CASES = [
     ("chat file: no sample is short enough", "sft.py", f"--model good --data chat.jsonl {CHAT} --sequence-length 3", "none of 1 samples"),
     ("chat file: empty", "sft.py", f"--model good --data empty.jsonl {CHAT}", "empty.jsonl"),
     ("chat file: missing", "sft.py", f"--model good --data absent.jsonl {CHAT}", "absent.jsonl: no such"),
+    ("held-out chat file: missing", "sft.py", f"--model good --data chat.jsonl --validation-data absent.jsonl {CHAT}", "--validation-data absent"),
     ("zero documents", "data.py", "prepare --source a=hollow --tokenizer tokenizer --out new", "no training documents"),
     ("source without a name", "data.py", "prepare --source text.txt --tokenizer tokenizer --out new", "NAME=PATH"),
     ("corpus directory exists", "data.py", "prepare --source a=text.txt --tokenizer tokenizer --out corpus", "already exists"),
     ("vocabulary below 256", "data.py", "train-bpe --source text.txt --vocab-size 99 --out new", "99"),
+    ("tokenizer already there", "data.py", "train-bpe --source text.txt --vocab-size 260 --out tokenizer", "already exists"),
     ("JSON line that is no document", "data.py", "prepare --source a=shape.jsonl --tokenizer tokenizer --out new", "shape.jsonl"),
     ("no haystack", "eval_niah.py", "good --haystack nowhere --lengths 64", "nowhere"),
     ("haystack shorter than the length", "eval_niah.py", "good --haystack text.txt --lengths 100000", "100000"),
@@ -93,7 +101,7 @@ def prepare(place: Path) -> None:
               "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     Llama(ModelConfig.from_hf(config)).initialise(0).save_pretrained(place / "good")
     shutil.copy(place / "tokenizer" / "tokenizer.model", place / "good")
-    for name in ("not-json", "truncated", "shardless", "reshaped", "weightless"):
+    for name in ("not-json", "truncated", "shardless", "reshaped", "weightless", "quantised"):
         shutil.copytree(place / "good", place / name)
     shard = "model-00001-of-00001.safetensors"
     (place / "not-json" / "config.json").write_text("{oops")
@@ -101,13 +109,15 @@ def prepare(place: Path) -> None:
     (place / "shardless" / shard).unlink()
     written = json.loads((place / "good" / "config.json").read_text())
     (place / "reshaped" / "config.json").write_text(json.dumps(written | {"intermediate_size": 25}))
+    weights = {name: tensor.to(torch.int8) for name, tensor in load_file(place / "good" / shard).items()}
+    save_file(weights, place / "quantised" / shard)
     (place / "weightless" / "model.safetensors.index.json").unlink()
     shutil.copytree(place / "corpus", place / "cut")
     (place / "cut" / "train-00000.tokens").write_bytes((place / "corpus" / "train-00000.tokens").read_bytes()[:-4])
     contradictory = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}
     for name, change in {"no-layers": {"num_hidden_layers": None}, "gemma": {"model_type": "gemma"}, "small": {"vocab_size": 300},
                          "spiral": {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "contradictory": contradictory,
-                         "heads": {"num_key_value_heads": 3}}.items():
+                         "heads": {"num_key_value_heads": 3}, "tied": {"tie_word_embeddings": "false"}}.items():
         (place / f"{name}.json").write_text(json.dumps(config | change))
     good = json.dumps({"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}) + "\n"
     (place / "chat.jsonl").write_text(good)

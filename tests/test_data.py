@@ -191,6 +191,19 @@ def test_chat_is_chatml_template(tmp_path):
     assert tokenizer.decode([t for t, loss in zip(tokens, mask) if loss]) == "Hello.<|im_end|>"
 
 
+def test_white_space_around_contents_is_the_templates(tokenizer, tmp_path):
+    """Llama 3's template trims contents; ChatML's keeps them, and a user's line breaks join the one before them."""
+    def conversation(question, answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    assert data.encode_chat(conversation(" Hi\n", "\nHello. "), tokenizer) == data.encode_chat(conversation("Hi", "Hello."), tokenizer)
+    chat = chatml(tmp_path)
+    tokens, mask = data.encode_chat(conversation("\n Hi\n", "\n Hello. "), chat)
+    user, assistant = (chat.encode_ordinary(text) for text in ("user\n\n Hi\n", "\n Hello. "))
+    assert tokens[1:1 + len(user)] == user
+    assert [t for t, loss in zip(tokens, mask) if loss] == [*assistant, data.end_of_turn(chat)]
+
+
 def test_chat_loss_is_exactly_assistant_words_and_end_of_turn(tokenizer):
     """Loss on the header or on the user's words teaches the model to speak for the user; none on the end, to ramble."""
     tokens, mask = data.encode_chat(CONVERSATION, tokenizer)

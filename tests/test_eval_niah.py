@@ -365,9 +365,9 @@ def test_rope_override_extends_the_window(model_directory, text_file, tmp_path, 
     (["--lengths", "9000000"], "needs as many"), (["--samples", "0"], "--samples 0"),
     (["--depths", "0"], "--depths 0"), (["--out", "/no/such/place/x.json"], "--out /no/such/place/x.json"),
     (["--device", "tpu"], "--device tpu"), (["--rope-kind", "yarn", "--rope-factor", "0.5"], "factor"),
-    (["--rope-factor", "2"], "need --rope-kind"), (["--distractors", "2"], "--task needle"),
+    (["--rope-factor", "2"], "add --rope-kind"), (["--distractors", "2"], "--task needle"),
     (["--digits", "0"], "--digits 0"), (["--batch-tokens", "0"], "--batch-tokens 0"),
-    (["--rope-kind", "yarn", "--beta-fast", "0.5"], "beta_fast")])
+    (["--rope-kind", "yarn", "--rope-factor", "2", "--beta-fast", "0.5"], "beta_fast")])
 def test_mistakes_are_one_line_before_loading(model_directory, text_file, monkeypatch, change, message):
     def load(*args, **options):
         raise AssertionError("the model was loaded first")

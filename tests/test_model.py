@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import Llama, ModelConfig, read_config
+from model import Llama, ModelConfig, read_config, rescale
 from rope_yarn import RopeScaling
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -207,6 +207,22 @@ def test_yarn_replaces_llama3_scaling_and_exports_explicitly(tiny_model, tmp_pat
     assert read_config(tmp_path / "b").rope_scaling.factor == 128.0
 
 
+def test_no_rule_stacks_on_a_saved_one(tiny_model, tmp_path):
+    """NTK-aware scaling is exported as a larger theta, yet yarn starts from the original; linear must be told its window."""
+    for kind in ("ntk", "linear"):
+        model = tiny_model()
+        model.config = rescale(model.config, RopeScaling(kind, 4.0))
+        model.save_pretrained(tmp_path / kind)
+        again = read_config(tmp_path / kind)
+        assert (again.rope_theta, again.max_position_embeddings, again.rope_scaling.kind) == (10000.0, 256, kind)
+    assert json.loads((tmp_path / "ntk" / "config.json").read_text())["rope_theta"] > 10000
+    config = Llama.from_pretrained(tmp_path / "ntk", rope_scaling=RopeScaling("yarn", 8.0)).config
+    assert (config.rope_theta, config.max_position_embeddings) == (10000.0, 64 * 8)
+    with pytest.raises(ValueError, match="--original-length is needed"):
+        rescale(read_config(tmp_path / "linear"), RopeScaling("yarn", 8.0))
+    assert rescale(read_config(tmp_path / "linear"), RopeScaling("yarn", 8.0, 64)).max_position_embeddings == 64 * 8
+
+
 def test_window_of_the_source_file_does_not_contradict_the_export(tiny_model, tmp_path):
     """transformers 5 lets a top-level original_max_position_embeddings win over the scaling: it must not be left there."""
     model = tiny_model(rope_scaling=LLAMA3, max_position_embeddings=256, original_max_position_embeddings=32)
@@ -226,7 +242,9 @@ def test_bfloat16_loads_as_float32_on_request(tiny_model, tmp_path):
     ({"model_type": "gemma"}, "model_type"), ({"hidden_act": "gelu"}, "hidden_act"), ({"vocab_size": None}, "vocab_size"),
     ({"num_key_value_heads": 4}, "num_key_value_heads"), ({"head_dim": 7}, "head_dim"), ({"mlp_bias": True}, "mlp_bias"),
     ({"hidden_size": "48"}, "hidden_size"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
-    ({"use_sliding_window": True}, "use_sliding_window"), ({"rope_scaling": {"rope_type": "spiral"}}, "spiral")])
+    ({"use_sliding_window": True}, "use_sliding_window"), ({"rms_norm_eps": None}, "rms_norm_eps"),
+    ({"initializer_range": -1.0}, "initializer_range"), ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+    ({"head_dim": None, "hidden_size": 50}, "hidden_size 50"), ({"rope_scaling": {"rope_type": "spiral"}}, "spiral")])
 def test_bad_configurations_are_named(change, message, tiny_config):
     with pytest.raises(ValueError, match=message) as error:
         ModelConfig.from_hf(tiny_config(**change))

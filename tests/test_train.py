@@ -1,7 +1,9 @@
 """Training: the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation by position."""
+import argparse
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import data
 import sft
 import train
 from model import Llama
+from parallel import Grid, ShardedAdamW
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,7 +148,7 @@ def test_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(workpl
 
     def broken(*arguments):
         calls.append(1)
-        return math.nan if len(calls) == 5 else original(*arguments)
+        return (math.nan, 1) if len(calls) == 5 else original(*arguments)
 
     monkeypatch.setattr(train, "training_step", broken)
     with pytest.raises(SystemExit, match=r"step 5: the loss is nan.*checkpoint-00000004"):
@@ -203,3 +206,75 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     rates = [train.learning_rate(step, a) for step in range(1, 111)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[-1] == pytest.approx(0.1)
     assert rates[59] == pytest.approx(0.55) and rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_a_failure_while_writing_final_loses_no_step(workplace, uninterrupted, tmp_path, monkeypatch):
+    """The last step has a checkpoint of its own, so a full disk or a kill during `final` costs the export only."""
+    original = train.copy_tokenizer
+
+    def full(source, target, config):
+        if "final" in str(target):
+            raise OSError(28, "No space left on device", str(target))
+        original(source, target, config)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "copy_tokenizer", full)
+        with pytest.raises(SystemExit, match="No space left"):
+            stage1(*command(workplace, out))
+    assert not (out / "final").exists()
+    stage1(*command(workplace, out, "--resume"))
+    assert metrics(out) == uninterrupted and (out / "final" / "config.json").exists()
+
+
+def test_resume_refuses_other_data_under_the_same_path(workplace, tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text((workplace / "chat.jsonl").read_text())
+    arguments = ["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--data", str(file),
+                 "--sequence-length", "48", "--batch-size", "2", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "run")]
+    sft.main(sft.stage2_parser(), sft.stage2_datasets, arguments)
+    file.write_text(file.read_text().replace("What is 1?", "What is 2?"))
+    with pytest.raises(SystemExit, match="--data is"):
+        sft.main(sft.stage2_parser(), sft.stage2_datasets, [*arguments, "--resume"])
+
+
+def test_padding_is_not_computed(tiny_model):
+    """Rows are cut after the last target of their micro-batch: the same loss and gradients from fewer positions."""
+    tokens = torch.randint(97, (4, 32), generator=torch.Generator().manual_seed(0))
+    targets = tokens.roll(-1, 1)
+    for row, length in enumerate((5, 9, 3, 1)):
+        targets[row, length:] = -100
+    targets[3] = -100
+    batch, losses, gradients = data.Batch(tokens, targets, tokens * 0), [], []
+    for micro in (4, 2, 1):
+        model = tiny_model(torch.float64)
+        optimizer = ShardedAdamW(model, Grid())
+        options = argparse.Namespace(micro_batch_size=micro, cross_document_mask=False, device="cpu")
+        loss, positions = train.training_step(model, optimizer, batch, options)
+        losses.append(loss)
+        gradients.append(optimizer.gradient)
+        assert positions == {4: 4 * 9, 2: 2 * 9 + 2 * 3, 1: 5 + 9 + 3 + 1}[micro]
+    for loss, gradient in zip(losses[1:], gradients[1:]):
+        assert loss == pytest.approx(losses[0], rel=1e-12)
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_export_states_window_and_stop_tokens_for_servers(workplace, tmp_path):
+    """A tokenizer file of any name is exported under the one loaders look for; the JSON files follow the new model."""
+    source = tmp_path / "tokenizer"
+    shutil.copytree(workplace / "tokenizer", source)
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 8, "chat_template": "kept"}')
+    (source / "generation_config.json").write_text('{"eos_token_id": 7}')
+    renamed = tmp_path / "mine.model"
+    shutil.copyfile(source / "tokenizer.model", renamed)
+    tokenizer = data.load_tokenizer(source)
+    for name, path in (("whole", source), ("renamed", renamed)):
+        stage1("--config", workplace / "config.json", "--tokenizer", path, "--data", workplace / "corpus", "--steps", 1,
+               "--sequence-length", 32, "--validation-sequences", 0, "--device", "cpu", "--out", tmp_path / name)
+        final = tmp_path / name / "final"
+        stops = json.loads((final / "config.json").read_text())["eos_token_id"]
+        assert stops == sorted(tokenizer.encode_single_token(t) for t in ("<|end_of_text|>", "<|eot_id|>"))
+        assert data.load_tokenizer(final).n_vocab == tokenizer.n_vocab
+    written = json.loads((tmp_path / "whole" / "final" / "tokenizer_config.json").read_text())
+    assert written == {"model_max_length": 64, "chat_template": "kept"}
+    assert json.loads((tmp_path / "whole" / "final" / "generation_config.json").read_text()) == {"eos_token_id": stops}
