@@ -3,7 +3,7 @@
     python benchmarks/parity.py MODEL_DIR        # any Llama or Qwen2 directory with a tokenizer.json
 
 Logits are compared in float32 on 512 tokens of the standard library. transformers forms its rotary angles in float32; to
-show that this is what remains of the difference, the comparison is repeated with our own angles formed its way.
+show that this is what remains of the difference, both models are run in float64, with our angles and with its own.
 Exits 1 if a check fails.
 """
 from __future__ import annotations
@@ -26,10 +26,25 @@ SCRIPTS = ("Hello world, don't stop: 123 4  5 | Привет, мир | 你好，
            "नमस्ते दुनिया ४५ | สวัสดีชาวโลก | Γειά σου Κόσμε | გამარჯობა მსოფლიო | 👩‍👩‍👧‍👦🎉🇫🇷 ½ ² Ⅳ \t\n\n  x  7\n 8 <s> </s>\r\n\r\n  end ")
 
 
-def float32_tables(positions, inv_freq, attention_factor):
-    """Rotary tables with the angle rounded to float32, as transformers computes them."""
-    angles = torch.outer(positions.float(), inv_freq.float())
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
+def float64_logits(path: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits in float64 arithmetic: ours, ours with transformers' rotary angles, transformers'."""
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+    ours, rotary = Llama.from_pretrained(path, dtype=torch.float64), theirs.model.rotary_emb
+
+    def their_tables(positions, inv_freq, attention_factor):
+        angles = torch.outer(positions.float(), rotary.inv_freq.float())  # float32, as are its inverse frequencies
+        return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+    def norm_without_float32(norm, x):
+        return torch.nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    with mock.patch.object(type(theirs.model.norm), "forward", norm_without_float32):
+        expected = theirs(tokens).logits
+    found = ours(tokens)
+    with mock.patch.object(model_module, "rotary_tables", their_tables):
+        return found, ours(tokens), expected
 
 
 def tokenization(path: Path) -> tuple[bool, str]:
@@ -54,8 +69,7 @@ def run(path: Path) -> None:
     tokens = torch.tensor([data.load_tokenizer(path).encode_ordinary(source)[:512]])
     with torch.no_grad():
         expected, found = theirs(tokens).logits, ours(tokens)
-        with mock.patch.object(model_module, "rotary_tables", float32_tables):
-            rounded = ours(tokens)
+        found64, rounded64, expected64 = float64_logits(path, tokens)
         prompt = tokens[:, :64]
         greedy = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False,
                                  eos_token_id=None, pad_token_id=0)
@@ -65,7 +79,8 @@ def run(path: Path) -> None:
     size = expected.abs().max().item()
     checks = [("tokens equal the tokenizers library's", *tokenization(path))]
     for name, a, b, limit in (("float32 logits, our float64 angles", found, expected, 1e-3),
-                              ("float32 logits, angles rounded as transformers'", rounded, expected, 1e-4),
+                              ("float64 logits, our float64 angles", found64, expected64, 1e-3),
+                              ("float64 logits, our angles formed as transformers'", rounded64, expected64, 1e-9),
                               ("saved by us, loaded by transformers", again, expected, 0.0)):
         difference = (a - b).abs().max().item()
         checks.append((name, difference <= limit, f"max difference {difference:.1e} (logits reach {size:.0f}; limit {limit:.0e})"))
