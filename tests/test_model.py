@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import model as model_module
 from model import Llama, ModelConfig, read_config, rescale
+from parallel import Grid, ShardedAdamW
 from rope_yarn import RopeScaling
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -84,6 +85,47 @@ def test_loss_and_gradients_equal_dense_cross_entropy(tied, tiny_model, monkeypa
     losses = ours.token_losses(tokens, targets)
     torch.testing.assert_close(losses.double().sum(), loss.detach(), rtol=1e-5, atol=0)
     assert (losses[targets == -100] == 0).all()
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bfloat16_loss_and_gradients_equal_dense_cross_entropy(tied, tiny_model, monkeypatch):
+    """In bfloat16 the gradient has a second buffer (stale: the logits themselves) and many tiles to add up in float32."""
+    monkeypatch.setattr(model_module, "LOGITS_TILE_BYTES", 3 * 4 * 97)  # 3 rows a tile, one left over
+    monkeypatch.setattr(model_module, "VOCABULARY_TILE", 40)  # 40, 40 and 17 rows of the head
+    model = tiny_model(torch.bfloat16, tie_word_embeddings=tied)
+    optimizer = ShardedAdamW(model, Grid())  # its gradients are float32
+    tokens = tokens_of((1, 1201))
+    targets = tokens_of((1, 1201), seed=4).masked_fill(tokens % 2 == 0, 5)  # one target is half of all: large sums
+    hidden = (torch.randn(1, 1201, 48, generator=torch.Generator().manual_seed(6)) + 0.5).bfloat16().requires_grad_()
+    monkeypatch.setattr(model, "hidden_states", lambda *_: hidden)
+    exact, weight = (x.detach().double().requires_grad_() for x in (hidden, model.head_weight))
+    optimizer.zero_gradients()
+    loss, count = model.loss(tokens, targets)
+    (loss * 0.37).backward()
+    expected = F.cross_entropy((exact @ weight.T)[0], targets[0], reduction="sum")
+    (expected * 0.37).backward()
+    assert count == 1201 and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
+    assert relative_error(hidden.grad, exact.grad) < 0.01
+    assert relative_error(model.head_weight.grad, weight.grad) < 0.01
+
+
+def test_bfloat16_gradient_of_a_frequent_token_is_summed_in_float32(tiny_model):
+    """256 + 1 is 256 in bfloat16: summed there, the embedding of a token that fills a long text hardly learns."""
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = tiny_model(torch.bfloat16).to(dtype)
+        optimizer = ShardedAdamW(model, Grid())
+        tokens = tokens_of((2, 1000)).masked_fill(torch.arange(1000) % 2 == 0, 11)
+        optimizer.zero_gradients()
+        model.loss(tokens, torch.full_like(tokens, 23))[0].backward()
+        gradients.append(model.model.embed_tokens.weight.grad[11].clone())
+    assert gradients[0].dtype == torch.float32
+    assert relative_error(*gradients) < 0.03
 
 
 def test_loss_without_a_target_is_zero_not_nan(tiny_model):

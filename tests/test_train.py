@@ -1,5 +1,6 @@
-"""Training: the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation by position."""
+"""Training: options reach their place, the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation by position."""
 import argparse
+import inspect
 import json
 import math
 import random
@@ -30,19 +31,23 @@ def workplace(tmp_path_factory):
     tokenizer = data.train_bpe(texts, 270, place / "tokenizer")
     (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data.prepare_corpus([("code", place / "text.jsonl")], tokenizer, place / "corpus", holdout_window=0)
+    prose = [f"Number {i} follows {i - 1}. " * (1 + i % 5) for i in range(60)]
+    (place / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in prose))
+    data.prepare_corpus([("prose", place / "prose.jsonl")], tokenizer, place / "prose", holdout_window=0)
     config = {"model_type": "llama", "vocab_size": tokenizer.n_vocab, "hidden_size": 32, "intermediate_size": 48,
               "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
               "max_position_embeddings": 64, "tie_word_embeddings": True}
     (place / "config.json").write_text(json.dumps(config))
     chat = [{"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
             for i in range(40)]
-    (place / "chat.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in chat))
+    for name, samples in (("chat", chat), ("held-out", chat[::-3])):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     return place
 
 
-def command(workplace, out, *more, steps=40):
+def command(workplace, out, *more, steps=40, sources=("corpus",)):
     return ["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--dtype", "float32",
-            "--data", str(workplace / "corpus"), "--sequence-length", "64", "--batch-size", "2", "--steps", str(steps),
+            "--data", *(str(workplace / source) for source in sources), "--sequence-length", "64", "--batch-size", "2", "--steps", str(steps),
             "--device", "cpu", "--learning-rate", "1e-2", "--validation-sequences", "2", "--out", str(out), *map(str, more)]
 
 
@@ -50,14 +55,19 @@ def stage1(*arguments):
     train.main(train.stage1_parser(), train.stage1_datasets, list(map(str, arguments)))
 
 
+def records(out):
+    """The lines of metrics.jsonl, without what depends on the time of day."""
+    lines = (json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_gib")} for line in lines]
+
+
 def metrics(out, key="loss"):
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
+    return [line[key] for line in records(out) if key in line]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(workplace):
-    stage1(*command(workplace, workplace / "whole", "--checkpoint-every", 7))
+    stage1(*command(workplace, workplace / "whole", "--checkpoint-every", 7, "--validate-every", 5))
     return metrics(workplace / "whole")
 
 
@@ -69,25 +79,103 @@ def test_training_learns_and_leaves_a_model(workplace, uninterrupted):
     assert len(train.checkpoints(workplace / "whole")) == 2  # the newest two are kept
 
 
-def test_sigkill_at_random_moments_and_resume_gives_the_same_losses_to_the_last_bit(workplace, uninterrupted, tmp_path):
-    """Ten kills, wherever they fall (import, first step, half-written checkpoint): no step is repeated, skipped or changed."""
-    moments = random.Random(int(time.time()))
+# -------------------------------------------------------------------------------------- options reach their place
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The named arguments of every call of the model's losses, its initialisation and the optimizer in a run."""
+    found = {}
+
+    def spy(owner, name):
+        original, key = getattr(owner, name), f"{owner.__name__}.{name}"
+
+        def recorder(*args, **kwargs):
+            bound = inspect.signature(original).bind(*args, **kwargs)
+            bound.apply_defaults()
+            found.setdefault(key, []).append(bound.arguments)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorder)
+
+    for owner, names in ((Llama, ("initialise", "loss", "token_losses")), (ShardedAdamW, ("__init__", "step"))):
+        for name in names:
+            spy(owner, name)
+    return found
+
+
+def assert_saw(calls, batch, masked):
+    """These calls of a loss saw this batch's rows, up to their last target, and document ids if those were to be masked."""
+    names = ("tokens", "targets", "document_ids") if masked else ("tokens", "targets")
+    for name in names:
+        rows = [row for call in calls for row in call[name]]
+        for row, expected, targets in zip(rows, getattr(batch, name), batch.targets, strict=True):
+            assert torch.equal(row, expected[:len(row)]) and (targets[len(row):] == -100).all(), name
+    assert masked or all(call["document_ids"] is None for call in calls)
+
+
+@pytest.mark.parametrize("switches", [[], ["--cross-document-mask", "--recompute"]], ids=["plain", "switches"])
+def test_options_of_stage_1_reach_data_model_and_optimizer(switches, workplace, tmp_path, calls):
+    """The classic: an option that is parsed, saved with the run and used nowhere. None has its default here."""
+    options = [*command(workplace, tmp_path / "run", steps=6, sources=("corpus=1", "prose=3")),
+               "--batch-size", "4", "--micro-batch-size", "2", "--clip", "0.25", "--weight-decay", "0.3", "--betas", "0.8", "0.9",
+               "--warmup-steps", "3", "--final-learning-rate", "0.2", "--seed", "5", "--separator", "bos_eos",
+               "--short-length", "40", "--long-length", "100", "--short-weight", "0.5", "--long-weight", "3", *switches]
+    stage1(*options)
+    (optimizer,), steps, losses = calls["ShardedAdamW.__init__"], calls["ShardedAdamW.step"], calls["Llama.loss"]
+    assert tuple(optimizer["betas"]) == (0.8, 0.9) and optimizer["weight_decay"] == 0.3
+    rates = [train.learning_rate(step, train.stage1_parser().parse_args(options)) for step in range(1, 7)]
+    assert (rates[0], rates[2], rates[5]) == pytest.approx((1e-2 / 3, 1e-2, 2e-3))
+    assert metrics(tmp_path / "run", "learning_rate") == rates
+    assert [(call["learning_rate"], call["max_norm"]) for call in steps] == [(rate, 0.25) for rate in rates]
+    assert calls["Llama.initialise"][0]["seed"] == 5
+    assert losses[0]["self"].recompute == bool(switches)
+
+    shared = {"sequence_length": 64, "seed": 5, "separator": "bos_eos", "short": 40, "long": 100,
+              "tokenizer": data.load_tokenizer(workplace / "tokenizer")}
+    parts = [data.PackedDataset(workplace / name, "train", short_weight=0.5, long_weight=3, **shared) for name in ("corpus", "prose")]
+    assert_saw(losses, data.batch(data.Blend(parts, [1, 3], 5), 0, 24), masked=bool(switches))
+    held_out = data.PackedDataset(workplace / "corpus", "valid", **shared)  # its documents as they come, by no weight
+    assert_saw(calls["Llama.token_losses"], data.batch(held_out, 0, 2), masked=bool(switches))
+
+
+def test_options_of_stage_2_reach_data_and_validation(workplace, tmp_path, calls):
+    """Held-out chat is what --validation-data names, never the training samples; files are blended by weight and seed."""
+    sft.main(sft.stage2_parser(), sft.stage2_datasets,
+             command(workplace, tmp_path / "run", "--seed", 5, "--validation-data", workplace / "held-out.jsonl", steps=6,
+                     sources=("chat.jsonl=3", "held-out.jsonl=1")))
+    tokenizer = data.load_tokenizer(workplace / "tokenizer")
+    chat, held_out = (data.ChatDataset(workplace / f"{name}.jsonl", tokenizer, 64, 5) for name in ("chat", "held-out"))
+    assert_saw(calls["Llama.loss"], data.batch(data.Blend([chat, held_out], [3, 1], 5), 0, 12), masked=False)
+    assert_saw(calls["Llama.token_losses"], data.batch(held_out, 0, 2), masked=False)
+
+
+# ------------------------------------------------------------------------------------------- interruption, failures
+
+
+def test_sigkill_at_random_moments_and_resume_gives_the_same_metrics_to_the_last_bit(workplace, uninterrupted, tmp_path):
+    """Ten kills, wherever they fall (import, first step, half-written checkpoint): no step or validation is repeated,
+    skipped or changed, no norm and no learning rate either."""
+    moments = random.Random(0)
     out, kills = tmp_path / "killed", 0
-    arguments = command(workplace, out, "--checkpoint-every", 3, "--resume")
+    arguments = command(workplace, out, "--checkpoint-every", 3, "--validate-every", 5, "--resume")
     program = ("import sys, time, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv.pop(1)); import train\n"
                "slow = train.training_step\n"
                "def slower(*a):\n    time.sleep(0.05)\n    return slow(*a)\n"  # so that ten kills find something to kill
                "train.training_step = slower\n"
                "train.main(train.stage1_parser(), train.stage1_datasets)\n")
+
+    def written():
+        return len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
+
     while not (out / "final").exists():
         process = subprocess.Popen([sys.executable, "-c", program, str(ROOT), *arguments], stderr=subprocess.PIPE,
                                    stdout=subprocess.DEVNULL)
         if kills < 10:
-            started = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
+            started = written()
             deadline = time.time() + 60
             while process.poll() is None and time.time() < deadline:  # wait for progress, then strike at random
-                now = len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
-                if now > started - 3 and now != started:
+                if started - 3 < written() != started:
                     break
                 time.sleep(0.01)
             time.sleep(moments.random() * 0.25)
@@ -97,7 +185,7 @@ def test_sigkill_at_random_moments_and_resume_gives_the_same_losses_to_the_last_
         else:
             assert process.wait() == 0, process.stderr.read().decode()
     assert kills >= 3  # a fast machine may finish before the tenth
-    assert metrics(out) == uninterrupted
+    assert records(out) == records(workplace / "whole")
     assert not list(out.glob("*.partial"))
     for file in (workplace / "whole" / "final").iterdir():
         assert file.read_bytes() == (out / "final" / file.name).read_bytes(), file.name
