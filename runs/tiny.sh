@@ -20,7 +20,7 @@ python data.py prepare --source code=stdlib --tokenizer "$OUT/tokenizer" --out "
 documents() { python runs/tiny_documents.py "$@" --corpus "$OUT/corpus" --tokenizer "$OUT/tokenizer" --seed "$SEED"; }
 documents retrieval --length 64 --most-facts 2 --chat-share 0.3 --count 8000 --out "$OUT/facts-64"
 documents retrieval --length 128 --most-facts 4 --chat-share 0.3 --count 12000 --out "$OUT/facts-128"
-documents retrieval --length 2045 --most-facts 24 --chat-share 0.4 --count 400 --out "$OUT/facts-2048"  # 2,048 with <s>
+documents retrieval --length 2045 --most-facts 40 --chat-share 0.4 --count 500 --out "$OUT/facts-2048"  # 2,048 with <s>
 documents chat --length 128 --count 2000 --out "$OUT/chat.jsonl"
 
 started=$SECONDS
@@ -39,14 +39,14 @@ python eval_niah.py "$OUT/base/final" $NEEDLES --rope-kind yarn --rope-factor 16
 
 echo "== stage 1: one step from 128 to 2,048 tokens, YaRN with s = 16, documents up-sampled by length, <s> between them"
 python train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --original-length 128 \
-  --data "$OUT/corpus=0.1" "$OUT/facts-2048=0.7" "$OUT/facts-128=0.2" --sequence-length 2048 --batch-size 1 --steps 400 \
+  --data "$OUT/corpus=0.1" "$OUT/facts-2048=0.7" "$OUT/facts-128=0.2" --sequence-length 2048 --batch-size 1 --steps 500 \
   --short-length 1024 --short-weight 0.5 --long-length 2048 --long-weight 2 --learning-rate 5e-4 --final-learning-rate 0.05 \
   --validation-sequences 8 $COMMON --out "$OUT/stage1"
 python eval_niah.py "$OUT/stage1/final" $NEEDLES --window 128 --out "$OUT/stage1.json"
 
 echo "== stage 2: short chat samples (at most 128 tokens), loss on the assistant's words only"
-python sft.py --model "$OUT/stage1/final" --data "$OUT/chat.jsonl" --sequence-length 128 --batch-size 32 --micro-batch-size 32 --steps 40 \
-  --learning-rate 1e-4 --validation-sequences 0 $COMMON --out "$OUT/stage2"
+python sft.py --model "$OUT/stage1/final" --data "$OUT/chat.jsonl" --sequence-length 128 --batch-size 32 --micro-batch-size 32 \
+  --steps 40 --learning-rate 1e-4 --validation-sequences 0 $COMMON --out "$OUT/stage2"
 python eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --out "$OUT/stage2.json"
 python eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --prompt chat --out "$OUT/stage2-chat.json"
 

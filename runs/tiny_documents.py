@@ -6,7 +6,7 @@
 A retrieval document is real text from the corpus's training split with facts hidden in it (worded as in the evaluation,
 numbers drawn anew) and questions about them at its end. Loss is on the answers and on a random share of the text, so that
 the model also learns to write text without the text drowning the few answers. Chat samples are short: "what does
-this function do" from the corpus's own docstrings, and one in four a short retrieval document as a conversation.
+this function do" from the corpus's own docstrings, and one in two a short retrieval document as a conversation.
 """
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def docstring_samples(corpus: Path):
 
 
 def chat_samples(corpus: Path, tokenizer, length: int, count: int, seed: int):
-    """`count` conversations of at most `length` tokens; every fourth one hides a fact in a few lines of text."""
+    """`count` conversations of at most `length` tokens; every second one hides a fact in a few lines of text."""
     rng, haystack = random.Random(f"{seed} chat {length}"), training_haystack(corpus, tokenizer)
     short = (sample for sample in docstring_samples(corpus) if len(data.encode_chat(sample, tokenizer)[0]) <= length)
     fits = list(itertools.islice(short, count))
@@ -141,7 +141,7 @@ def chat_samples(corpus: Path, tokenizer, length: int, count: int, seed: int):
         raise ValueError(f"--length {length}: no docstring sample is that short")
     while count:
         sample = rng.choice(fits)
-        if count % 4 == 0:
+        if count % 2 == 0:
             (fact,), ((question, lead, answer),) = conversation(rng, 1)
             start, room = rng.randrange(len(haystack) - length), rng.randrange(length // 2)
             text, cut = tokenizer.decode(haystack[start:start + room].tolist()), rng.random()
