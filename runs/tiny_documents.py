@@ -36,9 +36,14 @@ def fact_texts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
 
 
 def conversation(rng: random.Random, facts: int) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """Fact texts, and (question, lead, answer) for each in another order; numbers of five random digits."""
+    """Fact texts, and (question, lead, answer) for each in another order; numbers of five random digits.
+
+    The first fact is asked for several times if there are many: a pass key is one fact of many in training, but half of
+    what the evaluation asks for.
+    """
     drawn = [(texts, str(rng.randrange(10_000, 100_000))) for texts in fact_texts(rng, facts)]
     asked = [(question, lead, answer) for (_, question, lead), answer in drawn]
+    asked += asked[:1] * (facts // 3)
     return [fact.replace("{number}", answer) for (fact, _, _), answer in drawn], rng.sample(asked, len(asked))
 
 
