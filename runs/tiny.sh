@@ -19,12 +19,16 @@ python data.py train-bpe --source stdlib --vocab-size 1024 --out "$OUT/tokenizer
 python data.py prepare --source code=stdlib --tokenizer "$OUT/tokenizer" --out "$OUT/corpus"
 documents() { python runs/tiny_documents.py "$@" --corpus "$OUT/corpus" --tokenizer "$OUT/tokenizer" --seed "$SEED"; }
 documents retrieval --length 64 --most-facts 2 --chat-share 0.3 --count 8000 --out "$OUT/facts-64"
-documents retrieval --length 128 --most-facts 4 --chat-share 0.3 --count 12000 --out "$OUT/facts-128"
-documents retrieval --length 2045 --most-facts 36 --chat-share 0.4 --count 600 --out "$OUT/facts-2048"  # 2,048 with <s>
+documents retrieval --length 128 --most-facts 4 --chat-share 0.3 --count 8000 --out "$OUT/facts-128"
+# stage 1: documents that fill its sequences with their <s>, some of every length, and some like the base model's
+STAGE1="--chat-share 0.4 --text-loss 0.05"
+documents retrieval --length 2045 --most-facts 24 $STAGE1 --count 400 --out "$OUT/facts-long"
+documents retrieval --shortest 64 --length 2045 --most-facts 24 $STAGE1 --count 1500 --out "$OUT/facts-mixed"
+documents retrieval --length 125 --most-facts 4 $STAGE1 --count 2600 --out "$OUT/facts-short"
 documents chat --length 128 --count 2000 --out "$OUT/chat.jsonl"
 
 started=$SECONDS
-NEEDLES="--haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((5000 + SEED))"
+NEEDLES="--haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((7000 + SEED))"
 COMMON="--seed $SEED --dtype float32 --weight-decay 0.05 --warmup-steps 10"  # float32: any CPU gives these results
 
 echo "== base model: 64 tokens first, then its window of 128"
@@ -39,9 +43,9 @@ python eval_niah.py "$OUT/base/final" $NEEDLES --rope-kind yarn --rope-factor 16
 
 echo "== stage 1: one step from 128 to 2,048 tokens, YaRN with s = 16, documents up-sampled by length, <s> between them"
 python train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --original-length 128 \
-  --data "$OUT/corpus=0.1" "$OUT/facts-2048=0.7" "$OUT/facts-128=0.2" --sequence-length 2048 --batch-size 1 --steps 700 \
-  --short-length 1024 --short-weight 0.5 --long-length 2048 --long-weight 2 --learning-rate 5e-4 --final-learning-rate 0.05 \
-  --validation-sequences 8 $COMMON --out "$OUT/stage1"
+  --data "$OUT/corpus=0.04" "$OUT/facts-long=0.46" "$OUT/facts-mixed=0.28" "$OUT/facts-short=0.22" --sequence-length 2048 \
+  --short-length 1024 --short-weight 0.5 --long-length 2048 --long-weight 2 --steps 700 --learning-rate 8e-4 \
+  --final-learning-rate 0.05 --validation-sequences 8 $COMMON --out "$OUT/stage1"
 python eval_niah.py "$OUT/stage1/final" $NEEDLES --window 128 --out "$OUT/stage1.json"
 
 echo "== stage 2: short chat samples (at most 128 tokens), loss on the assistant's words only"

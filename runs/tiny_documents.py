@@ -1,6 +1,6 @@
-"""Training documents of the tiny recipe: retrieval documents of an exact length, and short chat samples.
+"""Training documents of the tiny recipe: retrieval documents of given lengths, and short chat samples.
 
-    python runs/tiny_documents.py retrieval --corpus out/corpus --tokenizer out/tokenizer --length 125 --count 9000 --out DIR
+    python runs/tiny_documents.py retrieval --corpus out/corpus --tokenizer out/tokenizer --length 128 --count 8000 --out DIR
     python runs/tiny_documents.py chat --corpus out/corpus --tokenizer out/tokenizer --length 128 --count 2000 --out FILE
 
 A retrieval document is real text from the corpus's training split with facts hidden in it (worded as in the evaluation,
@@ -14,6 +14,7 @@ import argparse
 import ast
 import itertools
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -110,14 +111,15 @@ def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
 
 
 def retrieval_documents(tokenizer, haystack: np.ndarray, a: argparse.Namespace):
-    """`a.count` documents for `data.write_corpus`, every one of `a.length` tokens."""
-    encode, rng, made = Encoder(tokenizer), random.Random(f"{a.seed} retrieval {a.length}"), 0
-    while made < a.count:
-        facts, chat = rng.randint(1, a.most_facts), rng.random() < a.chat_share
-        document = retrieval_document(encode, haystack, a.length, rng, facts, chat, a.text_loss)
-        if document:
-            made += 1
-            yield ("retrieval", *document)
+    """`a.count` documents for `data.write_corpus` of `a.length` tokens, or of any length from `a.shortest` to it."""
+    encode, rng = Encoder(tokenizer), random.Random(f"{a.seed} retrieval {a.length} {a.shortest}")
+    for _ in range(a.count):
+        length = round(math.exp(rng.uniform(math.log(a.shortest), math.log(a.length))))
+        document = None
+        while document is None:  # as many facts as fit
+            facts, chat = rng.randint(1, a.most_facts), rng.random() < a.chat_share
+            document = retrieval_document(encode, haystack, length, rng, facts, chat, a.text_loss)
+        yield ("retrieval", *document)
 
 
 def docstring_samples(corpus: Path):
@@ -161,8 +163,9 @@ def chat_samples(corpus: Path, tokenizer, length: int, count: int, seed: int):
 
 def run(a: argparse.Namespace) -> None:
     """Write one corpus of retrieval documents, or one file of chat samples."""
-    if a.length < 48 or a.count < 1:
-        raise ValueError(f"--length {a.length} must be at least 48 and --count {a.count} at least 1")
+    a.shortest = a.shortest or a.length
+    if not 64 <= a.shortest <= a.length or a.count < 1:
+        raise ValueError(f"--shortest {a.shortest} must be 64 to --length {a.length}, and --count {a.count} at least 1")
     tokenizer = data.load_tokenizer(a.tokenizer)
     if a.what == "chat":
         lines = [json.dumps(sample) + "\n" for sample in chat_samples(a.corpus, tokenizer, a.length, a.count, a.seed)]
@@ -170,7 +173,7 @@ def run(a: argparse.Namespace) -> None:
     else:
         documents = retrieval_documents(tokenizer, training_haystack(a.corpus, tokenizer), a)
         data.write_corpus({"train": documents}, a.out, tokenizer)
-    print(f"wrote {a.out}: {a.count} {a.what} documents of {'at most ' if a.what == 'chat' else ''}{a.length} tokens")
+    print(f"wrote {a.out}: {a.count} {a.what} documents of {'at most ' if a.what == 'chat' else f'{a.shortest} to '}{a.length} tokens")
 
 
 def main() -> None:
@@ -178,7 +181,9 @@ def main() -> None:
     parser.add_argument("what", choices=("retrieval", "chat"))
     parser.add_argument("--corpus", type=Path, required=True, help="corpus of the standard library, by data.py prepare")
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--length", type=int, required=True, help="tokens of a document (retrieval: exactly)")
+    parser.add_argument("--length", type=int, required=True, help="tokens of a document, of a chat sample at most")
+    parser.add_argument("--shortest", type=int, help="retrieval: lengths from this to --length, as many short as long ones "
+                        "in every octave (default: --length)")
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--most-facts", type=int, default=3, help="facts of a retrieval document, 1 to this many")
     parser.add_argument("--chat-share", type=float, default=0.3, help="share of retrieval documents as conversations")
