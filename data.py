@@ -696,7 +696,7 @@ class ChatDataset:
         name = samples if isinstance(samples, (str, Path)) else "samples"
         documents = list(read_documents(samples)) if name is samples else [{"messages": m} for m in samples]
         if not all("messages" in document for document in documents):
-            raise ValueError(f"{name}: every line must have messages")
+            raise ValueError(f"{name}: needs a .jsonl or .jsonl.gz file with messages on every line")
         rows = [row[1:] for row in encode_documents(((name, document) for document in documents), tokenizer)]
         self.rows = [row for row in rows if len(row[0]) <= sequence_length]  # (tokens, loss mask)
         self.dropped = len(rows) - len(self.rows)

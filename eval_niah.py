@@ -409,7 +409,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     compute = parser.add_argument_group("compute")
     compute.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                          help="auto: the checkpoint's on GPU, float32 on CPU")
-    compute.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    compute.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     compute.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward, or one prompt")
     add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
     output = parser.add_argument_group("output")
@@ -425,6 +425,9 @@ def check_arguments(a: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is read. Raises ValueError or OSError naming the option."""
     if (a.model is None) == (a.compare is None):
         raise ValueError("give either a model directory to evaluate, or --compare with results to show")
+    for path in a.compare or ():
+        if not path.is_file():
+            raise FileNotFoundError(f"--compare {path}: no such file")
     if a.model and not (a.haystack and a.lengths):
         raise ValueError("an evaluation needs --haystack and --lengths")
     smallest = {"depths": 1, "samples": 1, "distractors": 0, "digits": 1, "batch_tokens": 1, "window": 1}

@@ -1,6 +1,6 @@
 """Stage 2: supervised fine-tuning on short chat samples. The loop is stage 1's; data and defaults differ.
 
-    python sft.py --model runs/stage1/final --data chat.jsonl --sequence-length 8192 --steps 780 --out runs/stage2
+    python sft.py --model out/stage1/final --data chat.jsonl --sequence-length 8192 --steps 780 --out out/stage2
 
 Each line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
 Loss is on the assistant's words and its end-of-turn token only. Samples stay short (< 8K tokens): the long window
@@ -21,7 +21,7 @@ def stage2_parser() -> argparse.ArgumentParser:
     group.add_argument("--data", nargs="+", action="extend", required=True, metavar="FILE[=WEIGHT]",
                        help="JSON lines with messages; each sample comes from one file, by weight")
     group.add_argument("--sequence-length", type=int, default=8192, help="longer samples are dropped and counted")
-    group.add_argument("--validation-data", help="held-out chat samples")
+    group.add_argument("--validation-data", help="held-out chat samples; without them there is no validation")
     parser.set_defaults(batch_size=128, micro_batch_size=1, learning_rate=5e-6, cross_document_mask=False)
     return parser
 
@@ -33,6 +33,8 @@ def stage2_datasets(a: argparse.Namespace, tokenizer: data.Tokenizer):
         print(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than {a.sequence_length} tokens")
         return dataset
 
+    if a.validate_every and not a.validation_data:
+        raise ValueError("--validate-every needs --validation-data, held-out chat samples")
     sources = weighted_paths("--data", a.data)
     parts = [samples(path) for path, _ in sources]
     training = data.Blend(parts, [weight for _, weight in sources], a.seed) if len(parts) > 1 else parts[0]

@@ -1,12 +1,12 @@
 """Stage 1: continued pretraining at the target length, and the one training loop both stages share.
 
-    python train.py --config config.json --tokenizer DIR --data CORPUS --sequence-length 128 --steps 500 --out runs/base
-    python train.py --model runs/base/final --rope-kind yarn --rope-factor 16 --data CORPUS --sequence-length 2048 \
-                    --steps 300 --learning-rate 3e-5 --out runs/stage1
+    python train.py --config config.json --tokenizer DIR --data CORPUS --sequence-length 128 --steps 500 --out out/base
+    python train.py --model out/base/final --rope-kind yarn --rope-factor 16 --data CORPUS --sequence-length 2048 \
+                    --steps 300 --learning-rate 3e-5 --out out/stage1
 
 A run directory holds `metrics.jsonl`, the newest `checkpoint-STEP` directories (model, optimizer, data position: each
 is complete or absent) and, at the end, `final`, a Hugging Face model directory. `--resume` continues from the newest
-checkpoint to the last bit; SIGTERM writes one and stops.
+checkpoint to the last bit; SIGTERM or Ctrl-C writes one and stops.
 """
 from __future__ import annotations
 
@@ -51,23 +51,24 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     model.add_argument("--tokenizer", type=Path, help="tokenizer directory or file (default: the model's own)")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                        help="compute type; auto measures whether bfloat16 is faster here. Master weights are float32")
-    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     model.add_argument("--recompute", action="store_true", help="recompute each block in backward: less memory, more time")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--steps", type=int, required=True, help="optimizer steps in all")
     optimisation.add_argument("--batch-size", type=int, default=1, help="sequences a step")
     optimisation.add_argument("--micro-batch-size", type=int, default=None, help="sequences a forward; None: the whole batch")
-    optimisation.add_argument("--learning-rate", type=float, default=3e-5)
+    optimisation.add_argument("--learning-rate", type=float, default=3e-5, help="the peak")
     optimisation.add_argument("--warmup-steps", type=int, default=10, help="linear warm-up")
     optimisation.add_argument("--final-learning-rate", type=float, default=0.1, help="end of the cosine / peak")
-    optimisation.add_argument("--weight-decay", type=float, default=0.1)
-    optimisation.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95))
+    optimisation.add_argument("--weight-decay", type=float, default=0.1, help="of matrices; vectors do not decay")
+    optimisation.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW")
     optimisation.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
     optimisation.add_argument("--seed", type=int, default=0, help="weights (with --config) and data order")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, required=True, help="run directory")
     output.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
-    output.add_argument("--checkpoint-every", type=int, default=0, help="steps between checkpoints; 0: only on SIGTERM")
+    output.add_argument("--checkpoint-every", type=int, default=0,
+                        help="steps between checkpoints; 0: only at the end and when SIGTERM or Ctrl-C stops the run")
     output.add_argument("--keep-checkpoints", type=int, default=2, help="how many of the newest to keep")
     output.add_argument("--validate-every", type=int, default=0, help="steps between validations; 0: only at the end")
     output.add_argument("--validation-sequences", type=int, default=8, help="held-out sequences a validation; 0: none")
@@ -238,6 +239,7 @@ def load_progress(a: argparse.Namespace) -> tuple[Path | None, int]:
             raise ValueError(f"--out {a.out}: holds an earlier run; add --resume to continue it, or choose another directory")
         return None, 0
     if not found:
+        print(f"{a.out} holds no checkpoint to resume from: starting at the first step")
         return None, 0
     try:
         saved = json.loads((found[-1] / "training.json").read_text())
@@ -309,9 +311,9 @@ def peak_memory_gib(device: str) -> float:
 
 
 def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argparse.Namespace, first_step: int) -> int:
-    """Steps first_step + 1 ... a.steps, then a checkpoint; returns the last step made: SIGTERM stops it before a.steps."""
+    """Steps first_step + 1 ... a.steps, then a checkpoint; returns the last step made: SIGTERM and Ctrl-C stop it early."""
     stop = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    previous = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGTERM, signal.SIGINT)}
     metrics = Metrics(a.out / "metrics.jsonl", first_step)
     bar = tqdm(range(first_step + 1, a.steps + 1), initial=first_step, total=a.steps, desc=a.out.name, mininterval=1.0)
     step = first_step
@@ -340,9 +342,10 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
         if stop or step == a.steps or a.checkpoint_every and step % a.checkpoint_every == 0:
             path = save_checkpoint(a.out, step, model, optimizer, a)
         if stop:
-            bar.write(f"stopped by SIGTERM after step {step}; continue with --resume from {path}")
+            bar.write(f"stopped by a signal after step {step}; continue with --resume from {path}")
             break
-    signal.signal(signal.SIGTERM, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
     return step
 
 

@@ -191,13 +191,14 @@ def test_sigkill_at_random_moments_and_resume_gives_the_same_metrics_to_the_last
         assert file.read_bytes() == (out / "final" / file.name).read_bytes(), file.name
 
 
-def test_sigterm_saves_exits_cleanly_and_resumes(workplace, uninterrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_exits_cleanly_and_resumes(number, workplace, uninterrupted, tmp_path):
     out = tmp_path / "stopped"
     arguments = command(workplace, out, "--resume", steps=40)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stderr=subprocess.DEVNULL)
     while not (out / "metrics.jsonl").exists() or not metrics(out):
         time.sleep(0.01)
-    process.terminate()
+    process.send_signal(number)
     assert process.wait() == 0
     if not (out / "final").exists():  # it may have been at its last step already
         assert len(train.checkpoints(out)) == 1
