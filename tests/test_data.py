@@ -613,7 +613,7 @@ def test_chat_rows_are_whole_padded_and_too_long_ones_dropped(tmp_path, tokenize
     with pytest.raises(ValueError, match="none of 1 samples"):
         data.ChatDataset(samples[:1], tokenizer, exact - 1, 0)
     (tmp_path / "text.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(ValueError, match="must have messages"):
+    with pytest.raises(ValueError, match="with messages on every line"):
         data.ChatDataset(tmp_path / "text.jsonl", tokenizer, 80, 0)
 
 
