@@ -166,10 +166,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
     for text in texts:
         words.update(pattern.findall(text))
     tokens = learn_merges({word.encode(errors="replace"): n for word, n in words.items()}, vocab_size)
-    path = Path(path) if Path(path).suffix == ".model" else Path(path) / "tokenizer.model"
+    path = model_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_complete(path, b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
     return load_tokenizer(path)
+
+
+def model_file(path: str | Path) -> Path:
+    """The tokenizer.model that a directory, or the *.model file itself, stands for."""
+    return Path(path) if Path(path).suffix == ".model" else Path(path) / "tokenizer.model"
 
 
 def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
@@ -291,7 +296,7 @@ def read_documents(path: str | Path) -> Iterator[dict]:
         for file in (Path(folder, name) for name in sorted(names) if name[0] != "."):
             if file.name.endswith(JSON_LINES):
                 yield from read_file(file)
-            elif file.name.endswith(TEXT):
+            elif file.name.endswith(TEXT) and file.is_file():  # a link may lead nowhere
                 with suppress(UnicodeDecodeError):
                     yield {"text": file.read_bytes().decode()}
 
@@ -799,7 +804,7 @@ def main(argv: list[str] | None = None) -> None:
     a = parse_arguments(argv)
     try:
         if a.command == "train-bpe":
-            target = a.out if a.out.suffix == ".model" else a.out / "tokenizer.model"
+            target = model_file(a.out)
             if target.exists():
                 raise ValueError(f"--out {target}: already exists; remove it or choose another place")
             tokenizer = train_bpe(read_texts([source_path(text) for text in a.source], a.max_bytes), a.vocab_size, target)

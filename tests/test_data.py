@@ -257,6 +257,7 @@ def test_read_documents_takes_text_files_in_sorted_order_and_passes_over_the_res
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name + "\r\n")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe bad")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere.txt")
     (tmp_path / "c.jsonl").write_text('{"text": "line 1", "id": 7}\n\n{"prompt": "p", "completion": "c"}\n')
     with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
         file.write(json.dumps({"messages": CONVERSATION}))
