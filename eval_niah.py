@@ -29,7 +29,7 @@ from tiktoken import Encoding
 from tqdm import tqdm
 
 import data
-from model import Llama, ModelConfig, check_device, read_config, rescale
+from model import Llama, check_device, read_config, rescale
 from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
@@ -448,19 +448,13 @@ def check_arguments(a: argparse.Namespace) -> None:
         raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
 
 
-def model_config(a: argparse.Namespace) -> ModelConfig:
-    """The checkpoint's configuration, with the rope scaling that was asked for."""
-    config = read_config(a.model)
-    scaling = scaling_from_arguments(a)
-    return rescale(config, scaling) if scaling else config
-
-
 def run(a: argparse.Namespace) -> None:
     """Check everything, build the shortest prompts, load the model, evaluate, show and write."""
     check_arguments(a)
     if a.compare:
         return show_comparison(a)
-    config, tokenizer, longest = model_config(a), data.load_tokenizer(a.model), max(a.lengths)
+    config, tokenizer = rescale(read_config(a.model), scaling_from_arguments(a)), data.load_tokenizer(a.model)
+    longest = max(a.lengths)
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"{a.model}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
     haystack = load_haystack(a.haystack, tokenizer, haystack_reach(longest))

@@ -376,9 +376,7 @@ class Llama(nn.Module):
         dtype None keeps the file's; `rope_scaling` replaces the checkpoint's own scaling (they never stack) and sets
         max_position_embeddings to original x factor. Raises ValueError or FileNotFoundError naming the file or tensor.
         """
-        config = read_config(path)
-        if rope_scaling is not None:
-            config = rescale(config, rope_scaling)
+        config = rescale(read_config(path), rope_scaling)
         with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
             model = cls(config, grid)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -480,11 +478,13 @@ def read_config(path: str | Path) -> ModelConfig:
     return ModelConfig.from_hf(config)
 
 
-def rescale(config: ModelConfig, scaling: RopeScaling) -> ModelConfig:
+def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
     """`config` with `scaling` in place of its own rope scaling (they never stack), and the window that follows.
 
-    Raises ValueError where the window before a linear scaling is not known: checkpoints do not say.
+    None changes nothing. Raises ValueError where the window before a linear scaling is not known: checkpoints do not say.
     """
+    if scaling is None:
+        return config
     if scaling.kind == "default":
         return replace(config, rope_scaling=scaling)
     original = scaling.original_max_position or config.rope_scaling.original_max_position

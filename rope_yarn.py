@@ -336,27 +336,33 @@ def number(name: str, place: dict, key: str, default: float | None = None) -> fl
     return float(value)
 
 
-def add_scaling_arguments(parser: argparse.ArgumentParser, title: str) -> None:
-    """The options by which a command asks for a context extension; `scaling_from_arguments` reads them."""
+def add_scaling_arguments(parser: argparse.ArgumentParser, title: str, prefix: str = "rope-") -> None:
+    """The options of a rule, `--{prefix}kind` and so on: `stated_rule` and `scaling_from_arguments` read them."""
     rope = parser.add_argument_group(title)
-    rope.add_argument("--rope-kind", choices=KINDS)
-    rope.add_argument("--rope-factor", type=float, help="s: new window / old window")
-    rope.add_argument("--original-length", type=int, help="window before (default: the checkpoint's)")
-    rope.add_argument("--beta-fast", type=float, help="keep pairs with more rotations than this (default: 4)")
-    rope.add_argument("--beta-slow", type=float, help="interpolate pairs with fewer (default: 1)")
-    rope.add_argument("--rope-ramp", choices=("index", "rotation"), help="what the blend is linear in (default: index)")
+    rope.add_argument(f"--{prefix}kind", dest="rope_kind", choices=KINDS)
+    rope.add_argument(f"--{prefix}factor", dest="rope_factor", type=float, help="s: new window / old window")
+    rope.add_argument("--original-length", type=int, help="old window in tokens (if not given: the model's)")
+    rope.add_argument("--beta-fast", type=float, help="keep pairs with more rotations than this (if not given: 4)")
+    rope.add_argument("--beta-slow", type=float, help="interpolate pairs with fewer (if not given: 1)")
+    rope.add_argument(f"--{prefix}ramp", dest="rope_ramp", choices=("index", "rotation"),
+                      help="what yarn's blend is linear in (if not given: index)")
     rope.add_argument("--no-truncate", dest="truncate", action="store_const", const=False,
-                      help="YaRN: do not round the ramp's ends")
-    rope.add_argument("--no-attention-temperature", dest="attention_temperature", action="store_const", const=False,
-                      help="YaRN without 0.1 ln s + 1")
+                      help="yarn: do not round the ramp's ends")
+    rope.add_argument("--no-attention-temperature", "--no-temperature", dest="attention_temperature",
+                      action="store_const", const=False, help="yarn without 0.1 ln s + 1")
+
+
+def stated_rule(a: argparse.Namespace) -> dict:
+    """The fields of RopeScaling that were given as options, all but the kind."""
+    fields = {"factor": a.rope_factor, "original_max_position": a.original_length, "beta_fast": a.beta_fast,
+              "beta_slow": a.beta_slow, "ramp": a.rope_ramp, "truncate": a.truncate,
+              "attention_temperature": a.attention_temperature}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def scaling_from_arguments(a: argparse.Namespace) -> RopeScaling | None:
     """The rule that was asked for, None if none was. Raises ValueError for settings without a kind, or no factor."""
-    fields = {"factor": a.rope_factor, "original_max_position": a.original_length, "beta_fast": a.beta_fast,
-              "beta_slow": a.beta_slow, "ramp": a.rope_ramp, "truncate": a.truncate,
-              "attention_temperature": a.attention_temperature}
-    stated = {name: value for name, value in fields.items() if value is not None}
+    stated = stated_rule(a)
     if a.rope_kind is None and stated:
         raise ValueError(f"rope scaling: {next(iter(stated))} is given without a kind; add --rope-kind yarn (or another)")
     if a.rope_kind not in (None, "default") and a.rope_factor is None:
@@ -414,21 +420,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Show what a context-extension rule does to each frequency pair.",
         epilog="Without --config: yarn at factor 128 on Llama-3.1-8B. With it: that model and its own rule, "
                "which any option of the rule replaces as a whole (rules never stack).")
-    rule = parser.add_argument_group("rule")
-    rule.add_argument("--kind", choices=KINDS)
-    rule.add_argument("--factor", type=float, help="s, new window / old window")
-    rule.add_argument("--beta-fast", type=float, help="keep pairs with more rotations than this (4)")
-    rule.add_argument("--beta-slow", type=float, help="interpolate pairs with fewer rotations than this (1)")
-    rule.add_argument("--ramp", choices=("index", "rotation"), help="what the blend is linear in (index)")
-    rule.add_argument("--no-truncate", dest="truncate", action="store_const", const=False,
-                      help="do not round the ramp's ends")
-    rule.add_argument("--no-temperature", dest="attention_temperature", action="store_const", const=False,
-                      help="leave yarn's attention factor at 1")
+    add_scaling_arguments(parser, "rule", prefix="")
     model = parser.add_argument_group("model")
     model.add_argument("--config", type=Path, metavar="FILE", help="config.json to read all of this from")
     model.add_argument("--head-dim", type=int, help="D (128)")
     model.add_argument("--theta", type=float, help="RoPE's base (500000)")
-    model.add_argument("--original-length", type=int, help="the window before extension, in tokens (8192)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (.png, .svg, .pdf)")
     return parser.parse_args(argv)
 
@@ -451,12 +447,11 @@ def run(a: argparse.Namespace) -> None:
     head_dim, theta, length, scaling = read_config(a.config) if a.config else (128, 500000.0, 8192, None)
     head_dim = head_dim if a.head_dim is None else a.head_dim
     theta = theta if a.theta is None else a.theta
-    length = length if a.original_length is None else a.original_length
-    fields = ("kind", "factor", "beta_fast", "beta_slow", "ramp", "truncate", "attention_temperature")
-    asked = {name: getattr(a, name) for name in fields if getattr(a, name) is not None}
-    if asked or scaling is None:
-        factor = 1.0 if a.kind == "default" else 128.0
-        scaling = RopeScaling(**{"kind": "yarn", "factor": factor} | asked)
+    asked = stated_rule(a)
+    length = asked.pop("original_max_position", length)  # the table's window, with any rule
+    if asked or a.rope_kind or scaling is None:
+        factor = 1.0 if a.rope_kind == "default" else 128.0
+        scaling = RopeScaling(a.rope_kind or "yarn", **{"factor": factor} | asked)
     scaling = replace(scaling, original_max_position=length)
     table = explain(head_dim, theta, length, scaling)
     if a.plot:

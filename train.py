@@ -20,6 +20,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,10 +168,8 @@ def faster_dtype(device: str) -> torch.dtype:
 
 def starting_config(a: argparse.Namespace) -> ModelConfig:
     """The configuration to train: the checkpoint's or the JSON's, with the rope scaling that was asked for."""
-    config = read_config(a.model or a.config)
     scaling = scaling_from_arguments(a) if "rope_kind" in a else None  # stage 2 keeps the window
-    if scaling:
-        config = rescale(config, scaling)
+    config = rescale(read_config(a.model or a.config), scaling)
     if a.sequence_length > config.max_position_embeddings:
         needed = math.ceil(a.sequence_length / (config.rope_scaling.original_max_position or config.max_position_embeddings))
         raise ValueError(f"--sequence-length {a.sequence_length} is beyond the model's window of "
@@ -214,8 +214,9 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
         save_tensors(aside / "optimizer.safetensors", optimizer.state_dict())
         (aside / "training.json").write_text(json.dumps({"step": step, "settings": settings(a)}, indent=2) + "\n")
     for old in checkpoints(run)[:-a.keep_checkpoints]:
-        doomed = old.rename(f"{old}.partial")  # no longer a checkpoint, should its deletion be cut short
-        shutil.rmtree(doomed)
+        old.rename(f"{old}.partial")  # no longer a checkpoint, should its deletion be cut short
+    for leftover in run.glob("checkpoint-*.partial"):
+        shutil.rmtree(leftover)
     return path
 
 
@@ -225,10 +226,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def settings(a: argparse.Namespace) -> dict:
-    """What a resumed run must share with the run it continues, as JSON: options, and what the data is."""
-    options = {name: json.loads(json.dumps(value, default=str)) for name, value in sorted(vars(a).items())
-               if name not in FREE_TO_CHANGE}
-    return options | {"data": [[text, data.digest(path)] for text, (path, _) in zip(a.data, weighted_paths("--data", a.data))]}
+    """What a resumed run must share with the run it continues, as JSON."""
+    return {name: json.loads(json.dumps(value, default=str)) for name, value in sorted(vars(a).items())
+            if name not in FREE_TO_CHANGE}
 
 
 def load_progress(a: argparse.Namespace) -> tuple[Path | None, int]:
@@ -310,10 +310,22 @@ def peak_memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argparse.Namespace, first_step: int) -> int:
-    """Steps first_step + 1 ... a.steps, then a checkpoint; returns the last step made: SIGTERM and Ctrl-C stop it early."""
-    stop = []
-    previous = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGTERM, signal.SIGINT)}
+@contextmanager
+def signals_received() -> Iterator[list[int]]:
+    """Yield a list that collects the SIGTERM and SIGINT (Ctrl-C) of this block, which then do nothing else."""
+    received = []
+    previous = {number: signal.signal(number, lambda number, _: received.append(number))
+                for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argparse.Namespace, first_step: int,
+          stop: list[int]) -> int:
+    """Steps first_step + 1 ... a.steps, then a checkpoint; returns the last step made: a signal in `stop` ends it early."""
     metrics = Metrics(a.out / "metrics.jsonl", first_step)
     bar = tqdm(range(first_step + 1, a.steps + 1), initial=first_step, total=a.steps, desc=a.out.name, mininterval=1.0)
     step = first_step
@@ -344,8 +356,6 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
         if stop:
             bar.write(f"stopped by a signal after step {step}; continue with --resume from {path}")
             break
-    for number, handler in previous.items():
-        signal.signal(number, handler)
     return step
 
 
@@ -363,6 +373,8 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     training, validation = build_datasets(a, tokenizer)
     if validation and a.validation_buckets > a.sequence_length:
         raise ValueError(f"--validation-buckets {a.validation_buckets} is more than --sequence-length {a.sequence_length}")
+    paths = [path for path, _ in weighted_paths("--data", a.data)]
+    a.data = [[text, data.digest(path)] for text, path in zip(a.data, paths)]  # what a resumed run must find again
     checkpoint, step = load_progress(a)
     if (a.out / "final" / "config.json").exists():
         print(f"{a.out}/final is already there; nothing to do")
@@ -384,7 +396,9 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     print(f"{parameters / 1e6:.2f}M parameters, {a.dtype} on {a.device}, window {config.max_position_embeddings}, "
           f"rope {config.rope_scaling.kind}, {a.batch_size} x {a.sequence_length} tokens a step"
           + (f", resumed after step {step}" if checkpoint else ""))
-    if train(model, optimizer, training, validation, a, step) == a.steps:
+    with signals_received() as stop:
+        step = train(model, optimizer, training, validation, a, step, stop)
+    if step == a.steps:
         with data.complete_or_absent(a.out / "final") as aside:
             model.save_pretrained(aside)
             copy_tokenizer(a.tokenizer, aside, model.config)

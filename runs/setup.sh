@@ -11,7 +11,7 @@ wanted=$(cat requirements.txt requirements-dev.txt)
 [ "$(cat .venv/installed.txt 2>/dev/null || true)" = "$wanted" ] && exit 0
 
 echo "setting up .venv (once; a minute or two)"
-.venv/bin/python -m pip --version > /dev/null 2>&1 || python3 -m venv --clear .venv || {
+.venv/bin/python -m pip --version > /dev/null 2>&1 || python3 -m venv .venv || {
   echo "error: python3 -m venv failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 echo "$wanted" > .venv/installed.txt

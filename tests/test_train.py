@@ -261,6 +261,24 @@ def test_full_disk_keeps_the_earlier_checkpoint(workplace, tmp_path, monkeypatch
     assert not list((tmp_path / "full").glob("*.partial"))
 
 
+def test_a_deletion_cut_short_is_no_checkpoint_and_is_finished_later(workplace, tmp_path):
+    out = tmp_path / "run"
+    (out / "checkpoint-00000009.partial").mkdir(parents=True)
+    (out / "checkpoint-00000009.partial" / "optimizer.safetensors").write_text("what a kill left")
+    stage1(*command(workplace, out, "--checkpoint-every", 1, "--resume", steps=3))
+    assert [path.name for path in train.checkpoints(out)] == ["checkpoint-00000002", "checkpoint-00000003"]
+    assert not list(out.glob("*.partial"))
+
+
+def test_signal_handlers_are_given_back_after_a_failure(workplace, tmp_path, monkeypatch):
+    """A run that ends in an error must not leave a process deaf to Ctrl-C."""
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "training_step", lambda *_: (math.nan, 1))
+    with pytest.raises(SystemExit, match="step 1: the loss is nan"):
+        stage1(*command(workplace, tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_yarn_stage_extends_the_window_and_validation_is_by_position(workplace, uninterrupted, tmp_path):
     out = tmp_path / "long"
     stage1("--model", workplace / "whole" / "final", "--data", workplace / "corpus", "--sequence-length", 256, "--steps", 2,
