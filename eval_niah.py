@@ -1,6 +1,7 @@
 """Needle-in-a-haystack evaluation: hide a number in real text at every depth of every length, ask for it.
 
     python eval_niah.py MODEL_DIR --haystack CORPUS --lengths 128 256 512 --out results.json --figure heat.png
+    torchrun --standalone --nproc-per-node 8 eval_niah.py MODEL_DIR --tp 2 --cp 4 ...      # the same on eight processes
     python eval_niah.py --compare before.json stage1.json stage2.json --figure compare.png
 
 A prompt costs one forward: the right answer is fed after the question (teacher forcing), and each of its
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 import data
 from model import Llama, check_device, read_config, rescale
+from parallel import Grid, add_grid_arguments, attention_kernel, check_grid, finish, launched, print_once
 from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
@@ -201,12 +203,21 @@ def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[
 
 @torch.inference_mode()
 def predict(model: Llama, prompts: list[Prompt], device: str) -> list[list[int]]:
-    """Argmax for each answer token and the one after, of prompts of equal length, in one forward."""
-    tokens = torch.tensor([prompt.tokens for prompt in prompts], device=device)  # (B, S)
-    hidden = model.hidden_states(tokens)  # (B, S, hidden)
-    rows = [hidden[i, prompt.answer_start - 1:] for i, prompt in enumerate(prompts)]  # (answer + 1, hidden)
-    best = model.logits(torch.cat(rows)).argmax(dim=-1)  # the head never sees S rows
-    return [part.tolist() for part in best.split([len(row) for row in rows])]
+    """Argmax for each answer token and the one after, of prompts of equal length, in one forward a replica.
+
+    Data-parallel replicas share the prompts; every rank returns all predictions.
+    """
+    grid = model.grid
+    widths = [len(prompt.tokens) - prompt.answer_start + 1 for prompt in prompts]
+    best = torch.zeros(len(prompts), max(widths), dtype=torch.int64, device=device)
+    mine = slice(grid.dp_rank, None, grid.dp)
+    if prompts[mine]:
+        tokens = torch.tensor([prompt.tokens for prompt in prompts[mine]], device=device)  # (B, S)
+        last = tokens.shape[1] - 1
+        places = torch.arange(last + 1 - max(widths), last + 1, device=device).expand(len(tokens), -1)  # (B, answer + 1)
+        best[mine] = model.logits(model.hidden_at(tokens, places)).argmax(dim=-1)  # the head never sees S rows
+    best = grid.all_reduce(best, "dp").tolist()
+    return [row[-width:] for row, width in zip(best, widths)]
 
 
 def haystack_reach(length: int) -> int:
@@ -231,14 +242,14 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
 
     Returns {"lengths", "depths", "cells", "means"}. A cell has its length, depth, accuracy in % and every
     prompt's expected and given answer; a mean has a length's accuracy in % and binomial standard error in
-    points. Prompts of one length share forwards of up to `batch_tokens` tokens; that changes no result.
+    points. Prompts of one length share forwards of up to `batch_tokens` tokens a replica; that changes no result.
     """
     options = {"seed": seed, "task": task, "chat": chat, "distractors": distractors, "digits": digits}
     lengths, cells, means = sorted(set(lengths)), {}, []
     places = list(itertools.product(depths, range(samples)))
     bar = tqdm(total=len(lengths) * len(places), unit="prompt", disable=None if progress else True)
     for length in lengths:
-        size, correct = max(1, batch_tokens // length), 0
+        size, correct = max(1, batch_tokens // length) * model.grid.dp, 0
         for start in range(0, len(places), size):
             batch = places[start:start + size]
             prompts = [cell_prompt(tokenizer, haystack_tokens, length, *place, **options) for place in batch]
@@ -408,9 +419,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     prompts.add_argument("--seed", type=int, default=1234)
     compute = parser.add_argument_group("compute")
     compute.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                         help="auto: the checkpoint's on GPU, float32 on CPU")
+                         help="auto: bfloat16 on GPU, float32 on CPU")
     compute.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     compute.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward, or one prompt")
+    add_grid_arguments(parser)
     add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, help="results, JSON")
@@ -439,6 +451,9 @@ def check_arguments(a: argparse.Namespace) -> None:
         raise ValueError("--distractors need keys to tell facts apart: use --task needle or mixed")
     scaling_from_arguments(a)
     check_device(a.device)
+    a.dtype = ("float32" if a.device == "cpu" else "bfloat16") if a.dtype == "auto" else a.dtype
+    attention_kernel(a.device, getattr(torch, a.dtype))
+    check_grid(a.tp, a.cp, launched()[1])
     for option, path in (("--out", a.out), ("--figure", a.figure)):
         if path and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
             raise OSError(f"{option} {path}: cannot be written; give a file in a directory that exists")
@@ -454,6 +469,7 @@ def run(a: argparse.Namespace) -> None:
     if a.compare:
         return show_comparison(a)
     config, tokenizer = rescale(read_config(a.model), scaling_from_arguments(a)), data.load_tokenizer(a.model)
+    check_grid(a.tp, a.cp, launched()[1], config.shards())
     longest = max(a.lengths)
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"{a.model}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
@@ -466,28 +482,29 @@ def run(a: argparse.Namespace) -> None:
     for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
         cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
     if longest > config.max_position_embeddings:
-        print(f"note: lengths above {config.max_position_embeddings} lie beyond this model's window")
+        print_once(f"note: lengths above {config.max_position_embeddings} lie beyond this model's window")
     scaling = config.rope_scaling  # Llama 3.1's own is part of its window, the other kinds extend one
     extended = scaling.original_max_position if scaling.kind not in ("default", "llama3") else None
-    automatic = torch.float32 if a.device == "cpu" else None
-    model = Llama.from_pretrained(a.model, device=a.device, rope_scaling=scaling if a.rope_kind else None,
-                                  dtype=automatic if a.dtype == "auto" else getattr(torch, a.dtype))
+    grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+    model = Llama.from_pretrained(a.model, grid, getattr(torch, a.dtype), a.device, scaling if a.rope_kind else None)
     results = {"settings": json.loads(json.dumps(vars(a), default=str)),
                "window": a.window or extended or config.max_position_embeddings}
     results |= evaluate(model, tokenizer, haystack, a.lengths, depths, a.samples, batch_tokens=a.batch_tokens,
-                        device=a.device, progress=True, **options)
-    print(terminal_map(results, sys.stdout.isatty()))
-    if a.out:
-        data.write_complete(a.out, (json.dumps(results, indent=1) + "\n").encode())
-    if a.figure:
-        data.write_complete(a.figure, draw_figure([results], [a.labels[0] if a.labels else a.model.name]))
+                        device=a.device, progress=grid.is_first, **options)
+    if grid.is_first:
+        print(terminal_map(results, sys.stdout.isatty()))
+        if a.out:
+            data.write_complete(a.out, (json.dumps(results, indent=1) + "\n").encode())
+        if a.figure:
+            data.write_complete(a.figure, draw_figure([results], [a.labels[0] if a.labels else a.model.name]))
+    grid.close()
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_arguments(argv))
     except (ValueError, OSError, ArithmeticError) as error:
-        raise SystemExit(f"error: {error}") from None
+        finish(error)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ Llama 2, 3, 3.1, 3.2 and Qwen2 differ only in what `ModelConfig` says.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +22,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel import Grid, document_segments, ring_attention
+from parallel import (
+    ColumnParallelLinear,
+    Grid,
+    RowParallelLinear,
+    SumOverRing,
+    VocabParallelEmbedding,
+    add_grid_arguments,
+    attention_kernel,
+    check_grid,
+    decode_attention,
+    document_segments,
+    finish,
+    gather_sequence,
+    launched,
+    print_once,
+    ring_attention,
+    shard_dims,
+    unshard,
+    vocab_parallel_cross_entropy,
+    whole_shape,
+    zigzag_positions,
+    zigzag_shard,
+    zigzag_unshard,
+)
 from rope_yarn import (
     RopeScaling,
     apply_rotary,
@@ -99,6 +124,11 @@ class ModelConfig:
                    qkv_bias=family == "qwen2" or bias, output_bias=family == "llama" and bias,
                    initializer_range=positive_number(config, "initializer_range", 0.02), hf=dict(config))
 
+    def shards(self) -> dict[str, int]:
+        """What tensor parallelism cuts, by Hugging Face's names: tp must divide each."""
+        return {name: getattr(self, name) for name in
+                ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size")}
+
     def to_hf(self) -> dict:
         """A config.json that transformers 4.43+, transformers 5 and vLLM read, and compute the same model from."""
         theta, scaling, note = self.rope_theta, self.rope_scaling, {}
@@ -153,51 +183,54 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query causal self-attention with rotary positions."""
+    """Grouped-query causal self-attention with rotary positions; a tp rank has H / tp and Hkv / tp heads."""
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
         self.head_dim, self.grid = config.head_dim, grid
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
+        self.q_proj = ColumnParallelLinear(config.hidden_size, q_size, grid, bias=config.qkv_bias)
+        self.k_proj = ColumnParallelLinear(config.hidden_size, kv_size, grid, bias=config.qkv_bias)
+        self.v_proj = ColumnParallelLinear(config.hidden_size, kv_size, grid, bias=config.qkv_bias)
+        self.o_proj = RowParallelLinear(q_size, config.hidden_size, grid, bias=config.output_bias)
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        x = gather_sequence(x, self.grid)  # (B, S / (cp tp), hidden) -> (B, S / cp, hidden), once for all three
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (project(x).view(heads).transpose(1, 2)  # (B, H or Hkv, S, D)
+        q, k, v = (project(x).view(heads).transpose(1, 2)  # (B, H / tp or Hkv / tp, S / cp, D)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary(q, context.cos, context.sin), apply_rotary(k, context.cos, context.sin)
         if context.cache is None:
             out = ring_attention(q, k, v, self.grid, context.segments)
         else:
-            out = context.cache.attend(layer, q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, S, hidden)
+            out = context.cache.attend(layer, q, k, v, context.kept)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, S / (cp tp), hidden)
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.grid = grid
+        self.gate_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, grid)
+        self.up_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, grid)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = gather_sequence(x, self.grid)  # (B, S / cp, hidden), once for both
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, S / (cp tp), hidden)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer: (B, S / (cp tp), hidden) -> the same."""
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, grid)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, grid)
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), context, layer)
@@ -205,52 +238,35 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: (B, Hkv, capacity, D) each."""
+    """Keys and values of every layer, spread over the ring: a rank keeps those of the positions it had in the prompt's
+    ring attention, and of every cp-th new token. (B, Hkv / tp, capacity / cp, D) each, allocated once."""
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys_values = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0
+    def __init__(self, config: ModelConfig, grid: Grid, batch: int, prompt: int, new_tokens: int, like: Tensor) -> None:
+        capacity = -(-prompt // grid.sequence_multiple) * grid.sequence_multiple // grid.cp + -(-new_tokens // grid.cp)
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads // grid.tp, capacity, config.head_dim)
+        self.keys_values, self.grid = torch.empty(shape, dtype=like.dtype, device=like.device), grid
+        self.length = self.filled = 0  # tokens in all, and of them on this rank
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Append k, v (B, Hkv, S, D) and attend with q: a whole prompt first (length 0), then one token a call."""
-        end = self.length + q.shape[2]
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kept: int) -> Tensor:
+        """Append the first `kept` of k, v (B, Hkv / tp, s, D) and attend with q: a prompt first, then one token a call."""
+        end = self.filled + kept
         keys, values = self.keys_values[layer]
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], is_causal=self.length == 0,
-                                              enable_gqa=q.shape[1] != k.shape[1])
+        keys[:, :, self.filled:end], values[:, :, self.filled:end] = k[:, :, :kept], v[:, :, :kept]
+        if self.length == 0:
+            return ring_attention(q, k, v, self.grid)
+        out = decode_attention(q[:, :, :1], keys[:, :, :end], values[:, :, :end], self.grid)
+        return F.pad(out, (0, 0, 0, q.shape[2] - 1))  # (B, H / tp, 1, D) -> (B, H / tp, tp, D)
 
 
 @dataclass
 class Context:
-    """What every layer shares in one forward pass: rotary tables, document borders, the KV cache."""
+    """What every layer shares in one forward pass: rotary tables, document borders, the KV cache and what to keep in it."""
 
     cos: Tensor
     sin: Tensor
     segments: list[list[int]] | None = None
     cache: KVCache | None = None
-
-
-class Embedding(nn.Embedding):
-    """Rows of the table (V, hidden) for tokens (B, S) -> (B, S, hidden); a row's gradient is summed in float32."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return Lookup.apply(self.weight, tokens)
-
-
-class Lookup(torch.autograd.Function):
-    """In bfloat16, torch's own gradient of a token that occurs thousands of times stops growing at 256 times one's."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.vocab_size = len(weight)
-        return F.embedding(tokens, weight)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        return torch.ops.aten.embedding_dense_backward(wide, *ctx.saved_tensors, ctx.vocab_size, -1, False), None
+    kept: int = 0
 
 
 class Decoder(nn.Module):
@@ -258,20 +274,26 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, grid)
         self.layers = nn.ModuleList(Block(config, grid) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nn.Module):
-    """A Llama for causal language modelling. `recompute` trades one more forward a block for its activations."""
+    """A Llama for causal language modelling, spread over a grid.
+
+    `recompute` trades one more forward a block for its activations. Every public method is called on all ranks of a replica
+    (cp x tp) with the same, whole rows of tokens; each rank computes its share and all return the same result. Raises
+    ValueError if the grid does not fit the model.
+    """
 
     def __init__(self, config: ModelConfig, grid: Grid | None = None) -> None:
         super().__init__()
         self.config, self.grid, self.recompute = config, grid or Grid(), False
+        check_grid(self.grid.tp, self.grid.cp, self.grid.size("all"), config.shards())
         self.model = Decoder(config, self.grid)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, self.grid)
 
     def initialise(self, seed: int) -> Llama:
         """Normal(0, initializer_range) matrices, zero biases, unit norms: the same weights for the same seed.
@@ -280,12 +302,13 @@ class Llama(nn.Module):
         the first step on (mimetic initialisation, arXiv 2305.09828): a small model then learns to retrieve several
         times sooner, and by every seed.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, dims, grid = torch.Generator().manual_seed(seed), shard_dims(self), self.grid
         for name, parameter in self.named_parameters():
             with torch.no_grad():
-                if parameter.ndim == 2:
-                    values = torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range, generator=generator)
-                    parameter.copy_(values)
+                if parameter.ndim == 2:  # every rank draws the whole matrix and keeps its shard
+                    values = torch.empty(whole_shape(parameter.shape, dims[name], grid))
+                    values.normal_(0.0, self.config.initializer_range, generator=generator)
+                    parameter.copy_(values.chunk(grid.tp, dims[name])[grid.tp_rank])
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         group = self.config.num_attention_heads // self.config.num_key_value_heads
@@ -296,54 +319,89 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection (V, hidden): the embedding itself when tied."""
+        """The output projection (V / tp, hidden): the embedding itself when tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Final-norm hidden states: tokens (B, S) int64 -> (B, S, hidden). `document_ids` (B, S) masks documents apart."""
-        start = cache.length if cache else 0
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        """Final-norm hidden states of this rank's positions: whole rows (B, S) int64 -> (B, S' / (cp tp), hidden).
+
+        S' is S, padded on the right to what the grid divides evenly: no earlier position sees the padding. `document_ids`
+        (B, S) masks documents apart. With a filled cache the S = 1 new token is computed by every rank of the ring.
+        """
+        grid, length, start = self.grid, tokens.shape[1], cache.length if cache else 0
+        if start:
+            tokens, positions = F.pad(tokens, (0, grid.tp - 1)), torch.full((grid.tp,), start)
+            kept = int(start % grid.cp == grid.cp_rank)
+        else:
+            tokens = self.pad(tokens)
+            positions = zigzag_positions(tokens.shape[1], grid)
+            tokens, kept = zigzag_shard(tokens, grid, 1), int((positions < length).sum())
         inv_freq, factor = inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        cos, sin = rotary_tables(positions, inv_freq.to(tokens.device), factor)  # float32 (S, D / 2), shared by layers
-        context = Context(cos, sin, None if document_ids is None else document_segments(document_ids), cache)
-        x = self.model.embed_tokens(tokens)  # (B, S, hidden)
+        device = tokens.device
+        cos, sin = rotary_tables(positions.to(device), inv_freq.to(device), factor)  # float32 (S / cp, D / 2), for all layers
+        segments = None if document_ids is None else document_segments(self.pad(document_ids))
+        context = Context(cos, sin, segments, cache, kept)
+        x = self.model.embed_tokens(tokens)  # (B, S / cp) -> (B, S / (cp tp), hidden)
         for layer, block in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, layer, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, context, layer)
         if cache:
-            cache.length += tokens.shape[1]
+            cache.length, cache.filled = cache.length + length, cache.filled + kept
         return self.model.norm(x)
 
+    def pad(self, rows: Tensor, value: int = 0) -> Tensor:
+        """(B, S) -> (B, S'): whole rows padded on the right to a length the grid divides evenly."""
+        return F.pad(rows, (0, -rows.shape[1] % self.grid.sequence_multiple), value=value)
+
+    def hidden_at(self, tokens: Tensor, places: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Hidden states of some places in rows of tokens, on every rank: (B, S), (B, n) int64 -> (B, n, hidden)."""
+        grid, decoding = self.grid, cache is not None and cache.length > 0
+        hidden = self.hidden_states(tokens, cache=cache)  # (B, S' / (cp tp), hidden)
+        length = hidden.shape[1] * grid.tp * (1 if decoding else grid.cp)
+        held = (torch.arange(length) if decoding else zigzag_positions(length, grid)).chunk(grid.tp)[grid.tp_rank]
+        local = torch.full((length,), -1)
+        if not decoding or grid.cp_rank == 0:  # a new token is on every rank of the ring: one of them gives it
+            local[held] = torch.arange(len(held))
+        local = local.to(places.device)[places][..., None]  # (B, n, 1)
+        rows = hidden.gather(1, local.clamp(min=0).expand(-1, -1, hidden.shape[2])).masked_fill(local < 0, 0.0)
+        return grid.all_reduce(rows, "cp_tp")
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token: hidden (..., hidden) -> (..., V)."""
-        return F.linear(hidden, self.head_weight)
+        """Scores of the next token from hidden states that every rank has: (..., hidden) -> (..., V)."""
+        parts = self.grid.all_gather(F.linear(hidden, self.head_weight), "tp")  # (tp, ..., V / tp)
+        return parts.movedim(0, -2).flatten(-2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of every position: tokens (B, S) int64 -> (B, S, V). For a loss use `loss`, which never builds them."""
-        return self.logits(self.hidden_states(tokens))
+        hidden = gather_sequence(self.hidden_states(tokens), self.grid)  # (B, S' / cp, hidden)
+        return zigzag_unshard(self.logits(hidden), self.grid, 1)[:, :tokens.shape[1]]
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over the targets that are not -100, and their number; no S x V logits exist.
 
-        tokens, targets (B, S) int64, targets already shifted. Returns (float32 scalar, int64 scalar): divide the sum
-        by the number over the whole global batch. A batch without a target gives (0, 0) and zero gradients.
+        tokens, targets (B, S) int64, whole rows, targets already shifted. Returns (float32 scalar, int64 scalar), the same
+        on every rank of the replica: divide the sum by the number over the whole global batch. Backward on every rank leaves
+        each its share of the gradients. A batch without a target gives (0, 0) and zero gradients.
         """
-        hidden = self.hidden_states(tokens, document_ids)
-        valid = targets != -100
+        hidden = gather_sequence(self.hidden_states(tokens, document_ids), self.grid)  # (B, S' / cp, hidden)
+        here = zigzag_shard(self.pad(targets, -100), self.grid, 1)  # (B, S' / cp)
+        valid = here != -100
         # the head sees only rows that have a target: in chat data that is a small share of them
-        losses = tiled_cross_entropy(hidden[valid], self.head_weight, targets[valid])
-        return losses, valid.sum()
+        losses = tiled_cross_entropy(hidden[valid], self.head_weight, here[valid], self.grid)
+        return SumOverRing.apply(losses, self.grid), (targets != -100).sum()
 
     @torch.no_grad()
     def token_losses(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Cross-entropy of every position, (B, S) float32, 0 where the target is -100: for loss by position."""
-        hidden = self.hidden_states(tokens, document_ids).flatten(0, 1)  # (B * S, hidden)
-        rows = tile_rows(self.config.vocab_size)
-        losses = [F.cross_entropy(self.logits(part).float(), target, reduction="none", ignore_index=-100)
-                  for part, target in zip(hidden.split(rows), targets.flatten().split(rows))]
-        return torch.cat(losses).view(targets.shape)
+        hidden = gather_sequence(self.hidden_states(tokens, document_ids), self.grid)  # (B, S' / cp, hidden)
+        here = zigzag_shard(self.pad(targets, -100), self.grid, 1)
+        losses, rows = [], tile_rows(len(self.head_weight))
+        for part, target in zip(hidden.flatten(0, 1).split(rows), here.flatten().split(rows)):
+            scores = F.linear(part, self.head_weight).float()  # (rows, V / tp)
+            losses.append(vocab_parallel_cross_entropy(scores, target.clamp(min=0), self.grid)[0] * (target != -100))
+        return zigzag_unshard(torch.cat(losses).view(here.shape), self.grid, 1)[:, :targets.shape[1]]
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
@@ -354,18 +412,19 @@ class Llama(nn.Module):
         (arXiv 1904.09751). Ends once every row has produced a stop token; later tokens of a finished row repeat it.
         """
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-        cache = KVCache(self.config, tokens.shape[0], tokens.shape[1] + max_new_tokens, self.head_weight)
+        cache = KVCache(self.config, self.grid, *tokens.shape, max_new_tokens, self.head_weight)
         stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
         done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        hidden = self.hidden_states(tokens, cache=cache)
+        hidden = self.hidden_at(tokens, torch.full_like(tokens[:, :1], tokens.shape[1] - 1), cache)  # (B, 1, hidden)
         for step in range(max_new_tokens):
-            new = sample(self.logits(hidden[:, -1]).float(), temperature, top_p, generator)  # (B,)
+            new = sample(self.logits(hidden[:, 0]).float(), temperature, top_p, generator)  # (B,)
+            new = self.grid.broadcast(new, "cp_tp")  # without a seed every rank has drawn its own
             new = torch.where(done, tokens[:, -1], new)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
             done |= torch.isin(new, stops)
             if done.all() or step == max_new_tokens - 1:
                 break
-            hidden = self.hidden_states(new[:, None], cache=cache)
+            hidden = self.hidden_at(new[:, None], torch.zeros_like(new[:, None]), cache)
         return tokens
 
     @classmethod
@@ -380,20 +439,27 @@ class Llama(nn.Module):
         with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
             model = cls(config, grid)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        weights = read_weights(Path(path), shapes, dtype, device)
+        weights = read_weights(Path(path), shapes, shard_dims(model), model.grid, dtype, device)
         model.load_state_dict(weights, strict=True, assign=True)
         return model
 
     def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json and sharded safetensors with an index into the directory `path`, under HF names."""
+        """Write config.json and sharded safetensors with an index into the directory `path`, under HF names.
+
+        Every rank calls this; the first puts whole tensors together, one file at a time, and writes what one process would.
+        """
         path = Path(path)
-        if (path / "config.json").exists():
-            raise ValueError(f"{path}: already holds a model; choose another directory")
-        path.mkdir(parents=True, exist_ok=True)
-        dtype = str(self.head_weight.dtype).removeprefix("torch.")
-        config = self.config.to_hf() | {"torch_dtype": dtype}
-        write_weights(path, {name: p.detach() for name, p in self.named_parameters()}, max_shard_bytes)
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: a directory without it is no model
+        if self.grid.is_first:
+            if (path / "config.json").exists():
+                raise ValueError(f"{path}: already holds a model; choose another directory")
+            path.mkdir(parents=True, exist_ok=True)
+        dims, dtype = shard_dims(self), self.head_weight.dtype
+        shapes = {name: (whole_shape(p.shape, dims[name], self.grid), dtype) for name, p in self.named_parameters()}
+        whole = ((name, unshard(p.detach(), dims[name], self.grid)) for name, p in self.named_parameters())
+        write_weights(path, "model", shapes, whole, max_shard_bytes, self.grid)
+        if self.grid.is_first:
+            config = self.config.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+            (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: without it this is no model
 
 
 # ------------------------------------------------------------------------------------------------ loss, sampling
@@ -413,8 +479,8 @@ class TiledCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden (N, hidden), weight (V, hidden), targets (N,) in [0, V) -> float32 scalar (float64 for float64 input)."""
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, grid: Grid) -> Tensor:
+        """hidden (N, hidden), weight (V / tp, hidden), targets (N,) in [0, V) -> float32 scalar (float64 for float64 input)."""
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)
         rows = min(len(hidden), tile_rows(weight.shape[0]))
@@ -425,11 +491,8 @@ class TiledCrossEntropy(torch.autograd.Function):
             rounded = torch.mm(h, weight.T, out=product[:len(h)])
             if exact.dtype != rounded.dtype:
                 exact.copy_(rounded)
-            largest, picked = exact.amax(1, keepdim=True), exact.gather(1, target[:, None])
-            exact.sub_(largest).exp_()
-            normaliser = exact.sum(1, keepdim=True)  # (rows, 1): the softmax is exact / normaliser
-            total += (normaliser.log() + largest - picked).sum()
-            exact.scatter_add_(1, target[:, None], -normaliser)  # (softmax - onehot) * normaliser
+            losses, normaliser = vocab_parallel_cross_entropy(exact, target, grid)  # exact: (softmax - onehot) * normaliser
+            total += losses.sum()
             if exact.dtype != rounded.dtype:
                 rounded.copy_(exact)
             torch.mm(rounded, weight, out=d_h).div_(normaliser)
@@ -440,14 +503,17 @@ class TiledCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, d_total: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, d_total: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden.mul_(d_total), d_weight.mul_(d_total), None
+        return d_hidden.mul_(d_total), d_weight.mul_(d_total), None, None
 
 
-def tiled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over rows of -log softmax(hidden @ weight.T)[target]: (N, hidden), (V, hidden), (N,) -> scalar; N may be 0."""
-    return TiledCrossEntropy.apply(hidden, weight, targets)
+def tiled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, grid: Grid) -> Tensor:
+    """Sum over rows of -log softmax(hidden @ weight.T)[target]: (N, hidden), (V / tp, hidden), (N,) -> scalar; N may be 0.
+
+    hidden and targets are the same on every tp rank, and so is the result; d hidden is this rank's part of a sum over tp.
+    """
+    return TiledCrossEntropy.apply(hidden, weight, targets, grid)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -501,9 +567,9 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device} is not available here; use cpu, or cuda where there is a GPU")
 
 
-def locate_weights(path: Path) -> dict[str, Path]:
+def locate_weights(path: Path, stem: str = "model") -> dict[str, Path]:
     """Which safetensors file of the directory holds which tensor: {name: file}."""
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    index, single = path / f"{stem}.safetensors.index.json", path / f"{stem}.safetensors"
     if index.is_file():
         try:
             files = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -512,7 +578,7 @@ def locate_weights(path: Path) -> dict[str, Path]:
     elif single.is_file():
         files = dict.fromkeys(tensor_names(single), single)
     else:
-        raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json is there")
+        raise FileNotFoundError(f"{path}: neither {single.name} nor {index.name} is there")
     for file in set(files.values()):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: the index names it, but it is missing; copy every shard")
@@ -528,8 +594,9 @@ def tensor_names(file: Path) -> list[str]:
         raise ValueError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from None
 
 
-def read_weights(path: Path, shapes: dict[str, tuple], dtype: torch.dtype | None, device) -> dict[str, Tensor]:
-    """The tensors named in `shapes` from a model directory, checked against their shapes."""
+def read_weights(path: Path, shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid, dtype: torch.dtype | None,
+                 device) -> dict[str, Tensor]:
+    """A model directory's tensors named in `shapes` (this tp rank's shards, cut along `dims`): nothing else is read."""
     files = locate_weights(path)
     # a tied checkpoint may repeat its embedding as lm_head; old Llama 2 files hold tables that are computed here
     unknown = [n for n in files if n not in shapes and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
@@ -538,40 +605,60 @@ def read_weights(path: Path, shapes: dict[str, tuple], dtype: torch.dtype | None
         problem = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unexpected"
         raise ValueError(f"{path}: tensor {problem} ({len(missing)} missing, {len(unknown)} unexpected); "
                          "config.json and the weights describe different models")
+    return read_shards(files, shapes, dims, grid, dtype, device)
+
+
+def read_shards(files: dict[str, Path], shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid,
+                dtype: torch.dtype | None, device) -> dict[str, Tensor]:
+    """This tp rank's shard of every tensor named in `shapes` (the shapes of shards), checked against the whole one's shape."""
     weights = {}
-    for file in sorted(set(files.values())):
+    for file in sorted({files[name] for name in shapes}):
         tensor_names(file)  # a truncated shard is refused before any of it is used
         with safe_open(file, framework="pt") as tensors:
             for name in (n for n in shapes if files[n] == file):
                 if name not in tensors.keys():
                     raise ValueError(f"{file}: tensor {name} is not in it, though the index says so")
-                found = tuple(tensors.get_slice(name).get_shape())
-                if found != shapes[name]:
-                    raise ValueError(f"{file}: {name} has shape {found}, config.json asks for {shapes[name]}")
-                tensor = tensors.get_tensor(name)
+                stored, dim = tensors.get_slice(name), dims[name]
+                found, whole = tuple(stored.get_shape()), whole_shape(shapes[name], dim, grid)
+                if found != whole:
+                    raise ValueError(f"{file}: {name} has shape {found}, config.json asks for {whole}")
+                size = whole[dim or 0] // (1 if dim is None else grid.tp)
+                first = 0 if dim is None else grid.tp_rank * size
+                tensor = stored[:, first:first + size] if dim == 1 else stored[first:first + size]
                 if not tensor.is_floating_point():
                     raise ValueError(f"{file}: {name} holds {tensor.dtype}; use the checkpoint that is not quantised")
                 weights[name] = tensor.to(device=device, dtype=dtype)
     return weights
 
 
-def write_weights(path: Path, weights: dict[str, Tensor], max_shard_bytes: int) -> None:
-    """model-0000i-of-0000n.safetensors and their index; a full disk is an OSError that names the file."""
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in weights.items():
-        if filled and filled + tensor.nbytes > max_shard_bytes:
-            shards.append({})
+def write_weights(path: Path, stem: str, shapes: dict[str, tuple[tuple, torch.dtype]], tensors: Iterable[tuple[str, Tensor]],
+                  max_shard_bytes: int, grid: Grid) -> None:
+    """`stem`-0000i-of-0000n.safetensors and their index, from tensors that come in the order of `shapes`.
+
+    Every rank goes through `tensors`, which may communicate; the first rank writes. A full disk is an OSError that names
+    the file.
+    """
+    plan, filled = [[]], 0  # which names go into which file
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+    for name, size in sizes.items():
+        if filled and filled + size > max_shard_bytes:
+            plan.append([])
             filled = 0
-        shards[-1][name] = tensor.contiguous()
-        filled += tensor.nbytes
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = path / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(file, shard)
-        weight_map |= dict.fromkeys(shard, file.name)
-    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        plan[-1].append(name)
+        filled += size
+    weight_map, tensors = {}, iter(tensors)
+    for number, names in enumerate(plan, 1):
+        file = path / f"{stem}-{number:05d}-of-{len(plan):05d}.safetensors"
+        shard = {}
+        for name, tensor in itertools.islice(tensors, len(names)):
+            if grid.is_first:
+                shard[name] = tensor.cpu().contiguous()
+        if grid.is_first:
+            save_tensors(file, shard)
+        weight_map |= dict.fromkeys(names, file.name)
+    if grid.is_first:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (path / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -595,8 +682,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus size when sampling")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the checkpoint's on GPU, float32 on CPU")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPU, float32 on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_grid_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -622,19 +710,26 @@ def run(arguments: argparse.Namespace) -> None:
     if not tokens or len(tokens) + arguments.max_new_tokens > config.max_position_embeddings:
         raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is {arguments.max_new_tokens}: together "
                          f"they must fit the model's window of {config.max_position_embeddings}, and the prompt not be empty")
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else (torch.float32 if arguments.device == "cpu" else None)
-    model = Llama.from_pretrained(arguments.model, dtype=dtype, device=arguments.device)
+    if launched()[1] != arguments.tp * arguments.cp:
+        raise ValueError(f"--tp {arguments.tp} x --cp {arguments.cp} must be the number of processes, {launched()[1]}: "
+                         "one prompt has no use for data parallelism")
+    check_grid(arguments.tp, arguments.cp, launched()[1], config.shards())
+    dtype = getattr(torch, arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16"))
+    attention_kernel(arguments.device, dtype)
+    grid = Grid.create(arguments.tp, arguments.cp, arguments.device, arguments.timeout)
+    model = Llama.from_pretrained(arguments.model, grid, dtype, arguments.device)
     prompt = torch.tensor([tokens], device=arguments.device)
     output = model.generate(prompt, arguments.max_new_tokens, arguments.temperature, arguments.top_p, stops, arguments.seed)
     answer = [t for t in output[0, len(tokens):].tolist() if t not in stops and t < tokenizer.n_vocab]
-    print(tokenizer.decode(answer))
+    print_once(tokenizer.decode(answer))
+    grid.close()
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_arguments(argv))
     except (ValueError, OSError, ArithmeticError) as error:
-        raise SystemExit(f"error: {error}") from None
+        finish(error)
 
 
 if __name__ == "__main__":

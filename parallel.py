@@ -1,40 +1,587 @@
-"""The process grid, causal attention over it, and the optimizer whose state is spread over it.
+"""Where everything happens: the process grid, tensor parallelism, ring attention, the sharded optimizer.
 
-Everything the rest of the project needs to know about *where* a computation happens goes through this file:
-`Grid` says which part of the work this process holds, `ring_attention` is the only place where one token looks
-at another, and `ShardedAdamW` owns the float32 weights, gradients and moments. This version runs one process;
-a grid of several is refused with a clear message.
+Eight or 256 processes hold one sequence of S tokens together. A grid of dp x cp x tp splits the work three ways:
+
+    tp  tensor parallel    every matrix is cut into tp pieces; between the matrices each rank keeps 1/tp of the positions
+    cp  context parallel   a rank holds S / cp positions of the sequence; keys and values travel around a ring
+    dp  data parallel      each replica (cp x tp ranks) takes other sequences of the batch
+
+    what a rank holds                             shape
+    activations between blocks                    (B, S / (cp tp), hidden)
+    q, k, v inside attention                      (B, H / tp, S / cp, D), k and v with Hkv / tp heads
+    weights and their float32 gradients           1 / tp
+    float32 master weights, AdamW's two moments   1 / (tp dp cp)
+
+One process is the grid 1 x 1 x 1 and runs the same code: a collective over one rank returns its argument. Read in order:
+`Grid` (who is who, and every communication there is), the tensor-parallel layers, `ring_attention`, `ShardedAdamW`.
 """
 from __future__ import annotations
 
+import argparse
 import os
-from dataclasses import dataclass
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# which ranks talk to each other, by what they do together
+GROUPS = {"tp": ("tp",), "cp": ("cp",), "dp": ("dp",), "cp_tp": ("cp", "tp"), "dp_cp": ("dp", "cp"), "all": ("dp", "cp", "tp")}
 
-@dataclass(frozen=True)
+
+# ------------------------------------------------------------------------------------------------------- the grid
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of processes) of this job, as torchrun tells its processes; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def print_once(text: str) -> None:
+    """Print on the first process only."""
+    if launched()[0] == 0:
+        print(text, flush=True)
+
+
+def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a grid; what is left of the processes is data parallel."""
+    group = parser.add_argument_group("parallelism, under torchrun --standalone --nproc-per-node N (data: N / tp / cp)")
+    group.add_argument("--tp", type=int, default=1, help="tensor parallel: ranks that share every matrix")
+    group.add_argument("--cp", type=int, default=1, help="context parallel: ranks that share every sequence")
+    group.add_argument("--timeout", type=float, default=600.0, help="seconds a rank may stand still before the job is ended")
+
+
+def check_grid(tp: int, cp: int, world: int, shards: dict[str, int] | None = None, sequence_length: int | None = None) -> None:
+    """Refuse a grid that cannot run, before any process group exists.
+
+    `shards`: what tp must divide, by name (heads, vocabulary). Raises ValueError naming the option and the nearest values.
+    """
+    for option, value in (("--tp", tp), ("--cp", cp)):
+        if value < 1:
+            raise ValueError(f"{option} {value} is too small; the least is 1")
+    if world % (tp * cp):
+        raise ValueError(f"--tp {tp} x --cp {cp} = {tp * cp} does not divide the number of processes, {world}; start "
+                         f"{nearest_multiples(world, tp * cp)} with torchrun --standalone --nproc-per-node N, or change one")
+    shards = shards or {}
+    fits = [n for n in range(1, max([tp, *shards.values()]) + 1) if not any(size % n for size in shards.values())]
+    for name, size in shards.items():
+        if size % tp:
+            near = [*[n for n in fits if n < tp][-1:], *[n for n in fits if n > tp][:1]]
+            raise ValueError(f"--tp {tp} does not divide the model's {name}, {size}; the nearest that fits the model is "
+                             f"{' or '.join(map(str, near))}")
+    multiple = sequence_multiple(tp, cp)
+    if sequence_length and sequence_length % multiple:
+        raise ValueError(f"--sequence-length {sequence_length} is not a multiple of {multiple} (2 x cp x tp); the nearest is "
+                         f"{nearest_multiples(sequence_length, multiple)}")
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """'low or high' around a value that is none; without the low one if that is 0."""
+    return " or ".join(str(n) for n in (value // of * of, (value // of + 1) * of) if n)
+
+
+def sequence_multiple(tp: int, cp: int) -> int:
+    """Sequence lengths that cut evenly: 2 chunks a context-parallel rank, each in tp pieces; 1 for one process."""
+    return 1 if tp * cp == 1 else 2 * cp * tp
+
+
+@dataclass
 class Grid:
-    """Coordinates of this process in a dp x cp x tp grid (data, context, tensor parallel; tp fastest)."""
+    """This process's place in a dp x cp x tp grid, tp fastest, and every communication it takes part in.
+
+    `groups` holds a process group for each entry of GROUPS with more than one rank; a collective over a missing one has
+    one member and nothing to do. `communications` counts them: the same number on every rank, so a rank that is behind
+    the others is the one they wait for.
+    """
 
     dp: int = 1
     cp: int = 1
     tp: int = 1
     rank: int = 0
+    groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
+    communications: int = field(default=0, repr=False, compare=False)
 
     @classmethod
-    def create(cls, tp: int = 1, cp: int = 1) -> Grid:
-        """The grid of this job: world size = dp x cp x tp. One process needs no torch.distributed.
+    def create(cls, tp: int = 1, cp: int = 1, device: str | None = None, timeout: float = 600.0) -> Grid:
+        """The grid of this job: world = dp x cp x tp processes, NCCL on cuda, gloo on cpu. Call it on every rank.
 
-        Raises ValueError for a grid this version cannot run: only tp = cp = 1 in one process.
+        One process needs no torch.distributed. A rank that does not communicate for `timeout` seconds ends the job.
+        Raises ValueError for a grid that does not fit the number of processes.
         """
-        world = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-        if tp != 1 or cp != 1 or world != 1:
-            raise ValueError(f"a grid of tp {tp} x cp {cp} in {world} processes is not supported: "
-                             "this version runs one process, so use tp 1, cp 1 without torchrun")
-        return cls()
+        rank, world = launched()
+        check_grid(tp, cp, world)
+        grid = cls(world // (cp * tp), cp, tp, rank)
+        if world == 1:
+            return grid
+        cuda = (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not dist.is_initialized():
+            patience = timedelta(seconds=2 * timeout + 60)  # later than our own watch, which can name the rank
+            store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+            store.set(f"communications/{rank}", "0")
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience)
+            threading.Thread(target=grid._watch, args=(store, timeout), daemon=True).start()
+        ranks = torch.arange(world).view(grid.dp, cp, tp)
+        for name, axes in GROUPS.items():
+            together = [i for i, axis in enumerate(("dp", "cp", "tp")) if axis in axes]
+            size = grid.size(name)
+            if size > 1:
+                members = ranks.movedim(together, tuple(range(-len(together), 0))).reshape(-1, size)
+                grid.groups[name] = dist.new_subgroups_by_enumeration(members.tolist())[0]
+        return grid
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def cp_rank(self) -> int:
+        return self.rank // self.tp % self.cp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // (self.tp * self.cp)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that prints and writes files."""
+        return self.rank == 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        return sequence_multiple(self.tp, self.cp)
+
+    def size(self, group: str) -> int:
+        """How many ranks the group of this name has."""
+        return torch.Size([getattr(self, axis) for axis in GROUPS[group]]).numel()
+
+    def all_reduce(self, x: Tensor, group: str, operation=dist.ReduceOp.SUM) -> Tensor:
+        """Sum (or maximum) of every rank's x, in place."""
+        if group in self.groups:
+            self._communicate(dist.all_reduce, x, op=operation, group=self.groups[group])
+        return x
+
+    def all_gather(self, x: Tensor, group: str, out: Tensor | None = None) -> Tensor:
+        """(...) -> (ranks, ...): every rank's x, into `out` if that is given. One rank's x is not copied."""
+        if group not in self.groups:
+            return x[None]
+        out = x.new_empty(self.size(group), *x.shape) if out is None else out
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        self._communicate(gather, out.view(-1), x.contiguous().view(-1), group=self.groups[group])
+        return out
+
+    def reduce_scatter(self, x: Tensor, group: str) -> Tensor:
+        """(ranks, ...) -> (...): the sum over ranks of the part that is this rank's."""
+        if group not in self.groups:
+            return x[0]
+        out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
+        self._communicate(scatter, out.view(-1), x.contiguous().view(-1), group=self.groups[group])
+        return out
+
+    def broadcast(self, x: Tensor, group: str = "all") -> Tensor:
+        """The group's first rank's x, in place."""
+        if group in self.groups:
+            self._communicate(dist.broadcast, x, group=self.groups[group], group_src=0)
+        return x
+
+    def post_hop(self, x: Tensor, tag: int = 0):
+        """Start sending x to the next rank of the ring and receiving the previous one's; call the result to wait for that.
+
+        The caller leaves x alone until then. One rank's ring is itself.
+        """
+        if "cp" not in self.groups:
+            return lambda: x
+        group, arriving = self.groups["cp"], torch.empty_like(x)
+        ring = dist.get_process_group_ranks(group)
+        to, origin = ring[(self.cp_rank + 1) % self.cp], ring[(self.cp_rank - 1) % self.cp]
+        works = self._communicate(dist.batch_isend_irecv, [dist.P2POp(dist.isend, x, to, group, tag),
+                                                           dist.P2POp(dist.irecv, arriving, origin, group, tag)])
+
+        def wait() -> Tensor:
+            for work in works:
+                self._communicate(work.wait)
+            return arriving
+
+        return wait
+
+    def barrier(self) -> None:
+        """Return once every rank has called this."""
+        if self.groups:
+            self._communicate(dist.barrier, group=self.groups["all"])
+
+    def close(self) -> None:
+        """Leave the job in step with the others: call it last, on every rank."""
+        self.barrier()
+        if self.groups:
+            self.groups.clear()
+            dist.destroy_process_group()
+
+    def _communicate(self, operation, *arguments, **options):
+        self.communications += 1
+        try:
+            return operation(*arguments, **options)
+        except RuntimeError as error:  # gloo: a closed connection; NCCL: an aborted communicator
+            raise ConnectionError(f"communication with another rank failed ({str(error).splitlines()[0]})") from error
+
+    def _watch(self, store: dist.Store, timeout: float) -> None:
+        """Thread: publish how far this rank is; end a job in which nothing moves, naming the rank that is behind."""
+        seen, since = -1, time.monotonic()
+        while dist.is_initialized():
+            time.sleep(min(1.0, timeout / 10))
+            if self.communications != seen:
+                seen, since = self.communications, time.monotonic()
+                store.set(f"communications/{self.rank}", str(seen))
+            elif time.monotonic() - since > timeout:
+                counts = [int(store.get(f"communications/{rank}")) for rank in range(self.size("all"))]
+                behind = [rank for rank, count in enumerate(counts) if count == min(counts)]
+                place = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])[-1]
+                cause = f"it stands in {place.name}, {os.path.basename(place.filename)} line {place.lineno}"
+                if self.rank not in behind:  # one that can still speak says where it hangs
+                    time.sleep(2.0)
+                    cause = "it does not answer: stopped, or its machine is gone"
+                if store.add("named", 1) == 1:
+                    print(f"error: rank {', '.join(map(str, behind))} has made no progress for {timeout:g} s while others "
+                          f"wait; {cause}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+def finish(error: Exception) -> None:
+    """Leave a command after `error` with one line and exit code 1.
+
+    A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the others before they speak.
+    After a lost connection a rank waits a little longer, so that torchrun names the rank that died, not one that noticed.
+    """
+    rank, world = launched()
+    if world == 1:
+        raise SystemExit(f"error: {error}") from None
+    lost = isinstance(error, ConnectionError)
+    time.sleep(5.0 if lost else 2.0 if rank else 0.0)
+    print(f"error: rank {rank}: {error}" if lost or rank else f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # the group may be broken: no orderly way out is left
+
+
+# ------------------------------------------------------------------------ tensor parallel with sequence parallel
+#
+# Megatron's layers (arXiv 1909.08053, 2205.05198). A pair of matrices is cut so that one communication before it and one
+# after it suffice. Between pairs, norms and residuals hold only this rank's share of the positions:
+#
+#     (B, s / tp, hidden) --all-gather--> (B, s, hidden) --columns--> (B, s, wide / tp)
+#     (B, s / tp, hidden) <-reduce-scatter- (B, s, hidden) <---rows--- (B, s, wide / tp)
+#
+# In backward the two communications swap places. s = S / cp is what this rank of the ring holds.
+
+
+class GatherSequence(torch.autograd.Function):
+    """(B, s / tp, hidden) -> (B, s, hidden): every tp rank's positions; the gradients are summed and scattered back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
+        ctx.grid = grid
+        return grid.all_gather(x, "tp").movedim(0, 1).flatten(1, 2)  # (tp, B, s / tp, hidden) -> (B, s, hidden)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        parts = gradient.unflatten(1, (ctx.grid.tp, -1)).movedim(1, 0)  # (tp, B, s / tp, hidden)
+        return ctx.grid.reduce_scatter(parts, "tp"), None
+
+
+class ScatterSequence(torch.autograd.Function):
+    """(B, s, hidden) -> (B, s / tp, hidden): the sum over tp ranks of this rank's positions; the gradients are gathered."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
+        ctx.grid = grid
+        return grid.reduce_scatter(x.unflatten(1, (grid.tp, -1)).movedim(1, 0), "tp")
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.grid.all_gather(gradient, "tp").movedim(0, 1).flatten(1, 2), None
+
+
+class SumOverRing(torch.autograd.Function):
+    """The sum over cp ranks of a scalar each has a part of; a rank's own part has gradient 1."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
+        return grid.all_reduce(x.clone(), "cp")
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def gather_sequence(x: Tensor, grid: Grid) -> Tensor:
+    """(B, s / tp, hidden) -> (B, s, hidden): call it once before all column-parallel layers that read x."""
+    return GatherSequence.apply(x, grid)
+
+
+def scatter_sequence(x: Tensor, grid: Grid) -> Tensor:
+    """Partial sums (B, s, hidden) of every tp rank -> (B, s / tp, hidden), summed."""
+    return ScatterSequence.apply(x, grid)
+
+
+class ColumnParallelLinear(nn.Linear):
+    """The rank's 1 / tp of the outputs: x (B, s, in), whole -> (B, s, out / tp). Arguments are the whole layer's sizes."""
+
+    shard_dims = {"weight": 0, "bias": 0}
+
+    def __init__(self, in_features: int, out_features: int, grid: Grid, bias: bool = False) -> None:
+        super().__init__(in_features, out_features // grid.tp, bias)
+
+
+class RowParallelLinear(nn.Linear):
+    """The rank's 1 / tp of the inputs: x (B, s, in / tp) -> (B, s / tp, out), summed over ranks, the bias added once."""
+
+    shard_dims = {"weight": 1}
+
+    def __init__(self, in_features: int, out_features: int, grid: Grid, bias: bool = False) -> None:
+        super().__init__(in_features // grid.tp, out_features, bias)
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = scatter_sequence(F.linear(x, self.weight), self.grid)
+        return x if self.bias is None else x + self.bias
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """The rank's V / tp rows of the table: tokens (B, s) int64 -> (B, s / tp, hidden). Arguments are the whole table's."""
+
+    shard_dims = {"weight": 0}
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, grid: Grid) -> None:
+        super().__init__(num_embeddings // grid.tp, embedding_dim)
+        self.grid = grid
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        row, mine = local_rows(tokens, len(self.weight), self.grid)
+        return scatter_sequence(Lookup.apply(self.weight, row).masked_fill(~mine[..., None], 0.0), self.grid)
+
+
+class Lookup(torch.autograd.Function):
+    """In bfloat16, torch's own gradient of a token that occurs thousands of times stops growing at 256 times one's."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = len(weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        return torch.ops.aten.embedding_dense_backward(wide, *ctx.saved_tensors, ctx.rows, -1, False), None
+
+
+def local_rows(tokens: Tensor, rows: int, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Where tokens stand in this rank's `rows` rows of the vocabulary, and which are there at all (the others: row 0)."""
+    row = tokens - grid.tp_rank * rows
+    mine = (row >= 0) & (row < rows)
+    return row.masked_fill(~mine, 0), mine
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[target] of each row, the vocabulary spread over tp ranks, and the gradient in the same pass.
+
+    logits (N, V / tp) float32 or float64, targets (N,) int64 in [0, V). Returns losses (N,) and normalisers (N, 1), the
+    same on every tp rank. `logits` is overwritten by (softmax - onehot) * normaliser: divided by it, this rank's part of
+    the gradient of the summed losses. Two small all-reduces; no rank ever sees another's logits.
+    """
+    row, mine = local_rows(targets, logits.shape[1], grid)
+    largest = grid.all_reduce(logits.amax(1, keepdim=True), "tp", dist.ReduceOp.MAX)  # (N, 1)
+    picked = logits.gather(1, row[:, None]).masked_fill(~mine[:, None], 0.0)
+    logits.sub_(largest).exp_()
+    normaliser, picked = grid.all_reduce(torch.stack([logits.sum(1, keepdim=True), picked]), "tp")  # (N, 1) each
+    logits.scatter_add_(1, row[:, None], -normaliser.masked_fill(~mine[:, None], 0.0))
+    return (normaliser.log() + largest - picked)[:, 0], normaliser
+
+
+def shard_dims(model: nn.Module) -> dict[str, int | None]:
+    """Along which dimension tp cuts each parameter of a model, by name; None: every tp rank holds all of it (norms)."""
+    return {f"{prefix}.{name}" if prefix else name: getattr(module, "shard_dims", {}).get(name)
+            for prefix, module in model.named_modules() for name, _ in module.named_parameters(recurse=False)}
+
+
+def whole_shape(shape: tuple[int, ...], dim: int | None, grid: Grid) -> tuple[int, ...]:
+    """Shape of a whole parameter, from that of a tp rank's shard of it."""
+    return tuple(size * grid.tp if i == dim else size for i, size in enumerate(shape))
+
+
+def unshard(x: Tensor, dim: int | None, grid: Grid) -> Tensor:
+    """A whole parameter from the tp ranks' shards of it, on every rank."""
+    return x if dim is None or grid.tp == 1 else torch.cat(list(grid.all_gather(x, "tp")), dim)
+
+
+# --------------------------------------------------------------------------------- ring attention (context parallel)
+#
+# The sequence is cut into 2 cp chunks; rank r holds chunks r and 2 cp - 1 - r (zigzag), an early one and a late one, so that
+# causal attention costs every rank the same at every hop. Keys and values (K V) go around the ring (arXiv 2310.01889);
+# queries stay. cp = 4, eight chunks 0 ... 7, what each rank computes with the K V it has at each hop:
+#
+#     rank  its queries   hop 0: its own     hop 1             hop 2             hop 3
+#      0      0, 7        K V of 0: causal   3: 7 x (3, 4)     2: 7 x (2, 5)     1: 7 x (1, 6)
+#      1      1, 6        K V of 1: causal   0: (1, 6) x 0     3: 6 x (3, 4)     2: 6 x (2, 5)
+#      2      2, 5        K V of 2: causal   1: (2, 5) x 1     0: (2, 5) x 0     3: 5 x (3, 4)
+#      3      3, 4        K V of 3: causal   2: (3, 4) x 2     1: (3, 4) x 1     0: (3, 4) x 0
+#
+# "7 x (3, 4)": the queries of chunk 7 see the keys of chunks 3 and 4, all of them; what is not listed is in the future. A
+# hop is always two chunk products (hop 0: two halves and one whole). Steps of a hop, forward:
+#
+#     1. post: send this K V to rank + 1, receive the next from rank - 1; nobody waits yet
+#     2. compute this block: out and log-sum-exp (lse) of the queries over these keys alone
+#     3. merge into the float32 result: weights are sigmoids of lse differences, so no exponential can overflow
+#     4. wait for the K V posted in 1
+#
+# Backward goes around once more. A block's softmax is rebuilt from the lse of the whole row, so what it yields are parts of
+# the true gradients, with nothing to merge: dQ stays and is summed, dK dV of a block travel with it, each rank adds its part,
+# and the last hop brings them home. A hop moves 2 B Hkv (S / cp) D elements of K V, in the compute type, and in backward as
+# many of dK dV in float32: 256 MiB + 512 MiB a layer for S = 1M, cp = 4, Hkv / tp = 2, D = 128 in bfloat16.
+
+
+def zigzag_shard(x: Tensor, grid: Grid, dim: int) -> Tensor:
+    """This rank's two chunks of a whole sequence, S -> S / cp along `dim`. Raises ValueError if 2 cp does not divide S."""
+    if grid.cp > 1 and x.shape[dim] % (2 * grid.cp):
+        raise ValueError(f"a sequence of {x.shape[dim]} cannot be cut into 2 x cp = {2 * grid.cp} equal chunks")
+    chunks = x.tensor_split(2 * grid.cp, dim)
+    return torch.cat((chunks[grid.cp_rank], chunks[-1 - grid.cp_rank]), dim)
+
+
+def zigzag_unshard(x: Tensor, grid: Grid, dim: int) -> Tensor:
+    """The whole sequence on every rank, S / cp -> S along `dim`; no gradient flows through it."""
+    early, late = zip(*(shard.tensor_split(2, dim) for shard in grid.all_gather(x, "cp")))
+    return torch.cat((*early, *late[::-1]), dim)
+
+
+def zigzag_positions(seq_len: int, grid: Grid) -> Tensor:
+    """Positions in the whole sequence of what this rank holds: int64 (seq_len / cp,)."""
+    return zigzag_shard(torch.arange(seq_len), grid, 0)
+
+
+def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:
+    """Which of `rank`'s queries see which of `source`'s keys, both of `length` local positions (module comment above)."""
+    half, everything = length // 2, slice(None)
+    if source == rank:
+        return everything, everything  # under the causal mask: local order is global order
+    return (everything, slice(half)) if source < rank else (slice(half, None), everything)
+
+
+def attention_kernel(device: str, dtype: torch.dtype) -> str:
+    """Name of the kernel that computes blocks there. Raises ValueError for a type it does not take."""
+    if not device.startswith("cuda"):
+        return "SDPA flash (CPU)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"--dtype {str(dtype).removeprefix('torch.')} cannot be used on cuda, whose flash attention takes "
+                         "bfloat16; use --dtype bfloat16")
+    return "SDPA flash (CUDA)"
+
+
+def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(D)) v of one block, and its rows' log-sum-exp in float32 (float64 for float64).
+
+    q (B, H, S, D), k and v (B, Hkv, N, D) -> (B, H, S, D), (B, H, S). K and V keep their own number of heads: grouped-query
+    attention never repeats them in memory. Together with `block_backward` the one place that knows a kernel.
+    """
+    if q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+
+
+def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                   causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of one block, given `out` and `lse` of the queries' whole rows (over every block)."""
+    if q.is_cuda:
+        unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state of dropout, which there is none of
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, causal)
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add a block's result to the float32 one, in place: softmax over the union of their keys."""
+    share = torch.sigmoid(part_lse - lse)  # of the new keys, in [0, 1]
+    out.lerp_(part.to(out.dtype), share[..., None])
+    lse.sub_(F.logsigmoid(lse - part_lse))  # log(exp(lse) + exp(part_lse))
+
+
+def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Shapes of `ring_attention` -> out (B, H, S / cp, D) in q's type and lse (B, H, S / cp), of whole rows."""
+    kv = torch.stack((k, v))  # (2, B, Hkv, S / cp, D): one message a hop
+    for hop in range(grid.cp):
+        arrives = grid.post_hop(kv) if hop + 1 < grid.cp else None
+        rows, keys = zigzag_block(grid.cp_rank, (grid.cp_rank - hop) % grid.cp, q.shape[2])
+        part, part_lse = block_forward(q[:, :, rows], kv[0][:, :, keys], kv[1][:, :, keys], causal=hop == 0)
+        if hop == 0:
+            out, lse = part.to(torch.promote_types(q.dtype, torch.float32)), part_lse
+        else:
+            merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
+        if arrives:
+            kv = arrives()
+    return out.to(q.dtype), lse
+
+
+def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                  grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of this rank's positions, summed in float32 over the ring."""
+    wide, kv, gradients_arrive = torch.promote_types(q.dtype, torch.float32), torch.stack((k, v)), None
+    for hop in range(grid.cp):
+        arrives = grid.post_hop(kv) if hop + 1 < grid.cp else None
+        rows, keys = zigzag_block(grid.cp_rank, (grid.cp_rank - hop) % grid.cp, q.shape[2])
+        parts = block_backward(d_out[:, :, rows], q[:, :, rows], kv[0][:, :, keys], kv[1][:, :, keys], out[:, :, rows],
+                               lse[:, :, rows], causal=hop == 0)
+        if hop == 0:
+            dq, d_kv = parts[0].to(wide), torch.stack(parts[1:]).to(wide)
+        else:
+            dq[:, :, rows] += parts[0]
+            d_kv = gradients_arrive()  # of the K V at hand, from the ranks that had them before
+            d_kv[0][:, :, keys] += parts[1]
+            d_kv[1][:, :, keys] += parts[2]
+        gradients_arrive = grid.post_hop(d_kv, tag=1)  # to the rank that has these K V next; at last, home
+        if arrives:
+            kv = arrives()
+    dk, dv = gradients_arrive()
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+class RingAttention(torch.autograd.Function):
+    """`ring_forward` with `ring_backward` as its gradient."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        out, lse = ring_forward(q, k, v, grid)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.grid = grid
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *ring_backward(d_out, *ctx.saved_tensors, ctx.grid), None
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None = None) -> Tensor:
+    """Causal attention over the whole sequence; q (B, H, S / cp, D), k and v (B, Hkv, S / cp, D), zigzag -> as q.
+
+    `segments` (from `document_segments`) is the cross-document mask of the ablation: each document attends
+    to itself only, one causal block a document, so no S x S mask is ever built. The recipe itself leaves it
+    out (arXiv 2504.06214, section 3.1). Raises ValueError for segments on a ring of several ranks.
+    """
+    if segments is None:
+        return RingAttention.apply(q, k, v, grid)
+    if grid.cp > 1:
+        raise ValueError(f"the cross-document mask works on whole sequences, --cp 1; this grid has cp {grid.cp}")
+    rows = []
+    for row, borders in enumerate(segments):
+        blocks = [RingAttention.apply(*(x[row:row + 1, :, start:end] for x in (q, k, v)), grid)
+                  for start, end in zip(borders, borders[1:])]
+        rows.append(torch.cat(blocks, dim=2))  # (1, H, S, D)
+    return torch.cat(rows)  # (B, H, S, D)
 
 
 def document_segments(document_ids: Tensor) -> list[list[int]]:
@@ -46,87 +593,96 @@ def document_segments(document_ids: Tensor) -> list[list[int]]:
     return rows
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v under the causal mask; q (B, H, S, D), k and v (B, Hkv, S, D).
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+    """Attention of one new token over keys spread over the ring, in any order: each rank's part is weighted by its lse.
 
-    K and V keep their own number of heads: grouped-query attention never repeats them in memory.
+    q (B, H, 1, D), the same on every cp rank; k and v (B, Hkv, N, D), this rank's N >= 0 -> (B, H, 1, D) on every rank.
     """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=q.device)
+    if k.shape[2]:
+        out, lse = block_forward(q, k, v, causal=False)
+    share = grid.all_gather(lse, "cp").softmax(0)[..., None]  # (cp, B, H, 1, 1)
+    return (share * grid.all_gather(out, "cp")).sum(0).to(q.dtype)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None = None) -> Tensor:
-    """Causal attention over the whole sequence; q (B, H, S, D), k and v (B, Hkv, S, D) -> (B, H, S, D).
-
-    `segments` (from `document_segments`) is the cross-document mask of the ablation: each document attends
-    to itself only, one causal block a document, so no S x S mask is ever built. The recipe itself leaves it
-    out (arXiv 2504.06214, section 3.1).
-    """
-    if segments is None:
-        return causal_attention(q, k, v)
-    rows = []
-    for row, borders in enumerate(segments):
-        blocks = [causal_attention(*(x[row:row + 1, :, start:end] for x in (q, k, v)))
-                  for start, end in zip(borders, borders[1:])]
-        rows.append(torch.cat(blocks, dim=2))  # (1, H, S, D)
-    return torch.cat(rows)  # (B, H, S, D)
+# ------------------------------------------------------------------------------- data parallel: the sharded optimizer
 
 
 class ShardedAdamW:
-    """AdamW (arXiv 1711.05101) on float32 master weights and gradients, all of it in flat buffers.
+    """AdamW (arXiv 1711.05101) whose float32 state is spread over the dp x cp ranks (ZeRO-1, arXiv 1910.02054).
 
-    Every parameter owns one aligned range, the same in each of four flat tensors: master weights, gradients and
-    the two moments. `parameter.grad` *is* its range of the gradient buffer, float32 whatever the parameter's
-    dtype, so micro-batches accumulate in float32 and an update, a norm or a reset is one kernel over one tensor.
-    Float32 parameters are themselves views of the master weights; others are refreshed from them each step.
+    Every parameter owns one aligned range of two flat buffers: the weights, of which the parameters are views, and their
+    float32 gradients, in which micro-batches accumulate (`parameter.grad` is a view too, whatever the parameter's type).
+    Both are cut into dp x cp equal shards at any place. A step is: sum the gradients and keep the own shard of the sum
+    (reduce-scatter), update that shard's master weights and moments, give the new weights to all (all-gather).
     Matrices decay; vectors (norms and biases) do not.
+
+    Order of the ranges: matrices, vectors that tp cuts, vectors that every tp rank holds whole. The last each saw only
+    their rank's positions, so their gradients are summed over tp, and they count once in the norm.
 
     Args: model (its parameters move into the flat buffers), grid; betas, eps and weight_decay as in torch.
     """
 
-    ALIGNMENT = 64  # elements: every view starts on a 256-byte border, so kernels round alike in every run
+    ALIGNMENT = 64  # elements: every view starts on a 128-byte border or better, so kernels round alike in every run
+    KINDS = ("master", "exp_avg", "exp_avg_sq")
 
     def __init__(self, model: nn.Module, grid: Grid, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1) -> None:
-        ordered = sorted(model.named_parameters(), key=lambda item: item[1].ndim < 2)  # stable: matrices first
-        self.parameters = dict(ordered)
-        self._ranges, total, matrices = {}, 0, 0
+        self.grid, self.dims = grid, shard_dims(model)
+        ordered = sorted(model.named_parameters(), key=lambda item: (item[1].ndim < 2, self.dims[item[0]] is None))  # stable
+        self.parameters, self._ranges, total, matrices, cut = dict(ordered), {}, 0, 0, 0
         for name, parameter in ordered:
             self._ranges[name] = slice(total, total + parameter.numel())
             total += -(-parameter.numel() // self.ALIGNMENT) * self.ALIGNMENT
             matrices = total if parameter.ndim >= 2 else matrices
-        first = ordered[0][1]
+            cut = total if self.dims[name] is not None else cut
+        self._whole_from = cut  # where the ranges begin that every tp rank holds whole
+        shards = grid.size("dp_cp")
+        total = -(-total // (self.ALIGNMENT * shards)) * self.ALIGNMENT * shards
+        first, size = ordered[0][1], total // shards
         dtype = torch.promote_types(first.dtype, torch.float32)  # float64 models (tests) keep float64
-        self.master, self.gradient, *moments = (torch.zeros(total, dtype=dtype, device=first.device) for _ in range(4))
-        self._saved = {"master": self.master, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+        self.weights = torch.zeros(total, dtype=first.dtype, device=first.device)
+        self.gradient = torch.zeros(total, dtype=dtype, device=first.device)
         for name in self.parameters:
             self._adopt(name)
-        parts = [(slice(0, matrices), weight_decay), (slice(matrices, total), 0.0)]
+        self._start = (grid.dp_rank * grid.cp + grid.cp_rank) * size  # of this rank's shard
+        self._own = self.weights[self._start:self._start + size]
+        self.master = self._own if first.dtype == dtype else self._own.to(dtype)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        border = min(max(matrices - self._start, 0), size)
+        self._parts = [slice(0, border), slice(border, size)]
         self._adamw = torch.optim.AdamW([{"params": [self.master[part]], "weight_decay": decay}
-                                         for part, decay in parts], lr=0.0, betas=betas, eps=eps, fused=True)
-        for (part, _), group in zip(parts, self._adamw.param_groups):
-            group["params"][0].grad = self.gradient[part]
-            self._adamw.state[group["params"][0]] = {
-                "step": torch.zeros((), device=first.device), "exp_avg": moments[0][part], "exp_avg_sq": moments[1][part]}
+                                         for part, decay in zip(self._parts, (weight_decay, 0.0))],
+                                        lr=0.0, betas=betas, eps=eps, fused=True)
+        for part, group in zip(self._parts, self._adamw.param_groups):
+            self._adamw.state[group["params"][0]] = {"step": torch.zeros((), device=first.device),
+                                                     "exp_avg": self.exp_avg[part], "exp_avg_sq": self.exp_avg_sq[part]}
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
         return flat[self._ranges[name]].view(self.parameters[name].shape)
 
     def _adopt(self, name: str) -> None:
         """Move one parameter and its gradient into the flat buffers."""
-        parameter, master = self.parameters[name], self._view(self.master, name)
-        master.copy_(parameter.detach())
-        if parameter.dtype == master.dtype:
-            parameter.data = master
-        parameter.grad_dtype = master.dtype
+        parameter, place = self.parameters[name], self._view(self.weights, name)
+        place.copy_(parameter.detach())
+        parameter.data = place
+        parameter.grad_dtype = self.gradient.dtype
         parameter.grad = self._view(self.gradient, name)
 
     def zero_gradients(self) -> None:
         """Forget the accumulated gradients: call before the first backward of a step."""
         self.gradient.zero_()
 
-    def gradient_norm(self) -> Tensor:
-        """Euclidean norm over every parameter's gradient (a scalar tensor)."""
-        return torch.linalg.vector_norm(self.gradient)
+    def reduce_gradients(self) -> Tensor:
+        """Sum every rank's accumulated gradients: this rank's shard of the sum, a flat float32 tensor. Call once a step."""
+        self.grid.all_reduce(self.gradient[self._whole_from:], "tp")
+        return self.grid.reduce_scatter(self.gradient.view(self.grid.size("dp_cp"), -1), "dp_cp")
+
+    def gradient_norm(self, shard: Tensor) -> float:
+        """Euclidean norm over all parameters of the whole model, each counted once, from every rank's reduced shard."""
+        counted = shard if self.grid.tp_rank == 0 else shard[:max(0, self._whole_from - self._start)]
+        square = torch.linalg.vector_norm(counted).double() ** 2
+        return self.grid.all_reduce(square, "all").sqrt().item()
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_norm: float = 0.0) -> float:
@@ -134,39 +690,57 @@ class ShardedAdamW:
 
         Returns the gradient norm before clipping. Raises ArithmeticError, with nothing updated, if it is not finite.
         """
-        norm = self.gradient_norm().item()
+        shard = self.reduce_gradients()
+        norm = self.gradient_norm(shard)
         if not norm < float("inf"):
             raise ArithmeticError(f"the gradient norm is {norm}")
         if 0 < max_norm < norm:
-            self.gradient.mul_(max_norm / norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+            shard.mul_(max_norm / norm)
+        for part, group in zip(self._parts, self._adamw.param_groups):
+            group["lr"], group["params"][0].grad = learning_rate, shard[part]
         self._adamw.step()
         self._publish()
         return norm
 
     def _publish(self) -> None:
-        """Round the master weights into the parameters that are not views of them."""
-        rest = [(p.data, self._view(self.master, n)) for n, p in self.parameters.items() if p.dtype != self.master.dtype]
-        for parameter, master in rest:
-            parameter.copy_(master)
+        """Round the master weights into this rank's shard of the weights, and collect the others'."""
+        self._own.copy_(self.master)
+        self.grid.all_gather(self._own, "dp_cp", out=self.weights.view(self.grid.size("dp_cp"), -1))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor a resumed run needs: `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and `step`."""
-        state = {f"{kind}.{name}": self._view(flat, name) for kind, flat in self._saved.items() for name in self.parameters}
-        return state | {"step": next(iter(self._adamw.state.values()))["step"]}
+    @property
+    def steps(self) -> int:
+        """How many updates have been made: AdamW's bias correction needs it."""
+        return int(next(iter(self._adamw.state.values()))["step"])
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every parameter's whole tensor of one kind of state, in the order of `state`."""
+        return {name: (whole_shape(parameter.shape, self.dims[name], self.grid), self.master.dtype)
+                for name, parameter in self.parameters.items()}
+
+    def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every parameter for a kind of KINDS, on every rank, one at a time.
+
+        The gradient buffer is where a kind is put together: call this between steps, and use a kind up before the next.
+        """
+        whole = self.grid.all_gather(getattr(self, kind), "dp_cp", out=self.gradient.view(self.grid.size("dp_cp"), -1)).view(-1)
+        for name in self.parameters:
+            yield name, unshard(self._view(whole, name), self.dims[name], self.grid)
+
+    def needed(self) -> list[str]:
+        """Names of the parameters of which this rank holds some state."""
+        end = self._start + self.master.numel()
+        return [name for name, place in self._ranges.items() if place.start < end and place.stop > self._start]
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave. Raises ValueError, with nothing changed, if a tensor does not fit."""
-        own = self.state_dict()
-        for name, tensor in own.items():
-            if name not in state or state[name].shape != tensor.shape:
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise ValueError(f"optimizer state {name}: expected shape {tuple(tensor.shape)}, found {found}; "
-                                 "resume with the model this checkpoint was written for")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    def load_state(self, kinds: dict[str, dict[str, Tensor]], steps: int) -> None:
+        """Restore from this tp rank's shards of the `needed` parameters, for every kind, and the number of `steps`."""
+        end = self._start + self.master.numel()
+        for kind, tensors in kinds.items():
+            for name, tensor in tensors.items():
+                place = self._ranges[name]
+                low, high = max(place.start, self._start), min(place.stop, end)
+                part = tensor.reshape(-1)[low - place.start:high - place.start]
+                getattr(self, kind)[low - self._start:high - self._start] = part
         for part in self._adamw.state.values():
-            part["step"].copy_(state["step"])
+            part["step"].fill_(steps)
         self._publish()

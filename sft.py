@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 import data
+from parallel import print_once
 from train import argument_parser, main, weighted_paths
 
 
@@ -30,7 +31,7 @@ def stage2_datasets(a: argparse.Namespace, tokenizer: data.Tokenizer):
     """(training, validation) datasets of chat samples, one a row; validation is None without held-out samples."""
     def samples(path) -> data.ChatDataset:
         dataset = data.ChatDataset(path, tokenizer, a.sequence_length, a.seed)
-        print(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than {a.sequence_length} tokens")
+        print_once(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than {a.sequence_length} tokens")
         return dataset
 
     if a.validate_every and not a.validation_data:

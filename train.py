@@ -3,6 +3,7 @@
     python train.py --config config.json --tokenizer DIR --data CORPUS --sequence-length 128 --steps 500 --out out/base
     python train.py --model out/base/final --rope-kind yarn --rope-factor 16 --data CORPUS --sequence-length 2048 \
                     --steps 300 --learning-rate 3e-5 --out out/stage1
+    torchrun --standalone --nproc-per-node 8 train.py --tp 2 --cp 4 ...      # the same on eight processes
 
 A run directory holds `metrics.jsonl`, the newest `checkpoint-STEP` directories (model, optimizer, data position: each
 is complete or absent) and, at the end, `final`, a Hugging Face model directory. `--resume` continues from the newest
@@ -21,23 +22,33 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from model import Llama, ModelConfig, check_device, read_config, rescale, save_tensors
-from parallel import Grid, ShardedAdamW
+from model import Llama, ModelConfig, check_device, locate_weights, read_config, read_shards, rescale, write_weights
+from parallel import (
+    Grid,
+    ShardedAdamW,
+    add_grid_arguments,
+    attention_kernel,
+    check_grid,
+    finish,
+    launched,
+    nearest_multiples,
+    print_once,
+)
 from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "generation_config.json")
 FREE_TO_CHANGE = ("out", "resume", "device", "checkpoint_every", "keep_checkpoints", "validate_every",
-                  "validation_sequences", "validation_buckets", "micro_batch_size", "recompute")
+                  "validation_sequences", "validation_buckets", "micro_batch_size", "recompute", "tp", "cp", "timeout")
+OPTIMIZER_SHARD_BYTES = 5 * 10**9  # largest file of optimizer state
 
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -57,8 +68,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     model.add_argument("--recompute", action="store_true", help="recompute each block in backward: less memory, more time")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--steps", type=int, required=True, help="optimizer steps in all")
-    optimisation.add_argument("--batch-size", type=int, default=1, help="sequences a step")
-    optimisation.add_argument("--micro-batch-size", type=int, default=None, help="sequences a forward; None: the whole batch")
+    optimisation.add_argument("--batch-size", type=int, default=1, help="sequences a step, over all processes")
+    optimisation.add_argument("--micro-batch-size", type=int, default=None,
+                              help="sequences a forward of one data-parallel replica; None: its whole share of the batch")
     optimisation.add_argument("--learning-rate", type=float, default=3e-5, help="the peak")
     optimisation.add_argument("--warmup-steps", type=int, default=10, help="linear warm-up")
     optimisation.add_argument("--final-learning-rate", type=float, default=0.1, help="end of the cosine / peak")
@@ -66,6 +78,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     optimisation.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW")
     optimisation.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
     optimisation.add_argument("--seed", type=int, default=0, help="weights (with --config) and data order")
+    add_grid_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, required=True, help="run directory")
     output.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
@@ -109,9 +122,19 @@ def check_arguments(a: argparse.Namespace) -> None:
         raise ValueError(f"--final-learning-rate {a.final_learning_rate} must be at most 1: it is a share of --learning-rate")
     if not all(0 <= beta < 1 for beta in a.betas):
         raise ValueError(f"--betas {a.betas[0]} {a.betas[1]} must lie in [0, 1)")
-    a.micro_batch_size = a.batch_size if a.micro_batch_size is None else a.micro_batch_size
-    if a.micro_batch_size < 1 or a.batch_size % a.micro_batch_size:
-        raise ValueError(f"--micro-batch-size {a.micro_batch_size} does not divide --batch-size {a.batch_size}")
+    world = launched()[1]
+    check_grid(a.tp, a.cp, world, sequence_length=a.sequence_length)
+    replicas = world // (a.tp * a.cp)
+    if a.batch_size % replicas:
+        raise ValueError(f"--batch-size {a.batch_size} is not a multiple of the {replicas} data-parallel replicas; "
+                         f"the nearest is {nearest_multiples(a.batch_size, replicas)}")
+    share = a.batch_size // replicas
+    a.micro_batch_size = share if a.micro_batch_size is None else a.micro_batch_size
+    if a.micro_batch_size < 1 or share % a.micro_batch_size:
+        of_batch = f"--batch-size {a.batch_size}" + (f" / {replicas} data-parallel replicas" if replicas > 1 else "")
+        raise ValueError(f"--micro-batch-size {a.micro_batch_size} does not divide {of_batch}")
+    if a.cross_document_mask and a.cp > 1:
+        raise ValueError("--cross-document-mask works on whole sequences: use --cp 1 (and --tp), or leave it out")
     if a.out.is_file():
         raise ValueError(f"--out {a.out}: is a file; choose a directory")
     check_device(a.device)
@@ -206,18 +229,40 @@ def copy_tokenizer(source: Path, target: Path, config: ModelConfig) -> None:
 
 
 def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW, a: argparse.Namespace) -> Path:
-    """Write `run/checkpoint-STEP`, complete or absent, then drop all but the newest `keep_checkpoints`."""
-    path = run / f"checkpoint-{step:08d}"
-    with data.complete_or_absent(path) as aside:
+    """Write `run/checkpoint-STEP`, complete or absent, then drop all but the newest `keep_checkpoints`.
+
+    Every rank calls this; the first writes what one process would write, so any grid can continue from it.
+    """
+    path, grid = run / f"checkpoint-{step:08d}", model.grid
+    with data.complete_or_absent(path) if grid.is_first else nullcontext(path) as aside:
         model.save_pretrained(aside)
-        copy_tokenizer(a.tokenizer, aside, model.config)
-        save_tensors(aside / "optimizer.safetensors", optimizer.state_dict())
-        (aside / "training.json").write_text(json.dumps({"step": step, "settings": settings(a)}, indent=2) + "\n")
-    for old in checkpoints(run)[:-a.keep_checkpoints]:
-        old.rename(f"{old}.partial")  # no longer a checkpoint, should its deletion be cut short
-    for leftover in run.glob("checkpoint-*.partial"):
-        shutil.rmtree(leftover)
+        if grid.is_first:
+            copy_tokenizer(a.tokenizer, aside, model.config)
+            (aside / "optimizer").mkdir()
+        for kind in optimizer.KINDS:
+            write_weights(aside / "optimizer", kind, optimizer.shapes(), optimizer.state(kind), OPTIMIZER_SHARD_BYTES, grid)
+        if grid.is_first:
+            progress = {"step": step, "updates": optimizer.steps, "settings": settings(a)}
+            (aside / "training.json").write_text(json.dumps(progress, indent=2) + "\n")
+    if grid.is_first:
+        for old in checkpoints(run)[:-a.keep_checkpoints]:
+            old.rename(f"{old}.partial")  # no longer a checkpoint, should its deletion be cut short
+        for leftover in run.glob("checkpoint-*.partial"):
+            shutil.rmtree(leftover)
+    grid.barrier()
     return path
+
+
+def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, updates: int, device: str) -> None:
+    """Restore the optimizer from a checkpoint of any grid: a rank reads what it holds a part of."""
+    shapes = {name: tuple(optimizer.parameters[name].shape) for name in optimizer.needed()}
+    kinds = {}
+    for kind in optimizer.KINDS:
+        files = locate_weights(checkpoint / "optimizer", kind)
+        if absent := [name for name in shapes if name not in files]:
+            raise ValueError(f"{checkpoint}/optimizer: {kind} of {absent[0]} is missing; the checkpoint is of another model")
+        kinds[kind] = read_shards(files, shapes, optimizer.dims, optimizer.grid, None, device)
+    optimizer.load_state(kinds, updates)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -231,16 +276,16 @@ def settings(a: argparse.Namespace) -> dict:
             if name not in FREE_TO_CHANGE}
 
 
-def load_progress(a: argparse.Namespace) -> tuple[Path | None, int]:
-    """Newest checkpoint of `--out` and its step, or (None, 0). Raises ValueError if it belongs to another run."""
+def load_progress(a: argparse.Namespace) -> tuple[Path | None, int, int]:
+    """Newest checkpoint of `--out`, its step and updates, or (None, 0, 0). ValueError if it belongs to another run."""
     found = checkpoints(a.out)
     if not a.resume:
         if a.out.exists() and any(a.out.iterdir()):
             raise ValueError(f"--out {a.out}: holds an earlier run; add --resume to continue it, or choose another directory")
-        return None, 0
+        return None, 0, 0
     if not found:
-        print(f"{a.out} holds no checkpoint to resume from: starting at the first step")
-        return None, 0
+        print_once(f"{a.out} holds no checkpoint to resume from: starting at the first step")
+        return None, 0, 0
     try:
         saved = json.loads((found[-1] / "training.json").read_text())
     except json.JSONDecodeError as error:
@@ -250,14 +295,19 @@ def load_progress(a: argparse.Namespace) -> tuple[Path | None, int]:
         if saved["settings"].get(name) != value:
             raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in {a.out} has "
                              f"{saved['settings'].get(name)!r}; resume with the same settings or choose another --out")
-    return found[-1], saved["step"]
+    return found[-1], saved["step"], saved["updates"]
 
 
 class Metrics:
-    """metrics.jsonl: one line a step or validation, flushed; a resumed run first drops what it will do again."""
+    """metrics.jsonl: one line a step or validation, flushed; a resumed run first drops what it will do again.
 
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
+    Only the first rank writes; the others' file is None.
+    """
+
+    def __init__(self, path: Path, step: int, is_first: bool) -> None:
+        self.file, kept = None, []
+        if not is_first:
+            return
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -267,8 +317,9 @@ class Metrics:
         self.file = path.open("a")
 
     def write(self, **values) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -276,31 +327,48 @@ class Metrics:
 
 def validate(model: Llama, dataset, sequences: int, buckets: int, masked: bool, device: str) -> tuple[float, list[float]]:
     """Mean held-out loss, and by equal ranges of positions: where a window ends, the curve jumps."""
-    total, count = torch.zeros(dataset.sequence_length), torch.zeros(dataset.sequence_length)
-    for index in range(sequences):
+    grid, sums = model.grid, torch.zeros(2, dataset.sequence_length, dtype=torch.float64, device=device)
+    for index in range(grid.dp_rank, sequences, grid.dp):
         batch = data.batch(dataset, index, 1)
         ids = batch.document_ids.to(device) if masked else None
-        losses = model.token_losses(batch.tokens.to(device), batch.targets.to(device), ids)  # (1, S)
-        total += losses[0].cpu()
-        count += batch.targets[0] != -100
+        targets = batch.targets.to(device)
+        sums[0] += model.token_losses(batch.tokens.to(device), targets, ids)[0]  # (S,)
+        sums[1] += targets[0] != -100
+    total, count = grid.all_reduce(sums, "dp").cpu()
     parts = list(zip(total.tensor_split(buckets), count.tensor_split(buckets)))
     by_bucket = [(t.sum() / n.sum()).item() if n.sum() else None for t, n in parts]
     return (total.sum() / count.sum().clamp(min=1)).item(), by_bucket
 
 
 def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch, a: argparse.Namespace) -> tuple[float, int]:
-    """Accumulate one global batch's gradients in the optimizer: (mean loss over its targets, positions computed)."""
+    """Accumulate one global batch's gradients in the optimizer, from this replica's rows of it.
+
+    Returns the mean loss over the whole batch's targets and the positions computed, the same on every rank.
+    """
     optimizer.zero_gradients()
-    valid = max(1, int((batch.targets != -100).sum()))  # over the whole batch, before any backward
-    total, positions = 0.0, 0
+    valid = torch.tensor(int((batch.targets != -100).sum()), device=a.device)
+    valid = max(1, int(model.grid.all_reduce(valid, "dp")))  # over the whole batch, before any backward
+    total = torch.zeros(2, dtype=torch.float64, device=a.device)  # summed loss, positions
     for rows in torch.arange(len(batch.tokens)).split(a.micro_batch_size):
         last = (batch.targets[rows] != -100).any(0).nonzero()[-1:]  # what follows the last target, padding say, changes nothing
         used = int(last.sum()) + 1
         part = [x[rows, :used].to(a.device) for x in (batch.tokens, batch.targets, batch.document_ids)]
         loss, _ = model.loss(*part[:2], part[2] if a.cross_document_mask else None)
         (loss / valid).backward()
-        total, positions = total + loss.detach(), positions + part[0].numel()
-    return float(total) / valid, positions
+        total += torch.stack((loss.detach().double(), total.new_tensor(part[0].numel())))
+    loss, positions = model.grid.all_reduce(total, "dp").tolist()
+    return loss / valid, int(positions)
+
+
+def stop_requested(stop: list[int], grid: Grid, device: str) -> bool:
+    """Whether any rank has received a signal: all agree, so all stop after the same step."""
+    return bool(grid.all_reduce(torch.tensor(len(stop), device=device), "all"))
+
+
+def print_line(bar: tqdm, text: str) -> None:
+    """A line above the progress bar, on the first rank."""
+    if not bar.disable:
+        bar.write(text)
 
 
 def peak_memory_gib(device: str) -> float:
@@ -326,12 +394,15 @@ def signals_received() -> Iterator[list[int]]:
 def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argparse.Namespace, first_step: int,
           stop: list[int]) -> int:
     """Steps first_step + 1 ... a.steps, then a checkpoint; returns the last step made: a signal in `stop` ends it early."""
-    metrics = Metrics(a.out / "metrics.jsonl", first_step)
-    bar = tqdm(range(first_step + 1, a.steps + 1), initial=first_step, total=a.steps, desc=a.out.name, mininterval=1.0)
-    step = first_step
+    grid = model.grid
+    metrics = Metrics(a.out / "metrics.jsonl", first_step, grid.is_first)
+    bar = tqdm(range(first_step + 1, a.steps + 1), initial=first_step, total=a.steps, desc=a.out.name, mininterval=1.0,
+               disable=not grid.is_first)
+    step, share = first_step, a.batch_size // grid.dp
     for step in bar:
         start = time.perf_counter()
-        loss, positions = training_step(model, optimizer, data.batch(training, (step - 1) * a.batch_size, a.batch_size), a)
+        batch = data.batch(training, (step - 1) * a.batch_size + grid.dp_rank * share, share)
+        loss, positions = training_step(model, optimizer, batch, a)
         rate = learning_rate(step, a)
         try:
             if not math.isfinite(loss):
@@ -350,23 +421,28 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
                                          a.cross_document_mask, a.device)
             metrics.write(step=step, validation_loss=mean, validation_loss_by_position=by_position)
             shown = " ".join("-" if value is None else f"{value:.2f}" for value in by_position)
-            bar.write(f"step {step}: held-out loss {mean:.3f}; by position {shown}")
-        if stop or step == a.steps or a.checkpoint_every and step % a.checkpoint_every == 0:
+            print_line(bar, f"step {step}: held-out loss {mean:.3f}; by position {shown}")
+        stopping = stop_requested(stop, grid, a.device)
+        if stopping or step == a.steps or a.checkpoint_every and step % a.checkpoint_every == 0:
             path = save_checkpoint(a.out, step, model, optimizer, a)
-        if stop:
-            bar.write(f"stopped by a signal after step {step}; continue with --resume from {path}")
+        if stopping:
+            print_line(bar, f"stopped by a signal after step {step}; continue with --resume from {path}")
             break
     return step
 
 
 def run(a: argparse.Namespace, build_datasets) -> None:
-    """Check everything, build everything, train, and leave `final`: the whole of a stage."""
+    """Check everything, build everything, train, and leave `final`: the whole of a stage.
+
+    Up to `Grid.create` nothing is written, and every rank finds the same; from there on they go in step.
+    """
     check_arguments(a)
-    grid = Grid.create()
+    a.resume = a.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
     a.tokenizer = a.tokenizer or a.model
     if a.tokenizer is None:
         raise ValueError("--tokenizer is needed with --config: the directory of the tokenizer the corpus was prepared with")
     config, tokenizer = starting_config(a), data.load_tokenizer(a.tokenizer)
+    check_grid(a.tp, a.cp, launched()[1], config.shards())
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"--tokenizer {a.tokenizer} has {tokenizer.n_vocab} tokens, but the model's vocab_size is "
                          f"{config.vocab_size}; use the model's own tokenizer")
@@ -375,12 +451,16 @@ def run(a: argparse.Namespace, build_datasets) -> None:
         raise ValueError(f"--validation-buckets {a.validation_buckets} is more than --sequence-length {a.sequence_length}")
     paths = [path for path, _ in weighted_paths("--data", a.data)]
     a.data = [[text, data.digest(path)] for text, path in zip(a.data, paths)]  # what a resumed run must find again
-    checkpoint, step = load_progress(a)
+    checkpoint, step, updates = load_progress(a)
     if (a.out / "final" / "config.json").exists():
-        print(f"{a.out}/final is already there; nothing to do")
+        print_once(f"{a.out}/final is already there; nothing to do")
         return
-    if a.dtype == "auto":
-        a.dtype = str(faster_dtype(a.device)).removeprefix("torch.")
+    if a.dtype != "auto":
+        attention_kernel(a.device, getattr(torch, a.dtype))
+    grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+    if a.dtype == "auto":  # the first rank's finding holds for all
+        is_fast = torch.tensor(int(faster_dtype(a.device) == torch.bfloat16), device=a.device)
+        a.dtype = "bfloat16" if grid.broadcast(is_fast) else "float32"
     dtype = getattr(torch, a.dtype)
     if checkpoint or a.model:
         model = Llama.from_pretrained(checkpoint or a.model, grid, dtype, a.device, None if checkpoint else config.rope_scaling)
@@ -390,19 +470,22 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     model.config, model.recompute = replace(model.config, hf=model.config.hf | {"eos_token_id": stops}), a.recompute
     optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay)
     if checkpoint:
-        optimizer.load_state_dict(load_file(checkpoint / "optimizer.safetensors"))
+        load_optimizer(checkpoint, optimizer, updates, a.device)
     a.out.mkdir(parents=True, exist_ok=True)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.2f}M parameters, {a.dtype} on {a.device}, window {config.max_position_embeddings}, "
-          f"rope {config.rope_scaling.kind}, {a.batch_size} x {a.sequence_length} tokens a step"
-          + (f", resumed after step {step}" if checkpoint else ""))
+    parameters = sum(torch.Size(shape).numel() for shape, _ in optimizer.shapes().values())
+    print_once(f"{parameters / 1e6:.2f}M parameters, {a.dtype} on {a.device}, window {config.max_position_embeddings}, "
+               f"rope {config.rope_scaling.kind}, {a.batch_size} x {a.sequence_length} tokens a step"
+               + (f", resumed after step {step}" if checkpoint else ""))
+    print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {attention_kernel(a.device, dtype)}")
     with signals_received() as stop:
         step = train(model, optimizer, training, validation, a, step, stop)
     if step == a.steps:
-        with data.complete_or_absent(a.out / "final") as aside:
+        with data.complete_or_absent(a.out / "final") if grid.is_first else nullcontext(a.out / "final") as aside:
             model.save_pretrained(aside)
-            copy_tokenizer(a.tokenizer, aside, model.config)
-        print(f"wrote {a.out}/final")
+            if grid.is_first:
+                copy_tokenizer(a.tokenizer, aside, model.config)
+        print_once(f"wrote {a.out}/final")
+    grid.close()
 
 
 def main(parser: argparse.ArgumentParser, build_datasets, argv: list[str] | None = None) -> None:
@@ -410,7 +493,7 @@ def main(parser: argparse.ArgumentParser, build_datasets, argv: list[str] | None
     try:
         run(parser.parse_args(argv), build_datasets)
     except (ValueError, OSError, ArithmeticError) as error:
-        raise SystemExit(f"error: {error}") from None
+        finish(error)
 
 
 if __name__ == "__main__":

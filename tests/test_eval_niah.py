@@ -14,6 +14,7 @@ import data
 import eval_niah
 from eval_niah import build_prompt, cell_prompt, evaluate, exact_number_match
 from model import Llama, ModelConfig
+from parallel import Grid
 
 TEXT = "".join(f"{a} {b} went home\n    and said: {b}, {a}!\n" for a in ("Anna", "Bo", "Cyd", "Dee", "Émile")
                for b in ("quickly", "the old way", "naïvely", "again", "日本 style") for _ in range(6))
@@ -53,6 +54,8 @@ class Oracle:
     """Reads the fact and the question, and continues the lead with `change(number)`. Its hidden states are
     (B, S, 1): the token it would say next."""
 
+    grid = Grid()
+
     def __init__(self, tokenizer, change=lambda number: number):
         self.tokenizer, self.change, self.head_rows = tokenizer, change, []
 
@@ -70,8 +73,11 @@ class Oracle:
             hidden[row, start:start + len(said), 0] = torch.tensor(said, dtype=torch.float32)
         return hidden
 
+    def hidden_at(self, tokens, places):
+        return self.hidden_states(tokens).gather(1, places[..., None])  # (B, n, 1)
+
     def logits(self, hidden):
-        self.head_rows.append(hidden.shape[0])
+        self.head_rows.append(hidden.shape[:-1].numel())
         return F.one_hot(hidden[..., 0].long(), self.tokenizer.n_vocab).float()
 
 
@@ -105,7 +111,7 @@ def test_random_answers_score_0_percent(tokenizer, haystack):
     class Random(Oracle):
         def logits(self, hidden):
             generator = torch.Generator().manual_seed(1)
-            return torch.randn(hidden.shape[0], tokenizer.n_vocab + 9, generator=generator)
+            return torch.randn(*hidden.shape[:-1], tokenizer.n_vocab + 9, generator=generator)
 
     assert accuracy(Random(tokenizer), tokenizer, haystack) == [0.0, 0.0]
 
