@@ -1,0 +1,100 @@
+"""Worker: train a model on a grid and in one process from the same weights and batches, and report how far apart they are.
+
+    torchrun --standalone --nproc-per-node 4 tests/distributed/grids.py results.json 2,1 1,2 ...      # tp,cp pairs
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import Batch
+from model import Llama, ModelConfig
+from parallel import Grid, ShardedAdamW, shard_dims, unshard, zigzag_positions
+from train import training_step
+
+SEQUENCE, ROWS, STEPS = 48, 4, 3
+CONFIG = {"model_type": "llama", "vocab_size": 96, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2,
+          "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 64,
+          "attention_bias": True, "initializer_range": 0.1}
+
+
+def make_model(tied: bool, dtype: torch.dtype, grid: Grid) -> Llama:
+    """Every parameter away from 0 and 1, biases and norms too, the same whatever the grid."""
+    model = Llama(ModelConfig.from_hf(CONFIG | {"tie_word_embeddings": tied}), grid).initialise(3)
+    dims = shard_dims(model)
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.ndim == 1:
+            whole = torch.randn(unshard(parameter.detach(), dims[name], grid).shape, generator=torch.Generator().manual_seed(i))
+            parameter.data += 0.3 * (whole if dims[name] is None else whole.chunk(grid.tp)[grid.tp_rank])
+    return model.to(dtype)
+
+
+def make_batch(step: int, grid: Grid) -> Batch:
+    """Random tokens; a third of the targets masked, all of the last replica's, and all at the places of the ring's rank 0."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(96, (ROWS, SEQUENCE + 1), generator=generator)
+    targets = tokens[:, 1:].clone()
+    targets[torch.rand(targets.shape, generator=generator) < 0.3] = -100
+    targets[0, 5:] = -100  # rows of very different weight
+    if grid.dp > 1:
+        targets[ROWS - ROWS // grid.dp:] = -100
+    if grid.cp > 1:
+        targets[:, zigzag_positions(SEQUENCE, Grid(cp=grid.cp))] = -100
+    return Batch(tokens[:, :-1].contiguous(), targets, torch.zeros_like(targets))
+
+
+def rows(batch: Batch, grid: Grid) -> Batch:
+    share = ROWS // grid.dp
+    return Batch(*(x[grid.dp_rank * share:(grid.dp_rank + 1) * share] for x in batch))
+
+
+def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[str, float]:
+    """Relative errors against one process; of a tensor: norm of the difference / norm."""
+    options = argparse.Namespace(micro_batch_size=micro_batch, cross_document_mask=False, device="cpu")
+    alone = Grid()
+    models = [make_model(tied, dtype, g) for g in (grid, alone)]
+    optimizers = [ShardedAdamW(m, g) for m, g in zip(models, (grid, alone))]
+    errors = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
+
+    def note(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        error = (ours - theirs).norm() / theirs.norm()
+        errors[what] = max(errors[what], float("inf") if error.isnan() else error.item())
+
+    def whole(name: str, x: torch.Tensor) -> torch.Tensor:
+        return unshard(x, optimizers[0].dims[name], grid)
+
+    for step in range(STEPS):
+        batch = make_batch(step, grid)
+        losses, norms = [], []
+        for model, optimizer, part in zip(models, optimizers, (rows(batch, grid), batch)):
+            losses.append(training_step(model, optimizer, part, options)[0])
+        for name, theirs in optimizers[1].parameters.items():
+            ours = grid.all_reduce(optimizers[0].parameters[name].grad.clone(), "dp_cp")
+            if optimizers[0].dims[name] is None:
+                grid.all_reduce(ours, "tp")
+            note("gradients", whole(name, ours), theirs.grad)
+        for optimizer in optimizers:
+            norms.append(optimizer.step(1e-4, max_norm=1.0))
+        note("loss", *map(torch.tensor, losses))
+        note("norm", *map(torch.tensor, norms))
+    for name, theirs in optimizers[1].parameters.items():
+        note("weights", whole(name, optimizers[0].parameters[name].detach()), theirs.detach())
+    return {what: grid.all_reduce(torch.tensor(error), "all", dist.ReduceOp.MAX).item() for what, error in errors.items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = {}
+    for text in sys.argv[2:]:
+        grid = Grid.create(*map(int, text.split(",")))
+        for dtype in (torch.float32, torch.float64):
+            for tied in (False, True):
+                errors = run(grid, tied, dtype, micro_batch=1 if tied else ROWS // grid.dp)
+                key = f"{grid.tp},{grid.cp},{grid.dp} {str(dtype).removeprefix('torch.')} {'tied' if tied else 'untied'}"
+                found[key] = errors
+    if grid.is_first:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    grid.close()
