@@ -598,7 +598,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
 
     q (B, H, 1, D), the same on every cp rank; k and v (B, Hkv, N, D), this rank's N >= 0 -> (B, H, 1, D) on every rank.
     """
-    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
     if k.shape[2]:
         out, lse = block_forward(q, k, v, causal=False)
     share = grid.all_gather(lse, "cp").softmax(0)[..., None]  # (cp, B, H, 1, 1)

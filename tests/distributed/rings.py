@@ -1,0 +1,89 @@
+"""Worker: ring attention on all processes against dense attention in float64.
+
+    torchrun --standalone --nproc-per-node 3 tests/distributed/rings.py results.json parallel.py [mutated.py ...]
+"""
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+HEADS = [(4, 4), (8, 2), (8, 1)]
+
+
+def load(file: str):
+    """A module from a file of any name."""
+    name = Path(file).stem
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
+    sys.modules[name] = module
+    module.__spec__.loader.exec_module(module)
+    return module
+
+
+def inputs(batch: int, heads: int, kv_heads: int, length: int, width: int, dtype: torch.dtype, scale: float) -> list:
+    """q, k, v and the gradient of the output; `scale` makes the scores large."""
+    generator = torch.Generator().manual_seed(heads + kv_heads)
+    shapes = [(batch, n, length, width) for n in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, d_out = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [x.to(dtype) for x in (q * scale, k, v, d_out)]
+
+
+def dense(q, k, v, d_out) -> dict[str, torch.Tensor]:
+    """SDPA and its gradients in float64, and the log-sum-exp written out."""
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    gradients = torch.autograd.grad(out, (q, k, v), d_out.double())
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) / math.sqrt(q.shape[3])
+    lse = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool).triu(1), -torch.inf).logsumexp(-1)
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *gradients)))
+
+
+def ring(parallel, grid, q, k, v, d_out) -> dict[str, torch.Tensor]:
+    """The same, by a module's ring attention on this rank's shards, put together."""
+    q, k, v, d_out = (parallel.zigzag_shard(x, grid, 2) for x in (q, k, v, d_out))
+    lse = parallel.ring_forward(q, k, v, grid)[1]
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = parallel.ring_attention(*leaves, grid)
+    shards = (out.detach(), lse, *torch.autograd.grad(out, leaves, d_out))
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (parallel.zigzag_unshard(x, grid, 2) for x in shards)))
+
+
+def errors(parallel, grid, *arguments) -> dict[str, float]:
+    """Norm of the difference / norm, of each result."""
+    given = inputs(*arguments)
+    expected = dense(*given)
+    found = ring(parallel, grid, *given)
+    return {name: float((found[name].double() - x).norm() / x.norm()) for name, x in expected.items()}
+
+
+def decode_error(parallel, grid) -> float:
+    """One token over keys of which every rank has another number, the last one none (but on a ring of one)."""
+    q, k, v, _ = inputs(3, 8, 2, 40, 16, torch.float64, 1.0)
+    borders = [round(40 * (rank / max(1, grid.cp - 1)) ** 2) for rank in range(grid.cp)] + [40] if grid.cp > 1 else [0, 40]
+    mine = slice(borders[grid.cp_rank], borders[grid.cp_rank + 1])
+    found = parallel.decode_attention(q[:, :, -1:], k[:, :, mine], v[:, :, mine], grid)
+    expected = F.scaled_dot_product_attention(q[:, :, -1:], k, v, enable_gqa=True)
+    return float((found - expected).abs().max())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found, worst = {}, 0.0
+    for file in sys.argv[2:]:
+        parallel = load(file)
+        grid = parallel.Grid.create(cp=parallel.launched()[1])
+        case = found[Path(file).stem] = {}
+        for heads in HEADS:
+            for scale in (1.0, 400.0):  # scores up to thousands: exp of a raw log-sum-exp overflows
+                case[f"float64 {heads[0]}:{heads[1]} x{scale:g}"] = errors(
+                    parallel, grid, 3, *heads, 2 * grid.cp * 5, 16, torch.float64, scale)
+        case["bfloat16"] = errors(parallel, grid, 1, 4, 2, 960, 64, torch.bfloat16, 1.0)
+        case["decode"] = {"out": decode_error(parallel, grid)}
+    if grid.is_first:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.destroy_process_group()

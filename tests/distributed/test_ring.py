@@ -1,0 +1,63 @@
+"""Ring attention alone: exact for every ring size, and the tests notice when it is not."""
+import math
+
+import pytest
+from launch import ROOT, results
+
+SIZES = (1, 2, 3, 4, 8)
+MUTATIONS = {  # the classic bugs, as a change of parallel.py: what is there, what is put in its place
+    "wrong_hop": ("(grid.cp_rank - hop) % grid.cp, q.shape[2])\n        part, ",
+                  "(grid.cp_rank + hop) % grid.cp, q.shape[2])\n        part, "),
+    "backward_reuses_the_first_keys": ("            kv = arrives()\n    dk, dv", "            arrives()\n    dk, dv"),
+    "dropped_dk": ("            d_kv[0][:, :, keys] += parts[1]\n", ""),
+    "dropped_dv": ("            d_kv[1][:, :, keys] += parts[2]\n", ""),
+    "gradients_never_come_home": ("gradients_arrive = grid.post_hop(d_kv, tag=1)",
+                                  "gradients_arrive = (lambda kept: lambda: kept)(d_kv)"),
+    "bfloat16_lse": ("lse.sub_(F.logsigmoid(lse - part_lse))", "lse.sub_(F.logsigmoid(lse - part_lse)).copy_(lse.bfloat16())"),
+    "raw_exponentials": ("share = torch.sigmoid(part_lse - lse)", "share = part_lse.exp() / (part_lse.exp() + lse.exp())"),
+    "wrong_half": ("(everything, slice(half)) if source", "(everything, slice(half, None)) if source"),
+    "mask_on_every_hop": ("kv[1][:, :, keys], causal=hop == 0)", "kv[1][:, :, keys], causal=True)"),
+    "lse_of_the_last_block": ("lse[:, :, rows], part, part_lse)", "lse[:, :, rows].clone(), part, part_lse)"),
+    "unsharded_positions": ("chunks[-1 - grid.cp_rank]", "chunks[grid.cp_rank]"),
+}
+
+
+def wrong(case: dict) -> list[str]:
+    """Which float64 results are further than 1e-10 from dense attention."""
+    return [f"{name} {what}" for name, found in case.items() if name != "bfloat16"
+            for what, error in found.items() if math.isnan(error) or error > 1e-10]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return {size: results(size, "rings.py", ROOT / "parallel.py")["parallel"] for size in SIZES}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ring_equals_dense_attention_in_float64(measured, size):
+    """out, lse, dQ, dK, dV; grouped heads 1:1, 4:1, 8:1; batch 3; scores up to thousands; decoding over uneven shards."""
+    assert wrong(measured[size]) == [] and len(measured[size]) == 8
+
+
+def test_bfloat16_error_does_not_grow_with_the_ring(measured, capsys):
+    with capsys.disabled():
+        print("\n| ring size | out | lse | dQ | dK | dV |\n|---|---|---|---|---|---|")
+        for size in SIZES:
+            print(f"| {size} | " + " | ".join(f"{error:.1e}" for error in measured[size]["bfloat16"].values()) + " |")
+    for size in SIZES:
+        for what, error in measured[size]["bfloat16"].items():
+            assert error <= max(1.5 * measured[1]["bfloat16"][what], 1e-5), (size, what)
+
+
+def test_every_classic_bug_is_noticed(tmp_path):
+    """Each mutation of parallel.py makes at least one of the comparisons above fail, on a ring of three."""
+    source = (ROOT / "parallel.py").read_text()
+    files = []
+    for name, (old, new) in MUTATIONS.items():
+        assert source.count(old) == 1, name
+        files.append(tmp_path / f"{name}.py")
+        files[-1].write_text(source.replace(old, new))
+    found = results(3, "rings.py", *files)
+    assert list(found) == list(MUTATIONS)
+    unnoticed = [name for name, case in found.items() if not wrong(case)]
+    assert unnoticed == []
