@@ -44,6 +44,11 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def restarts() -> int:
+    """How often torchrun --max-restarts has started this job anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def print_once(text: str) -> None:
     """Print on the first process only."""
     if launched()[0] == 0:
@@ -67,8 +72,8 @@ def check_grid(tp: int, cp: int, world: int, shards: dict[str, int] | None = Non
         if value < 1:
             raise ValueError(f"{option} {value} is too small; the least is 1")
     if world % (tp * cp):
-        raise ValueError(f"--tp {tp} x --cp {cp} = {tp * cp} does not divide the number of processes, {world}; start "
-                         f"{nearest_multiples(world, tp * cp)} with torchrun --standalone --nproc-per-node N, or change one")
+        raise ValueError(f"--tp {tp} x --cp {cp} = {tp * cp} does not divide the number of processes, {world}; change them or "
+                         f"start {nearest_multiples(world, tp * cp)} (torchrun --standalone --nproc-per-node N)")
     shards = shards or {}
     fits = [n for n in range(1, max([tp, *shards.values()]) + 1) if not any(size % n for size in shards.values())]
     for name, size in shards.items():
@@ -126,6 +131,7 @@ class Grid:
         if not dist.is_initialized():
             patience = timedelta(seconds=2 * timeout + 60)  # later than our own watch, which can name the rank
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+            store = dist.PrefixStore(f"attempt {restarts()}", store)  # a restarted job must not find its dead ranks' addresses
             store.set(f"communications/{rank}", "0")
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience)
             threading.Thread(target=grid._watch, args=(store, timeout), daemon=True).start()
@@ -249,7 +255,7 @@ class Grid:
                     time.sleep(2.0)
                     cause = "it does not answer: stopped, or its machine is gone"
                 if store.add("named", 1) == 1:
-                    print(f"error: rank {', '.join(map(str, behind))} has made no progress for {timeout:g} s while others "
+                    print(f"\nerror: rank {', '.join(map(str, behind))} has made no progress for {timeout:g} s while others "
                           f"wait; {cause}", file=sys.stderr, flush=True)
                 os._exit(1)
 

@@ -41,6 +41,7 @@ from parallel import (
     launched,
     nearest_multiples,
     print_once,
+    restarts,
 )
 from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
@@ -437,7 +438,7 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     Up to `Grid.create` nothing is written, and every rank finds the same; from there on they go in step.
     """
     check_arguments(a)
-    a.resume = a.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
+    a.resume = a.resume or restarts() > 0  # by torchrun --max-restarts
     a.tokenizer = a.tokenizer or a.model
     if a.tokenizer is None:
         raise ValueError("--tokenizer is needed with --config: the directory of the tokenizer the corpus was prepared with")

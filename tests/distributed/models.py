@@ -1,0 +1,43 @@
+"""Worker: what a model on a grid computes and saves, against one process.
+
+    torchrun --standalone --nproc-per-node 4 tests/distributed/models.py results.json MODEL_DIR PLACE 2,2 1,4 ...     # tp,cp
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from model import Llama
+from parallel import Grid, shard_dims, whole_shape
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    alone = Llama.from_pretrained(sys.argv[2])
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(alone.config.vocab_size, (2, 37), generator=generator)  # no grid divides 37
+    targets = tokens.roll(-1, 1).masked_fill(torch.rand(tokens.shape, generator=generator) < 0.3, -100)
+    found = {}
+    for text in sys.argv[4:]:
+        grid = Grid.create(*map(int, text.split(",")))
+        model = Llama.from_pretrained(sys.argv[2], grid)
+        dims = shard_dims(model)
+        with torch.no_grad():
+            differences = {
+                "logits": model(tokens) - alone(tokens),
+                "token_losses": model.token_losses(tokens, targets) - alone.token_losses(tokens, targets),
+                "loss": model.loss(tokens, targets)[0] - alone.loss(tokens, targets)[0],
+                "hidden_at": model.hidden_at(tokens, torch.tensor([[0, 36], [17, 5]]))
+                - alone.hidden_at(tokens, torch.tensor([[0, 36], [17, 5]]))}
+        model.save_pretrained(Path(sys.argv[3]) / text, max_shard_bytes=20_000)
+        found[text] = {name: float(x.abs().max()) for name, x in differences.items()} | {
+            "greedy": [model.generate(tokens[:, :length], 12).tolist() for length in (1, 2, 37)],
+            "sampled": model.generate(tokens, 12, temperature=1.0, top_p=0.9, seed=5).tolist(),
+            "held": sum(p.numel() for p in model.parameters()),
+            "cut": sum(p.numel() for n, p in model.named_parameters() if dims[n] is not None),
+            "whole": sum(torch.Size(whole_shape(p.shape, dims[n], grid)).numel() for n, p in model.named_parameters())}
+    found["alone"] = {"greedy": [alone.generate(tokens[:, :length], 12).tolist() for length in (1, 2, 37)],
+                      "sampled": alone.generate(tokens, 12, temperature=1.0, top_p=0.9, seed=5).tolist()}
+    if grid.is_first:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    grid.close()

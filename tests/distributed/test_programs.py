@@ -1,0 +1,219 @@
+"""The commands on several processes: models, checkpoints across grids, evaluation, ranks that die or hang, wrong grids."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, results, torchrun
+
+import data
+import eval_niah
+import train
+from model import Llama, ModelConfig
+
+CONFIG = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
+          "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 256, "tie_word_embeddings": True,
+          "initializer_range": 0.2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tokenizer, a corpus, a haystack, a config and a model directory."""
+    place = tmp_path_factory.mktemp("work")
+    texts = [f"def function_{i}(value):\n    return value * {i} + {i * i}\n" * (1 + i % 7) for i in range(120)]
+    tokenizer = data.train_bpe(texts, 272, place / "tokenizer")
+    (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data.prepare_corpus([("code", place / "text.jsonl")], tokenizer, place / "corpus", holdout_window=0)
+    (place / "haystack.txt").write_text("\n".join(f"The hill of {word} is green in every month." for word in "abcdefghij" * 30))
+    config = CONFIG | {"vocab_size": -(-tokenizer.n_vocab // 4) * 4}
+    (place / "config.json").write_text(json.dumps(config))
+    Llama(ModelConfig.from_hf(config)).initialise(0).save_pretrained(place / "model", max_shard_bytes=20_000)
+    shutil.copyfile(place / "tokenizer" / "tokenizer.model", place / "model" / "tokenizer.model")
+    return place
+
+
+def options(place: Path, out: Path, *more) -> list[str]:
+    return ["--config", place / "config.json", "--tokenizer", place / "tokenizer", "--data", place / "corpus", "--device", "cpu",
+            "--dtype", "float32", "--sequence-length", 64, "--batch-size", 4, "--learning-rate", "1e-3", "--out", out,
+            "--validation-sequences", 3, *more]
+
+
+def records(out: Path, key: str = "loss") -> list:
+    lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize("processes, grids", [(4, ["4,1", "2,2", "1,4", "2,1"]), (3, ["1,3"])])
+def test_model_on_a_grid_computes_generates_and_saves_what_one_process_does(place, tmp_path, processes, grids):
+    """A shard of the wrong dimension, a cache with padding in it, a decode merged by the wrong weights, a rank that draws alone."""
+    found = results(processes, "models.py", place / "model", tmp_path, *grids)
+    written = {name: content for name, content in files(place / "model").items() if name != "tokenizer.model"}
+    for grid in grids:
+        case, tp = found[grid], int(grid[0])
+        assert max(case[name] for name in ("logits", "token_losses", "loss", "hidden_at")) < 1e-3  # logits reach 40
+        assert case["greedy"] == found["alone"]["greedy"] and case["sampled"] == found["alone"]["sampled"]
+        assert files(tmp_path / grid) == written and len(written) > 5
+        assert case["cut"] * tp + case["held"] - case["cut"] == case["whole"]
+        assert case["held"] - case["cut"] == 5 * 32  # the norms of two layers and the last one
+
+
+@pytest.fixture(scope="module")
+def four_ranks(place):
+    """Six steps on tp 2 x cp 2, with a checkpoint after the third."""
+    done = torchrun(4, "train.py", *options(place, place / "four", "--tp", 2, "--cp", 2, "--steps", 6, "--checkpoint-every", 3))
+    assert done.returncode == 0, done.stderr
+    return place / "four"
+
+
+@pytest.mark.parametrize("processes, tp, cp, micro", [(4, 2, 2, 4), (1, 1, 1, 2), (4, 1, 2, 1), (4, 4, 1, 4)])
+def test_checkpoint_of_one_grid_continues_on_every_other(place, four_ranks, tmp_path, processes, tp, cp, micro):
+    """Same grid: every file equal to the last bit. Another: the next losses to 1e-6."""
+    out = tmp_path / "run"
+    shutil.copytree(four_ranks, out, ignore=shutil.ignore_patterns("final", "checkpoint-00000006"))
+    done = torchrun(processes, "train.py", *options(place, out, "--tp", tp, "--cp", cp, "--micro-batch-size", micro, "--steps", 6,
+                                                    "--checkpoint-every", 3, "--resume"))
+    assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr
+    if (tp, cp) == (2, 2):
+        assert records(out) == records(four_ranks) and files(out / "final") == files(four_ranks / "final")
+        state = "checkpoint-00000006/optimizer"
+        assert files(out / state) == files(four_ranks / state)
+    for key in ("loss", "gradient_norm", "validation_loss"):
+        assert records(out, key) == pytest.approx(records(four_ranks, key), rel=1e-6 if key != "gradient_norm" else 1e-5)
+
+
+def test_cross_document_mask_on_tensor_and_data_parallel_ranks(place, tmp_path):
+    more = ("--steps", 3, "--cross-document-mask")
+    train.main(train.stage1_parser(), train.stage1_datasets, list(map(str, options(place, tmp_path / "one", *more))))
+    done = torchrun(4, "train.py", *options(place, tmp_path / "four", *more, "--tp", 2))
+    assert done.returncode == 0 and "dp 2 x cp 1 x tp 2" in done.stdout, done.stderr
+    assert records(tmp_path / "four") == pytest.approx(records(tmp_path / "one"), rel=1e-6)
+
+
+def test_needle_evaluation_gives_identical_answers_on_1_2_and_4_ranks(place, tmp_path):
+    """Prompts of lengths that no grid divides, a number of prompts that two replicas do not share evenly."""
+    arguments = [place / "model", "--haystack", place / "haystack.txt", "--lengths", 151, 250, "--depths", 3, "--samples", 1,
+                 "--task", "mixed", "--device", "cpu"]
+    eval_niah.main([*map(str, arguments), "--out", str(tmp_path / "1.json")])
+    expected = json.loads((tmp_path / "1.json").read_text())
+    assert len({prompt["given"] for cell in expected["cells"] for prompt in cell["prompts"]}) > 2
+    for processes, grid in ((2, ("--cp", 2)), (4, ("--cp", 2, "--tp", 2)), (4, ("--tp", 2)), (4, ("--cp", 4))):
+        done = torchrun(processes, "eval_niah.py", *arguments, *grid, "--out", tmp_path / "many.json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "many.json").read_text())
+        assert [found[key] for key in ("cells", "means")] == [expected[key] for key in ("cells", "means")]
+
+
+def test_chat_is_the_same_on_several_processes(place):
+    """One answer, printed once."""
+    arguments = ("model.py", place / "model", "--raw", "--prompt", "def function_3(value):", "--max-new-tokens", 20, "--device", "cpu")
+    one, three = torchrun(1, *arguments), torchrun(4, *arguments, "--cp", 4)
+    assert one.returncode == three.returncode == 0, three.stderr
+    assert one.stdout == three.stdout != "\n"
+
+
+# ---------------------------------------------------------------------------------------- ranks that die or hang
+
+
+def start(place: Path, out: Path, *more, restarts: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--max-restarts", str(restarts),
+               "train.py", *map(str, options(place, out, "--cp", 3, "--sequence-length", 48, *more))]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+
+def process_of(out: Path, rank: int) -> int:
+    """Process id of a rank of the job that writes `out`."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments, environment = ((entry / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        if str(out).encode() in arguments and f"RANK={rank}".encode() in environment:
+            return int(entry.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
+def test_a_killed_rank_is_named_and_max_restarts_continues_from_the_last_checkpoint(place, tmp_path):
+    more = ("--steps", 60, "--checkpoint-every", 10)
+    job = start(place, tmp_path / "run", *more, restarts=1)
+    wait_for((tmp_path / "run" / "checkpoint-00000010").is_dir)
+    os.kill(process_of(tmp_path / "run", 2), signal.SIGKILL)
+    messages = job.communicate(timeout=60)[1]
+    assert job.returncode == 0, messages
+    assert re.search(r"failed \(exitcode: -9\) local_rank: 2", messages)
+    whole = torchrun(3, "train.py", *options(place, tmp_path / "whole", "--cp", 3, "--sequence-length", 48, *more))
+    assert whole.returncode == 0 and records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
+def test_a_stopped_rank_ends_the_job_and_is_named(place, tmp_path):
+    job = start(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5, "--timeout", 3)
+    wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
+    stopped = process_of(tmp_path / "run", 1)
+    os.kill(stopped, signal.SIGSTOP)
+    began, lines = time.monotonic(), []
+    for line in job.stderr:
+        lines.append(line)
+        if line.startswith("error:"):
+            break
+    assert lines[-1].startswith("error: rank 1 has made no progress for 3 s") and time.monotonic() - began < 20, lines
+    os.kill(stopped, signal.SIGCONT)  # torchrun would kill it after 30 s
+    job.communicate(timeout=60)
+    assert job.returncode != 0 and train.checkpoints(tmp_path / "run")
+
+
+def test_a_wrong_grid_is_one_line_and_leaves_nothing(place, tmp_path):
+    done = torchrun(4, "train.py", *options(place, tmp_path / "run", "--steps", 1, "--tp", 2, "--cp", 2, "--sequence-length", 60))
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert re.findall("error: .*", done.stderr) == [
+        "error: --sequence-length 60 is not a multiple of 8 (2 x cp x tp); the nearest is 56 or 64"]
+
+
+@pytest.mark.parametrize("tp, cp, world, shards, sequence, message", [
+    (0, 1, 1, {}, None, "--tp 0 is too small; the least is 1"),
+    (1, -1, 1, {}, None, "--cp -1 is too small"),
+    (2, 1, 1, {}, None, "--tp 2 x --cp 1 = 2 does not divide the number of processes, 1; change them or start 2 "),
+    (2, 3, 8, {}, None, "= 6 does not divide the number of processes, 8; change them or start 6 or 12 "),
+    (4, 1, 4, {"heads": 12, "kv_heads": 6}, None, "--tp 4 does not divide the model's kv_heads, 6; the nearest that fits the model is 3 or 6"),
+    (2, 1, 2, {"vocab_size": 49155}, None, "--tp 2 does not divide the model's vocab_size, 49155; the nearest that fits the model is 1 or 3"),
+    (2, 2, 4, {}, 60, "--sequence-length 60 is not a multiple of 8 (2 x cp x tp); the nearest is 56 or 64"),
+    (1, 4, 4, {}, 5, "the nearest is 8"),
+])
+def test_grids_that_cannot_run_are_refused_with_the_nearest_values(tp, cp, world, shards, sequence, message):
+    from parallel import check_grid
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_grid(tp, cp, world, shards, sequence)
+
+
+def test_grid_coordinates_have_tp_fastest():
+    from parallel import Grid
+    grid = [Grid(dp=2, cp=3, tp=2, rank=rank) for rank in range(12)]
+    assert [(g.dp_rank, g.cp_rank, g.tp_rank) for g in grid] == [(d, c, t) for d in range(2) for c in range(3) for t in range(2)]
+    assert grid[0].size("dp_cp") == 6 and grid[0].size("all") == 12 and grid[0].sequence_multiple == 12
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3, 4])
+def test_zigzag_shards_hold_every_position_once_and_equal_work(cp):
+    from parallel import Grid, zigzag_positions
+    positions = [zigzag_positions(24, Grid(cp=cp, rank=rank)) for rank in range(cp)]
+    assert torch.cat(positions).sort()[0].equal(torch.arange(24))
+    assert len({int((p + 1).sum()) for p in positions}) == 1  # keys that a rank's queries see
+    assert cp == 1 or positions[0].tolist() == [*range(12 // cp), *range(24 - 12 // cp, 24)]
