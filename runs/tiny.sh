@@ -2,10 +2,12 @@
 # The whole recipe on a laptop CPU: a base model with a window of 128 tokens, stage 1 to 2,048 with YaRN, stage 2 on short
 # chat samples, and a needle evaluation after each. Real text is this Python's own standard library; nothing is downloaded.
 #     bash runs/tiny.sh [SEED [OUT]]      # SEED 0, OUT out/tiny-SEED; about five minutes on two cores after installing
+#     NPROC=2 bash runs/tiny.sh           # the same with every sequence spread over a ring of 2 processes (or 4, 8)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SEED=${1:-0}
 OUT=${2:-out/tiny-$SEED}
+NPROC=${NPROC:-1}
 if [ -e "$OUT" ]; then echo "error: $OUT already exists; remove it or give another directory" >&2; exit 1; fi
 bash runs/setup.sh
 PATH="$PWD/.venv/bin:$PATH"
@@ -28,32 +30,35 @@ documents retrieval --shortest 64 --length 2045 --most-facts 24 $STAGE1 --count 
 documents retrieval --length 125 --most-facts 4 $STAGE1 --count 2600 --out "$OUT/facts-short"
 documents chat --length 128 --count 2000 --out "$OUT/chat.jsonl"
 
+LAUNCH=python CP=""
+if [ "$NPROC" != 1 ]; then LAUNCH="torchrun --standalone --nproc-per-node $NPROC" CP="--cp $NPROC"; fi
+
 started=$SECONDS
-NEEDLES="--haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((7000 + SEED))"
-COMMON="--seed $SEED --dtype float32 --weight-decay 0.05 --warmup-steps 10"  # float32: any CPU gives these results
+NEEDLES="$CP --haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((7000 + SEED))"
+COMMON="$CP --seed $SEED --dtype float32 --weight-decay 0.05 --warmup-steps 10"  # float32: any CPU gives these results
 
 echo "== base model: 64 tokens first, then its window of 128"
-python train.py --config runs/tiny.json --tokenizer "$OUT/tokenizer" --data "$OUT/facts-64" --separator none \
+$LAUNCH train.py --config runs/tiny.json --tokenizer "$OUT/tokenizer" --data "$OUT/facts-64" --separator none \
   --sequence-length 64 --batch-size 16 --steps 500 --learning-rate 1.5e-3 --final-learning-rate 0.8 \
   --validation-sequences 0 $COMMON --out "$OUT/base-64"
-python train.py --model "$OUT/base-64/final" --data "$OUT/facts-128" --separator none \
+$LAUNCH train.py --model "$OUT/base-64/final" --data "$OUT/facts-128" --separator none \
   --sequence-length 128 --batch-size 16 --steps 500 --learning-rate 1.2e-3 --final-learning-rate 0.05 \
   --validation-sequences 0 $COMMON --out "$OUT/base"
-python eval_niah.py "$OUT/base/final" $NEEDLES --window 128 --out "$OUT/base.json"
-python eval_niah.py "$OUT/base/final" $NEEDLES --rope-kind yarn --rope-factor 16 --original-length 128 --out "$OUT/untrained.json"
+$LAUNCH eval_niah.py "$OUT/base/final" $NEEDLES --window 128 --out "$OUT/base.json"
+$LAUNCH eval_niah.py "$OUT/base/final" $NEEDLES --rope-kind yarn --rope-factor 16 --original-length 128 --out "$OUT/untrained.json"
 
 echo "== stage 1: one step from 128 to 2,048 tokens, YaRN with s = 16, documents up-sampled by length, <s> between them"
-python train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --original-length 128 \
+$LAUNCH train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --original-length 128 \
   --data "$OUT/corpus=0.04" "$OUT/facts-long=0.46" "$OUT/facts-mixed=0.28" "$OUT/facts-short=0.22" --sequence-length 2048 \
   --short-length 1024 --short-weight 0.5 --long-length 2048 --long-weight 2 --steps 700 --learning-rate 8e-4 \
   --final-learning-rate 0.05 --validation-sequences 8 $COMMON --out "$OUT/stage1"
-python eval_niah.py "$OUT/stage1/final" $NEEDLES --window 128 --out "$OUT/stage1.json"
+$LAUNCH eval_niah.py "$OUT/stage1/final" $NEEDLES --window 128 --out "$OUT/stage1.json"
 
 echo "== stage 2: short chat samples (at most 128 tokens), loss on the assistant's words only"
-python sft.py --model "$OUT/stage1/final" --data "$OUT/chat.jsonl" --sequence-length 128 --batch-size 32 --micro-batch-size 32 \
+$LAUNCH sft.py --model "$OUT/stage1/final" --data "$OUT/chat.jsonl" --sequence-length 128 --batch-size 32 --micro-batch-size 32 \
   --steps 40 --learning-rate 1e-4 --validation-sequences 0 $COMMON --out "$OUT/stage2"
-python eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --out "$OUT/stage2.json"
-python eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --prompt chat --out "$OUT/stage2-chat.json"
+$LAUNCH eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --out "$OUT/stage2.json"
+$LAUNCH eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --prompt chat --out "$OUT/stage2-chat.json"
 
 echo "== exact match in %, by prompt length; the base model's window is 128"
 python eval_niah.py --compare "$OUT"/{base,untrained,stage1,stage2,stage2-chat}.json \

@@ -1,0 +1,56 @@
+"""A real checkpoint on a grid of processes against one process: logits and greedy text.
+
+    torchrun --standalone --nproc-per-node 6 benchmarks/grid_parity.py MODEL_DIR --tp 3 --cp 2
+
+float32, 511 tokens of the standard library (a length no grid divides). Exits 1 if logits differ by more than 1e-4.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+from model import Llama, read_config  # noqa: E402
+from parallel import Grid, add_grid_arguments, check_grid, finish, launched  # noqa: E402
+
+
+def run(a: argparse.Namespace) -> None:
+    """Compare on the first rank and print; every rank computes its share."""
+    check_grid(a.tp, a.cp, launched()[1], read_config(a.model).shards())
+    grid = Grid.create(a.tp, a.cp, "cpu", a.timeout)
+    source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()
+    tokens = torch.tensor([data.load_tokenizer(a.model).encode_ordinary(source)[:511]])
+    model = Llama.from_pretrained(a.model, grid, torch.float32)
+    with torch.no_grad():
+        logits, text = model(tokens), model.generate(tokens[:, :65], 64)
+    difference = torch.zeros(())
+    if grid.is_first:
+        alone = Llama.from_pretrained(a.model, dtype=torch.float32)
+        with torch.no_grad():
+            expected, same = alone(tokens), torch.equal(alone.generate(tokens[:, :65], 64), text)
+        difference = (logits - expected).abs().max()
+        print(f"dp {grid.dp} x cp {grid.cp} x tp {grid.tp}: logits differ by at most {difference:.1e} (they reach "
+              f"{expected.abs().max():.0f}), 64 greedy tokens {'equal' if same else 'differ'}; a rank holds "
+              f"{sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in alone.parameters()):.3f} of the weights")
+    grid.broadcast(difference)
+    grid.close()
+    sys.exit(bool(difference > 1e-4))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    add_grid_arguments(parser)
+    try:
+        run(parser.parse_args())
+    except (ValueError, OSError) as error:
+        finish(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Peak memory of a rank in a training step, for context parallel rings of 1, 2 and 4, at fixed S and at fixed S / cp.
+
+    python benchmarks/memory.py                                    # CPU processes, gloo
+    python benchmarks/memory.py --device cuda --length 131072      # one GPU a rank
+
+"above the model": what the step adds to weights, gradients and optimizer state: activations, mostly, which a ring of cp ranks
+shares. On a CPU the peak is the largest resident size of the process (getrusage), on a GPU torch.cuda.max_memory_allocated.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Batch  # noqa: E402
+from model import Llama, ModelConfig  # noqa: E402
+from parallel import Grid, ShardedAdamW  # noqa: E402
+from train import peak_memory_gib, training_step  # noqa: E402
+
+
+def serve(pipe, rank: int, cp: int, port: int, length: int, a: argparse.Namespace) -> None:
+    """Child process: build the model, make one step, answer (GiB before, GiB at the peak, loss)."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cp), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    grid = Grid.create(cp=cp, device=a.device)
+    config = {"vocab_size": 8192, "hidden_size": a.hidden_size, "intermediate_size": 3 * a.hidden_size, "num_hidden_layers": a.layers,
+              "num_attention_heads": a.hidden_size // 64, "num_key_value_heads": max(1, a.hidden_size // 256), "head_dim": 64,
+              "max_position_embeddings": length, "rope_theta": 500000.0, "tie_word_embeddings": True}
+    model = Llama(ModelConfig.from_hf(config), grid).initialise(0).to(a.device, getattr(torch, a.dtype))
+    model.recompute = a.recompute
+    optimizer = ShardedAdamW(model, grid)
+    tokens = torch.randint(8192, (1, length + 1), generator=torch.Generator().manual_seed(0))
+    options = argparse.Namespace(micro_batch_size=1, cross_document_mask=False, device=a.device)
+    before = peak_memory_gib(a.device)
+    loss, _ = training_step(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:])), options)
+    optimizer.step(1e-4, 1.0)
+    pipe.send((before, peak_memory_gib(a.device), loss))
+    grid.close()
+
+
+def measure(cp: int, length: int, a: argparse.Namespace) -> dict:
+    """The rank with the highest peak of a fresh ring of `cp` processes."""
+    context, pipes = multiprocessing.get_context("spawn"), []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(cp):
+        pipe, other = context.Pipe()
+        context.Process(target=serve, args=(other, rank, cp, port, length, a)).start()
+        other.close()  # a child that dies is then an EOFError here
+        pipes.append(pipe)
+    answers = [pipe.recv() for pipe in pipes]
+    before, peak, loss = max(answers, key=lambda answer: answer[1] - answer[0])
+    return {"cp": cp, "length": length, "before": before, "peak": peak, "above": peak - before, "loss": loss}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=16384, help="S where it is fixed; a quarter of it is the fixed S / cp")
+    parser.add_argument("--rings", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--hidden-size", type=int, default=512, help="a multiple of 256")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--recompute", action="store_true", help="recompute each block in backward")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("out/memory.json"))
+    a = parser.parse_args()
+    rows = []
+    for title, lengths in (("fixed S", [a.length] * len(a.rings)), ("fixed S / cp", [a.length // 4 * cp for cp in a.rings])):
+        print(f"{title}\n{'cp':>4} {'S':>8} {'S / cp':>8} {'peak GiB':>9} {'above the model':>16} {'of the first':>13} {'loss':>8}")
+        for cp, length in zip(a.rings, lengths):
+            row = measure(cp, length, a) | {"series": title}
+            rows.append(row)
+            first = next(r for r in rows if r["series"] == title)
+            print(f"{cp:>4} {length:>8} {length // cp:>8} {row['peak']:>9.2f} {row['above']:>16.2f} {row['above'] / first['above']:>12.2f}x "
+                  f"{row['loss']:>8.4f}", flush=True)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps({"torch": torch.__version__, "arguments": vars(a), "rows": rows}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Ring attention over several processes against dense SDPA, forward and backward, on the same hardware.
+
+    python benchmarks/ring_attention.py                               # CPU: 2 ranks x 1 thread against 1 process x 2 threads
+    python benchmarks/ring_attention.py --device cuda --ranks 8 --lengths 65536 131072       # 8 GPUs against one
+
+Three sides take turns, one pass each, so that a slow minute of the machine hits all: dense attention in one process, our
+zigzag ring, and the same ring with contiguous shards, which leaves early ranks idle. Medians; the ring's time is its slowest
+rank's. "of dense" is throughput: on a CPU all sides have the same cores; on GPUs dense has one, and is scaled by their number.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from parallel import Grid, attention_kernel, block_backward, block_forward, merge, ring_attention, zigzag_block  # noqa: E402
+
+
+def zigzag_pass(q, k, v, d_out, grid: Grid):
+    """What training runs."""
+    return torch.autograd.grad(ring_attention(q, k, v, grid), (q, k, v), d_out)
+
+
+def contiguous_pass(q, k, v, d_out, grid: Grid):
+    """The ring with shard r = positions r S / cp ... (r + 1) S / cp: a rank works only on hops that bring earlier keys."""
+    q, k, v = q.detach(), k.detach(), v.detach()
+    kv, sources = torch.stack((k, v)), [(grid.cp_rank - hop) % grid.cp for hop in range(grid.cp)]
+    for hop, source in enumerate(sources):
+        arrives = grid.post_hop(kv) if hop + 1 < grid.cp else None
+        if source <= grid.cp_rank:
+            part, part_lse = block_forward(q, *kv, causal=hop == 0)
+            if hop == 0:
+                out, lse = part.float(), part_lse
+            else:
+                merge(out, lse, part, part_lse)
+        kv = arrives() if arrives else kv
+    out, kv, gradients_arrive = out.to(q.dtype), torch.stack((k, v)), None
+    for hop, source in enumerate(sources):
+        arrives = grid.post_hop(kv) if hop + 1 < grid.cp else None
+        parts = block_backward(d_out, q, *kv, out, lse, causal=hop == 0) if source <= grid.cp_rank else None
+        if hop == 0:
+            dq, d_kv = parts[0].float(), torch.stack(parts[1:]).float()
+        else:
+            d_kv = gradients_arrive()
+            if parts:
+                dq += parts[0]
+                d_kv += torch.stack(parts[1:])
+        gradients_arrive = grid.post_hop(d_kv, tag=1)
+        kv = arrives() if arrives else kv
+    return dq.to(q.dtype), *gradients_arrive().to(q.dtype)
+
+
+def dense_pass(q, k, v, d_out, grid: Grid):
+    """SDPA over the whole sequence."""
+    return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), (q, k, v), d_out)
+
+
+PASSES = {"dense": dense_pass, "zigzag": zigzag_pass, "contiguous": contiguous_pass}
+
+
+def serve(pipe, rank: int, ranks: int, port: int, a: argparse.Namespace) -> None:
+    """Child process: one pass of a kind at a length whenever asked, answering its seconds."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    torch.set_num_threads(a.ranks // ranks if a.device == "cpu" else 1)
+    grid = Grid.create(cp=ranks, device=a.device)
+    device = f"cuda:{rank}" if a.device == "cuda" else "cpu"
+    while request := pipe.recv():
+        kind, length = request
+        shapes = [(1, heads, length // ranks, a.head_dim) for heads in (a.heads, a.kv_heads, a.kv_heads, a.heads)]
+        q, k, v, d_out = (torch.randn(shape, dtype=getattr(torch, a.dtype), device=device) for shape in shapes)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        grid.barrier()
+        start = time.perf_counter()
+        gradients = PASSES[kind](*leaves, d_out, grid)
+        gradients[0].sum().item()  # waits for the GPU
+        pipe.send(time.perf_counter() - start)
+    grid.close()
+
+
+def work(ranks: int, kind: str) -> list[list[float]]:
+    """Scores computed by each rank at each hop, as a share of all S (S + 1) / 2, from the blocks the ring computes."""
+    local = 840  # positions a rank; any even number gives the same shares
+    table = []
+    for rank in range(ranks):
+        hops = []
+        for source in ((rank - hop) % ranks for hop in range(ranks)):
+            rows, keys = zigzag_block(rank, source, local)
+            pairs = len(range(local)[rows]) * len(range(local)[keys]) if kind == "zigzag" else local**2 * (source < rank)
+            hops.append(local * (local + 1) / 2 if source == rank else pairs)
+        table.append([pairs / (ranks * local * (ranks * local + 1) / 2) for pairs in hops])
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("out/ring_attention.json"))
+    a = parser.parse_args()
+    kernel = attention_kernel(a.device, getattr(torch, a.dtype))
+    device = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
+    print(f"{device}, torch {torch.__version__}, {a.dtype}, {a.heads}:{a.kv_heads} heads of {a.head_dim}; blocks by {kernel}")
+    for kind in ("zigzag", "contiguous"):
+        print(f"{kind}: share of all scores by hop 0 ... {a.ranks - 1}")
+        for rank, hops in enumerate(work(a.ranks, kind)):
+            print(f"  rank {rank}: " + " ".join(f"{100 * share:5.1f} %" for share in hops) + f"   sum {100 * sum(hops):5.1f} %")
+    context, sides = multiprocessing.get_context("spawn"), {}
+    for name, ranks in (("dense", 1), ("ring", a.ranks)):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        sides[name] = []
+        for rank in range(ranks):
+            pipe, other = context.Pipe()
+            context.Process(target=serve, args=(other, rank, ranks, port, a), daemon=True).start()
+            sides[name].append(pipe)
+    rows = []
+    print(f"{'S':>8} {'dense s':>9} {'zigzag s':>9} {'of dense':>9} {'contiguous s':>13} {'of dense':>9}")
+    for length in a.lengths:
+        seconds = {kind: [] for kind in PASSES}
+        for _ in range(a.repeats + 1):
+            for kind in PASSES:
+                pipes = sides["dense" if kind == "dense" else "ring"]
+                for pipe in pipes:
+                    pipe.send((kind, length))
+                seconds[kind].append(max(pipe.recv() for pipe in pipes))
+        medians = {kind: statistics.median(times[1:]) for kind, times in seconds.items()}  # the first pass warms up
+        scale = a.ranks if a.device == "cuda" else 1
+        share = {kind: medians["dense"] / (scale * medians[kind]) for kind in ("zigzag", "contiguous")}
+        rows.append({"length": length, "seconds": seconds, "of_dense": share})
+        print(f"{length:>8} {medians['dense']:>9.3f} {medians['zigzag']:>9.3f} {100 * share['zigzag']:>7.1f} % "
+              f"{medians['contiguous']:>13.3f} {100 * share['contiguous']:>7.1f} %", flush=True)
+    for pipe in (pipe for pipes in sides.values() for pipe in pipes):
+        pipe.send(None)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "arguments": vars(a), "rows": rows}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()
