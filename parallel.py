@@ -126,14 +126,18 @@ class Grid:
         if world == 1:
             return grid
         cuda = (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+        local = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"more processes than GPUs on this machine: it has {torch.cuda.device_count()}; start as many")
+            torch.cuda.set_device(local)
         if not dist.is_initialized():
             patience = timedelta(seconds=2 * timeout + 60)  # later than our own watch, which can name the rank
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
             store = dist.PrefixStore(f"attempt {restarts()}", store)  # a restarted job must not find its dead ranks' addresses
             store.set(f"communications/{rank}", "0")
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
+                                    device_id=torch.device("cuda", local) if cuda else None)
             threading.Thread(target=grid._watch, args=(store, timeout), daemon=True).start()
         ranks = torch.arange(world).view(grid.dp, cp, tp)
         for name, axes in GROUPS.items():
@@ -427,94 +431,65 @@ def unshard(x: Tensor, dim: int | None, grid: Grid) -> Tensor:
 
 
 # --------------------------------------------------------------------------------- ring attention (context parallel)
-#
-# The sequence is cut into 2 cp chunks; rank r holds chunks r and 2 cp - 1 - r (zigzag), an early one and a late one, so that
-# causal attention costs every rank the same at every hop. Keys and values (K V) go around the ring (arXiv 2310.01889);
-# queries stay. cp = 4, eight chunks 0 ... 7, what each rank computes with the K V it has at each hop:
-#
-#     rank  its queries   hop 0: its own     hop 1             hop 2             hop 3
-#      0      0, 7        K V of 0: causal   3: 7 x (3, 4)     2: 7 x (2, 5)     1: 7 x (1, 6)
-#      1      1, 6        K V of 1: causal   0: (1, 6) x 0     3: 6 x (3, 4)     2: 6 x (2, 5)
-#      2      2, 5        K V of 2: causal   1: (2, 5) x 1     0: (2, 5) x 0     3: 5 x (3, 4)
-#      3      3, 4        K V of 3: causal   2: (3, 4) x 2     1: (3, 4) x 1     0: (3, 4) x 0
-#
-# "7 x (3, 4)": the queries of chunk 7 see the keys of chunks 3 and 4, all of them; what is not listed is in the future. A
-# hop is always two chunk products (hop 0: two halves and one whole). Steps of a hop, forward:
-#
-#     1. post: send this K V to rank + 1, receive the next from rank - 1; nobody waits yet
-#     2. compute this block: out and log-sum-exp (lse) of the queries over these keys alone
-#     3. merge into the float32 result: weights are sigmoids of lse differences, so no exponential can overflow
-#     4. wait for the K V posted in 1
-#
-# Backward goes around once more. A block's softmax is rebuilt from the lse of the whole row, so what it yields are parts of
-# the true gradients, with nothing to merge: dQ stays and is summed, dK dV of a block travel with it, each rank adds its part,
-# and the last hop brings them home. A hop moves 2 B Hkv (S / cp) D elements of K V, in the compute type, and in backward as
-# many of dK dV in float32: 256 MiB + 512 MiB a layer for S = 1M, cp = 4, Hkv / tp = 2, D = 128 in bfloat16.
 
 
-def zigzag_shard(x: Tensor, grid: Grid, dim: int) -> Tensor:
-    """This rank's two chunks of a whole sequence, S -> S / cp along `dim`. Raises ValueError if 2 cp does not divide S."""
-    if grid.cp > 1 and x.shape[dim] % (2 * grid.cp):
-        raise ValueError(f"a sequence of {x.shape[dim]} cannot be cut into 2 x cp = {2 * grid.cp} equal chunks")
-    chunks = x.tensor_split(2 * grid.cp, dim)
-    return torch.cat((chunks[grid.cp_rank], chunks[-1 - grid.cp_rank]), dim)
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None = None) -> Tensor:
+    """Causal attention over the whole sequence; q (B, H, S / cp, D), k and v (B, Hkv, S / cp, D), zigzag -> as q.
 
+    The sequence is cut into 2 cp chunks; rank r holds chunks r and 2 cp - 1 - r (zigzag), an early and a late one, so that
+    causal attention costs every rank the same at every hop. Keys and values (K V) go around the ring (arXiv 2310.01889),
+    queries stay. Who computes what with whose K V, for cp = 4, chunks 0 ... 7:
 
-def zigzag_unshard(x: Tensor, grid: Grid, dim: int) -> Tensor:
-    """The whole sequence on every rank, S / cp -> S along `dim`; no gradient flows through it."""
-    early, late = zip(*(shard.tensor_split(2, dim) for shard in grid.all_gather(x, "cp")))
-    return torch.cat((*early, *late[::-1]), dim)
+        rank  its chunks   hop 0: own K V    hop 1             hop 2             hop 3
+         0      0, 7       0: causal         3: 7 x (3, 4)     2: 7 x (2, 5)     1: 7 x (1, 6)
+         1      1, 6       1: causal         0: (1, 6) x 0     3: 6 x (3, 4)     2: 6 x (2, 5)
+         2      2, 5       2: causal         1: (2, 5) x 1     0: (2, 5) x 0     3: 5 x (3, 4)
+         3      3, 4       3: causal         2: (3, 4) x 2     1: (3, 4) x 1     0: (3, 4) x 0
 
+    "3: 7 x (3, 4)": at hand are the K V of rank 3; the queries of chunk 7 see the keys of chunks 3 and 4, all of them. What
+    is not listed lies in the future. Every hop is two chunk products (hop 0: two half ones and a whole one). Its steps:
 
-def zigzag_positions(seq_len: int, grid: Grid) -> Tensor:
-    """Positions in the whole sequence of what this rank holds: int64 (seq_len / cp,)."""
-    return zigzag_shard(torch.arange(seq_len), grid, 0)
+        1. post: send the K V at hand to rank + 1, receive the next from rank - 1; nobody waits yet
+        2. compute this block: out and log-sum-exp (lse) of the queries over these keys alone
+        3. merge into the float32 result: the weights are sigmoids of lse differences, so nothing can overflow
+        4. wait for the K V posted in step 1
 
+    Backward goes around once more. It rebuilds a block's softmax from the lse of the whole row, so a block yields parts of
+    the true gradients and there is nothing to merge: dQ stays and is summed; dK dV travel with their K V, every rank adds
+    its part, and the last hop brings them home.
 
-def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:
-    """Which of `rank`'s queries see which of `source`'s keys, both of `length` local positions (module comment above)."""
-    half, everything = length // 2, slice(None)
-    if source == rank:
-        return everything, everything  # under the causal mask: local order is global order
-    return (everything, slice(half)) if source < rank else (slice(half, None), everything)
+    A hop moves 2 B Hkv (S / cp) D elements of K V in the compute type, and in backward as many of dK dV in float32: for
+    S = 1M, cp = 4, Hkv / tp = 2, D = 128 in bfloat16 that is 256 MiB, and 256 + 512 MiB.
 
-
-def attention_kernel(device: str, dtype: torch.dtype) -> str:
-    """Name of the kernel that computes blocks there. Raises ValueError for a type it does not take."""
-    if not device.startswith("cuda"):
-        return "SDPA flash (CPU)"
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"--dtype {str(dtype).removeprefix('torch.')} cannot be used on cuda, whose flash attention takes "
-                         "bfloat16; use --dtype bfloat16")
-    return "SDPA flash (CUDA)"
-
-
-def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v of one block, and its rows' log-sum-exp in float32 (float64 for float64).
-
-    q (B, H, S, D), k and v (B, Hkv, N, D) -> (B, H, S, D), (B, H, S). K and V keep their own number of heads: grouped-query
-    attention never repeats them in memory. Together with `block_backward` the one place that knows a kernel.
+    `segments` (from `document_segments`) is the cross-document mask of the ablation: each document attends to itself only,
+    one causal block a document, so no S x S mask is ever built. The recipe itself leaves it out (arXiv 2504.06214,
+    section 3.1). Raises ValueError for segments on a ring of several ranks.
     """
-    if q.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    if segments is None:
+        return RingAttention.apply(q, k, v, grid)
+    if grid.cp > 1:
+        raise ValueError(f"the cross-document mask works on whole sequences, --cp 1; this grid has cp {grid.cp}")
+    rows = []
+    for row, borders in enumerate(segments):
+        blocks = [RingAttention.apply(*(x[row:row + 1, :, start:end] for x in (q, k, v)), grid)
+                  for start, end in zip(borders, borders[1:])]
+        rows.append(torch.cat(blocks, dim=2))  # (1, H, S, D)
+    return torch.cat(rows)  # (B, H, S, D)
 
 
-def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                   causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one block, given `out` and `lse` of the queries' whole rows (over every block)."""
-    if q.is_cuda:
-        unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state of dropout, which there is none of
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, causal)
+class RingAttention(torch.autograd.Function):
+    """`ring_forward` with `ring_backward` as its gradient."""
 
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        out, lse = ring_forward(q, k, v, grid)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.grid = grid
+        return out
 
-def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add a block's result to the float32 one, in place: softmax over the union of their keys."""
-    share = torch.sigmoid(part_lse - lse)  # of the new keys, in [0, 1]
-    out.lerp_(part.to(out.dtype), share[..., None])
-    lse.sub_(F.logsigmoid(lse - part_lse))  # log(exp(lse) + exp(part_lse))
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *ring_backward(d_out, *ctx.saved_tensors, ctx.grid), None
 
 
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -556,38 +531,69 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-class RingAttention(torch.autograd.Function):
-    """`ring_forward` with `ring_backward` as its gradient."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
-        out, lse = ring_forward(q, k, v, grid)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.grid = grid
-        return out
-
-    @staticmethod
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *ring_backward(d_out, *ctx.saved_tensors, ctx.grid), None
+def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:
+    """Which of `rank`'s queries see which of `source`'s keys, both of `length` local positions (see `ring_attention`)."""
+    half, everything = length // 2, slice(None)
+    if source == rank:
+        return everything, everything  # under the causal mask: local order is global order
+    return (everything, slice(half)) if source < rank else (slice(half, None), everything)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None = None) -> Tensor:
-    """Causal attention over the whole sequence; q (B, H, S / cp, D), k and v (B, Hkv, S / cp, D), zigzag -> as q.
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add a block's result to the float32 one, in place: softmax over the union of their keys."""
+    share = torch.sigmoid(part_lse - lse)  # of the new keys, in [0, 1]
+    out.lerp_(part.to(out.dtype), share[..., None])
+    lse.sub_(F.logsigmoid(lse - part_lse))  # log(exp(lse) + exp(part_lse))
 
-    `segments` (from `document_segments`) is the cross-document mask of the ablation: each document attends
-    to itself only, one causal block a document, so no S x S mask is ever built. The recipe itself leaves it
-    out (arXiv 2504.06214, section 3.1). Raises ValueError for segments on a ring of several ranks.
+
+def attention_kernel(device: str, dtype: torch.dtype) -> str:
+    """Name of the kernel that computes blocks there. Raises ValueError for a type it does not take."""
+    if not device.startswith("cuda"):
+        return "SDPA flash (CPU)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"--dtype {str(dtype).removeprefix('torch.')} cannot be used on cuda, whose flash attention takes "
+                         "bfloat16; use --dtype bfloat16")
+    return "SDPA flash (CUDA)"
+
+
+def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(D)) v of one block, and its rows' log-sum-exp in float32 (float64 for float64).
+
+    q (B, H, S, D), k and v (B, Hkv, N, D) -> (B, H, S, D), (B, H, S). K and V keep their own number of heads: grouped-query
+    attention never repeats them in memory. Together with `block_backward` the one place that knows a kernel.
     """
-    if segments is None:
-        return RingAttention.apply(q, k, v, grid)
-    if grid.cp > 1:
-        raise ValueError(f"the cross-document mask works on whole sequences, --cp 1; this grid has cp {grid.cp}")
-    rows = []
-    for row, borders in enumerate(segments):
-        blocks = [RingAttention.apply(*(x[row:row + 1, :, start:end] for x in (q, k, v)), grid)
-                  for start, end in zip(borders, borders[1:])]
-        rows.append(torch.cat(blocks, dim=2))  # (1, H, S, D)
-    return torch.cat(rows)  # (B, H, S, D)
+    if q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+
+
+def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                   causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of one block, given `out` and `lse` of the queries' whole rows (over every block)."""
+    if q.is_cuda:
+        unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state of dropout, which there is none of
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, causal)
+
+
+def zigzag_shard(x: Tensor, grid: Grid, dim: int) -> Tensor:
+    """This rank's two chunks of a whole sequence, S -> S / cp along `dim`. Raises ValueError if 2 cp does not divide S."""
+    if grid.cp > 1 and x.shape[dim] % (2 * grid.cp):
+        raise ValueError(f"a sequence of {x.shape[dim]} cannot be cut into 2 x cp = {2 * grid.cp} equal chunks")
+    chunks = x.tensor_split(2 * grid.cp, dim)
+    return torch.cat((chunks[grid.cp_rank], chunks[-1 - grid.cp_rank]), dim)
+
+
+def zigzag_unshard(x: Tensor, grid: Grid, dim: int) -> Tensor:
+    """The whole sequence on every rank, S / cp -> S along `dim`; no gradient flows through it."""
+    early, late = zip(*(shard.tensor_split(2, dim) for shard in grid.all_gather(x, "cp")))
+    return torch.cat((*early, *late[::-1]), dim)
+
+
+def zigzag_positions(seq_len: int, grid: Grid) -> Tensor:
+    """Positions in the whole sequence of what this rank holds: int64 (seq_len / cp,)."""
+    return zigzag_shard(torch.arange(seq_len), grid, 0)
 
 
 def document_segments(document_ids: Tensor) -> list[list[int]]:

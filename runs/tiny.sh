@@ -31,7 +31,10 @@ documents retrieval --length 125 --most-facts 4 $STAGE1 --count 2600 --out "$OUT
 documents chat --length 128 --count 2000 --out "$OUT/chat.jsonl"
 
 LAUNCH=python CP=""
-if [ "$NPROC" != 1 ]; then LAUNCH="torchrun --standalone --nproc-per-node $NPROC" CP="--cp $NPROC"; fi
+if [ "$NPROC" != 1 ]; then
+  export OMP_NUM_THREADS=1
+  LAUNCH="torchrun --standalone --nproc-per-node $NPROC" CP="--cp $NPROC"
+fi
 
 started=$SECONDS
 NEEDLES="$CP --haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((7000 + SEED))"

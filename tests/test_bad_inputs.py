@@ -53,6 +53,8 @@ CASES = [
     ("sequence beyond the window", "train.py", "--model good --data corpus --sequence-length 65 --steps 1 --out new",
      "65 is beyond the model's window of 64"),
     ("micro-batch does not divide", "train.py", f"--model good --batch-size 6 --micro-batch-size 4 {TRAIN}", "4 does not divide"),
+    ("more ranks than processes", "train.py", f"--model good --tp 2 {TRAIN}", "--tp 2 x --cp 1 = 2 does not divide .*, 1"),
+    ("no ranks", "train.py", f"--model good --cp 0 {TRAIN}", "--cp 0 is too small"),
     ("no steps", "train.py", "--model good --data corpus --sequence-length 64 --steps 0 --out new", "--steps 0"),
     ("learning rate is not a number", "train.py", f"--model good --learning-rate nan {TRAIN}", "--learning-rate nan"),
     ("factor below 1", "train.py", f"--model good --rope-kind yarn --rope-factor 0.5 {TRAIN}", "factor is 0.5; it must be"),
@@ -79,6 +81,7 @@ CASES = [
     ("no haystack", "eval_niah.py", "good --haystack nowhere --lengths 64", "nowhere"),
     ("haystack shorter than the length", "eval_niah.py", "good --haystack text.txt --lengths 100000", "100000"),
     ("length below the question", "eval_niah.py", "good --haystack corpus --lengths 20", "20 is too small"),
+    ("more ranks than processes", "eval_niah.py", f"{NIAH} --cp 2", "--tp 1 x --cp 2 = 2 does not divide .*, 1"),
     ("no samples", "eval_niah.py", f"{NIAH} --samples 0", "--samples 0"),
     ("results cannot be written", "eval_niah.py", f"{NIAH} --out nowhere/x.json", "--out nowhere/x.json"),
     ("compared file is missing", "eval_niah.py", "--compare nowhere.json", "nowhere.json: no such file"),
@@ -86,6 +89,7 @@ CASES = [
     ("beta_fast below beta_slow", "rope_yarn.py", "--beta-fast 1 --beta-slow 4", "beta_fast is 1.0; it must be"),
     ("odd head dimension", "rope_yarn.py", "--head-dim 63", "63"),
     ("prompt and answer beyond the window", "model.py", "good --prompt hello --max-new-tokens 64", "window of 64"),
+    ("more ranks than processes", "model.py", "good --prompt hello --max-new-tokens 8 --tp 2", "--tp 2 x --cp 1 must be the number"),
     ("top-p out of range", "model.py", "good --prompt hello --top-p 1.5", "--top-p 1.5"),
 ]
 
