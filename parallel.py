@@ -122,6 +122,8 @@ class Grid:
         """
         rank, world = launched()
         check_grid(tp, cp, world)
+        if not 0 < timeout < 1e7:
+            raise ValueError(f"--timeout {timeout:g} must be a number of seconds above 0")
         grid = cls(world // (cp * tp), cp, tp, rank)
         if world == 1:
             return grid
@@ -573,7 +575,7 @@ def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     if q.is_cuda:
         unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state of dropout, which there is none of
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused)
+            d_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, causal)
 
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from parallel import Grid, ShardedAdamW, ring_attention
+from parallel import Grid, ShardedAdamW, block_backward, block_forward, merge, ring_attention, zigzag_block, zigzag_shard
 
 
 def test_grid_of_one_process_and_refusal_of_more():
@@ -20,6 +20,44 @@ def test_attention_equals_the_formula_with_grouped_heads(kv_heads):
     scores = scores.masked_fill(torch.ones(17, 17, dtype=torch.bool).triu(1), float("-inf"))
     expected = scores.softmax(-1) @ v.repeat_interleave(8 // kv_heads, 1)
     torch.testing.assert_close(ring_attention(q, k, v, Grid()), expected)
+
+
+@pytest.mark.parametrize("device, dtype, limit", [
+    ("cpu", torch.float64, 1e-12), ("cpu", torch.bfloat16, 1e-2),
+    pytest.param("cuda", torch.bfloat16, 1e-2, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize("cp", [2, 3])
+def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
+    """The kernels as the ring calls them, on strided halves, for all ranks in one process: the check of a new backend."""
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(2, heads, 96, 32, generator=generator).to(device, dtype) for heads in (8, 2, 2, 8)]
+    leaves = [x.to(torch.float64, copy=True).requires_grad_() for x in whole[:3]]
+    expected = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+    gradients = torch.autograd.grad(expected, leaves, whole[3].double())
+    shards = [[zigzag_shard(x, Grid(cp=cp, rank=rank), 2) for x in whole] for rank in range(cp)]
+    d_keys = [torch.zeros(2, *shards[0][1].shape, dtype=torch.float64, device=device) for _ in range(cp)]
+    for rank, (q, _, _, d_out) in enumerate(shards):
+        order = [(rank - hop) % cp for hop in range(cp)]
+        blocks = [(*zigzag_block(rank, source, q.shape[2]), source) for source in order]
+        for rows, keys, source in blocks:
+            part, part_lse = block_forward(q[:, :, rows], *(x[:, :, keys] for x in shards[source][1:3]), source == rank)
+            if source == rank:
+                out, lse = part.to(torch.promote_types(dtype, torch.float32)), part_lse
+            else:
+                merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
+        out, dq = out.to(dtype), torch.zeros(q.shape, dtype=torch.float64, device=device)
+        for rows, keys, source in blocks:
+            parts = block_backward(d_out[:, :, rows], q[:, :, rows], *(x[:, :, keys] for x in shards[source][1:3]),
+                                   out[:, :, rows], lse[:, :, rows], source == rank)
+            dq[:, :, rows] += parts[0]
+            d_keys[source][0][:, :, keys] += parts[1]
+            d_keys[source][1][:, :, keys] += parts[2]
+        for found, whole_tensor in ((out, expected), (dq, gradients[0])):
+            right = zigzag_shard(whole_tensor.detach(), Grid(cp=cp, rank=rank), 2)
+            assert (found - right).norm() <= limit * right.norm()
+    for rank, pair in enumerate(d_keys):
+        for found, whole_tensor in zip(pair, gradients[1:]):
+            right = zigzag_shard(whole_tensor, Grid(cp=cp, rank=rank), 2)
+            assert (found - right).norm() <= limit * right.norm()
 
 
 def test_optimizer_equals_torch_adamw(tiny_model):

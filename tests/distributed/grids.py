@@ -56,6 +56,7 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
     options = argparse.Namespace(micro_batch_size=micro_batch, cross_document_mask=False, device="cpu")
     alone = Grid()
     models = [make_model(tied, dtype, g) for g in (grid, alone)]
+    models[0].recompute = tied  # communication inside a recomputed block
     optimizers = [ShardedAdamW(m, g) for m, g in zip(models, (grid, alone))]
     errors = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
 

@@ -180,6 +180,17 @@ def test_a_stopped_rank_ends_the_job_and_is_named(place, tmp_path):
     assert job.returncode != 0 and train.checkpoints(tmp_path / "run")
 
 
+def test_sigterm_stops_every_rank_after_the_same_step_with_a_checkpoint(place, tmp_path):
+    """Ranks receive a signal at different moments: one that stopped a step early would hang the others."""
+    job = start(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5)
+    wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
+    job.terminate()
+    messages = job.communicate(timeout=60)[1]
+    step = int(re.search(r"stopped by a signal after step (\d+)", messages)[1])
+    assert train.checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{step:08d}"
+    assert len(records(tmp_path / "run")) == step
+
+
 def test_a_wrong_grid_is_one_line_and_leaves_nothing(place, tmp_path):
     done = torchrun(4, "train.py", *options(place, tmp_path / "run", "--steps", 1, "--tp", 2, "--cp", 2, "--sequence-length", 60))
     assert done.returncode != 0 and not (tmp_path / "run").exists()
