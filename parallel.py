@@ -112,13 +112,16 @@ class Grid:
     rank: int = 0
     groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
     communications: int = field(default=0, repr=False, compare=False)
+    done: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+    watch: threading.Thread | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def create(cls, tp: int = 1, cp: int = 1, device: str | None = None, timeout: float = 600.0) -> Grid:
         """The grid of this job: world = dp x cp x tp processes, NCCL on cuda, gloo on cpu. Call it on every rank.
 
-        One process needs no torch.distributed. A rank that does not communicate for `timeout` seconds ends the job.
-        Raises ValueError for a grid that does not fit the number of processes.
+        One process needs no torch.distributed. A rank that does not communicate for `timeout` seconds ends the job. More
+        calls make other grids of the same processes; then it is the first that watches, and is closed. Raises ValueError
+        for a grid that does not fit the number of processes.
         """
         rank, world = launched()
         check_grid(tp, cp, world)
@@ -140,7 +143,8 @@ class Grid:
             store.set(f"communications/{rank}", "0")
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
                                     device_id=torch.device("cuda", local) if cuda else None)
-            threading.Thread(target=grid._watch, args=(store, timeout), daemon=True).start()
+            grid.watch = threading.Thread(target=grid._watch, args=(store, timeout), daemon=True)
+            grid.watch.start()
         ranks = torch.arange(world).view(grid.dp, cp, tp)
         for name, axes in GROUPS.items():
             together = [i for i, axis in enumerate(("dp", "cp", "tp")) if axis in axes]
@@ -233,7 +237,9 @@ class Grid:
     def close(self) -> None:
         """Leave the job in step with the others: call it last, on every rank."""
         self.barrier()
-        if self.groups:
+        if self.watch:
+            self.done.set()
+            self.watch.join()  # a thread that the interpreter ends inside the store would abort the process
             self.groups.clear()
             dist.destroy_process_group()
 
@@ -247,8 +253,7 @@ class Grid:
     def _watch(self, store: dist.Store, timeout: float) -> None:
         """Thread: publish how far this rank is; end a job in which nothing moves, naming the rank that is behind."""
         seen, since = -1, time.monotonic()
-        while dist.is_initialized():
-            time.sleep(min(1.0, timeout / 10))
+        while not self.done.wait(min(1.0, timeout / 10)):
             if self.communications != seen:
                 seen, since = self.communications, time.monotonic()
                 store.set(f"communications/{self.rank}", str(seen))

@@ -162,8 +162,8 @@ if __name__ == "__main__":
         os.chdir(folder)
         print("| what is wrong | the line it gets |\n|---|---|")
         for what, script, arguments, _ in CASES:
-            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-                try:
+            try:
+                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # progress
                     SCRIPTS[script](arguments.split())
-                except SystemExit as stopped:
-                    print(f"| `{script}`: {what} | `{str(stopped).removeprefix('error: ').replace(folder + '/', '')}` |")
+            except SystemExit as stopped:
+                print(f"| `{script}`: {what} | `{str(stopped).removeprefix('error: ').replace(folder + '/', '')}` |")

@@ -79,18 +79,19 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
             note("gradients", whole(name, ours), theirs.grad)
         for optimizer in optimizers:
             norms.append(optimizer.step(1e-4, max_norm=1.0))
-        note("loss", *map(torch.tensor, losses))
-        note("norm", *map(torch.tensor, norms))
+        note("loss", *torch.tensor(losses, dtype=torch.float64))
+        note("norm", *torch.tensor(norms, dtype=torch.float64))
     for name, theirs in optimizers[1].parameters.items():
         note("weights", whole(name, optimizers[0].parameters[name].detach()), theirs.detach())
-    return {what: grid.all_reduce(torch.tensor(error), "all", dist.ReduceOp.MAX).item() for what, error in errors.items()}
+    return {what: grid.all_reduce(torch.tensor(error, dtype=torch.float64), "all", dist.ReduceOp.MAX).item() for what, error in errors.items()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {}
+    found, grids = {}, []
     for text in sys.argv[2:]:
         grid = Grid.create(*map(int, text.split(",")))
+        grids.append(grid)
         for dtype in (torch.float32, torch.float64):
             for tied in (False, True):
                 errors = run(grid, tied, dtype, micro_batch=1 if tied else ROWS // grid.dp)
@@ -98,4 +99,4 @@ if __name__ == "__main__":
                 found[key] = errors
     if grid.is_first:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    grid.close()
+    grids[0].close()

@@ -17,9 +17,10 @@ if __name__ == "__main__":
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(alone.config.vocab_size, (2, 37), generator=generator)  # no grid divides 37
     targets = tokens.roll(-1, 1).masked_fill(torch.rand(tokens.shape, generator=generator) < 0.3, -100)
-    found = {}
+    found, grids = {}, []
     for text in sys.argv[4:]:
         grid = Grid.create(*map(int, text.split(",")))
+        grids.append(grid)
         model = Llama.from_pretrained(sys.argv[2], grid)
         dims = shard_dims(model)
         with torch.no_grad():
@@ -40,4 +41,4 @@ if __name__ == "__main__":
                       "sampled": alone.generate(tokens, 12, temperature=1.0, top_p=0.9, seed=5).tolist()}
     if grid.is_first:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    grid.close()
+    grids[0].close()
