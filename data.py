@@ -365,7 +365,7 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
         sync(path.parent)
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or isinstance(error, ConnectionError):  # another rank was lost: no fault of the disk
             raise
         raise OSError(f"{path}: not written ({error.strerror or error})") from error
     finally:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 from model import Llama, check_device, read_config, rescale
-from parallel import Grid, add_grid_arguments, attention_kernel, check_grid, finish, launched, print_once
+from parallel import Grid, add_grid_arguments, attention_kernel, check_grid, finish, launched, parse_once, print_once
 from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
@@ -216,7 +216,7 @@ def predict(model: Llama, prompts: list[Prompt], device: str) -> list[list[int]]
         last = tokens.shape[1] - 1
         places = torch.arange(last + 1 - max(widths), last + 1, device=device).expand(len(tokens), -1)  # (B, answer + 1)
         best[mine] = model.logits(model.hidden_at(tokens, places)).argmax(dim=-1)  # the head never sees S rows
-    best = grid.all_reduce(best, "dp").tolist()
+    best = grid.to_host(grid.all_reduce(best, "dp"))
     return [row[-width:] for row, width in zip(best, widths)]
 
 
@@ -421,7 +421,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     compute.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                          help="auto: bfloat16 on GPU, float32 on CPU")
     compute.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    compute.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward, or one prompt")
+    compute.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward of a replica, or one prompt")
     add_grid_arguments(parser)
     add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
     output = parser.add_argument_group("output")
@@ -430,7 +430,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     output.add_argument("--window", type=int, help="old window to mark (default: before extension)")
     output.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="only show earlier results")
     output.add_argument("--labels", nargs="+", help="names of the compared runs (default: the files')")
-    return parser.parse_args(argv)
+    return parse_once(parser, argv)
 
 
 def check_arguments(a: argparse.Namespace) -> None:
@@ -452,7 +452,6 @@ def check_arguments(a: argparse.Namespace) -> None:
     scaling_from_arguments(a)
     check_device(a.device)
     a.dtype = ("float32" if a.device == "cpu" else "bfloat16") if a.dtype == "auto" else a.dtype
-    attention_kernel(a.device, getattr(torch, a.dtype))
     check_grid(a.tp, a.cp, launched()[1])
     for option, path in (("--out", a.out), ("--figure", a.figure)):
         if path and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
@@ -467,9 +466,10 @@ def run(a: argparse.Namespace) -> None:
     """Check everything, build the shortest prompts, load the model, evaluate, show and write."""
     check_arguments(a)
     if a.compare:
-        return show_comparison(a)
+        return show_comparison(a) if launched()[0] == 0 else None
     config, tokenizer = rescale(read_config(a.model), scaling_from_arguments(a)), data.load_tokenizer(a.model)
     check_grid(a.tp, a.cp, launched()[1], config.shards())
+    attention_kernel(a.device, getattr(torch, a.dtype), config.head_dim)
     longest = max(a.lengths)
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"{a.model}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")

@@ -36,6 +36,7 @@ from parallel import (
     finish,
     gather_sequence,
     launched,
+    parse_once,
     print_once,
     ring_attention,
     shard_dims,
@@ -329,6 +330,7 @@ class Llama(nn.Module):
         (B, S) masks documents apart. With a filled cache the S = 1 new token is computed by every rank of the ring.
         """
         grid, length, start = self.grid, tokens.shape[1], cache.length if cache else 0
+        check_ids(tokens, self.config.vocab_size)
         if start:
             tokens, positions = F.pad(tokens, (0, grid.tp - 1)), torch.full((grid.tp,), start)
             kept = int(start % grid.cp == grid.cp_rank)
@@ -386,6 +388,7 @@ class Llama(nn.Module):
         each its share of the gradients. A batch without a target gives (0, 0) and zero gradients.
         """
         hidden = gather_sequence(self.hidden_states(tokens, document_ids), self.grid)  # (B, S' / cp, hidden)
+        check_ids(targets.masked_fill(targets == -100, 0), self.config.vocab_size)
         here = zigzag_shard(self.pad(targets, -100), self.grid, 1)  # (B, S' / cp)
         valid = here != -100
         # the head sees only rows that have a target: in chat data that is a small share of them
@@ -465,6 +468,13 @@ class Llama(nn.Module):
 # ------------------------------------------------------------------------------------------------ loss, sampling
 
 
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raise IndexError for a token outside the vocabulary: spread over ranks, none would miss it."""
+    low, high = ids.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise IndexError(f"token ids from {int(low)} to {int(high)} do not lie in the vocabulary of {vocab_size}")
+
+
 def tile_rows(vocab_size: int) -> int:
     """How many rows of float32 logits fit in one tile."""
     return max(1, LOGITS_TILE_BYTES // (4 * vocab_size))
@@ -484,7 +494,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)
         rows = min(len(hidden), tile_rows(weight.shape[0]))
-        product = hidden.new_empty(rows, weight.shape[0])  # (rows, V), in the compute type
+        product = hidden.new_empty(rows, weight.shape[0])  # (rows, V / tp), in the compute type
         logits = product if product.dtype == total.dtype else torch.empty_like(product, dtype=total.dtype)
         for h, d_h, target in zip(*(x.split(max(1, rows)) for x in (hidden, d_hidden, targets))):
             exact = logits[:len(h)]
@@ -563,6 +573,8 @@ def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
 
 def check_device(device: str) -> None:
     """Raise ValueError unless torch can compute on it here."""
+    if launched()[1] > 1 and device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: with several processes use cpu or cuda; each takes its own GPU")
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {device} is not available here; use cpu, or cuda where there is a GPU")
 
@@ -655,6 +667,7 @@ def write_weights(path: Path, stem: str, shapes: dict[str, tuple[tuple, torch.dt
                 shard[name] = tensor.cpu().contiguous()
         if grid.is_first:
             save_tensors(file, shard)
+            grid.progress()  # the others wait for this
         weight_map |= dict.fromkeys(names, file.name)
     if grid.is_first:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -685,7 +698,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPU, float32 on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_grid_arguments(parser)
-    return parser.parse_args(argv)
+    return parse_once(parser, argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -715,7 +728,7 @@ def run(arguments: argparse.Namespace) -> None:
                          "one prompt has no use for data parallelism")
     check_grid(arguments.tp, arguments.cp, launched()[1], config.shards())
     dtype = getattr(torch, arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16"))
-    attention_kernel(arguments.device, dtype)
+    attention_kernel(arguments.device, dtype, config.head_dim)
     grid = Grid.create(arguments.tp, arguments.cp, arguments.device, arguments.timeout)
     model = Llama.from_pretrained(arguments.model, grid, dtype, arguments.device)
     prompt = torch.tensor([tokens], device=arguments.device)

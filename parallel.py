@@ -18,12 +18,14 @@ One process is the grid 1 x 1 x 1 and runs the same code: a collective over one 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -39,71 +41,13 @@ GROUPS = {"tp": ("tp",), "cp": ("cp",), "dp": ("dp",), "cp_tp": ("cp", "tp"), "d
 # ------------------------------------------------------------------------------------------------------- the grid
 
 
-def launched() -> tuple[int, int]:
-    """(rank, number of processes) of this job, as torchrun tells its processes; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def restarts() -> int:
-    """How often torchrun --max-restarts has started this job anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def print_once(text: str) -> None:
-    """Print on the first process only."""
-    if launched()[0] == 0:
-        print(text, flush=True)
-
-
-def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a grid; what is left of the processes is data parallel."""
-    group = parser.add_argument_group("parallelism, under torchrun --standalone --nproc-per-node N (data: N / tp / cp)")
-    group.add_argument("--tp", type=int, default=1, help="tensor parallel: ranks that share every matrix")
-    group.add_argument("--cp", type=int, default=1, help="context parallel: ranks that share every sequence")
-    group.add_argument("--timeout", type=float, default=600.0, help="seconds a rank may stand still before the job is ended")
-
-
-def check_grid(tp: int, cp: int, world: int, shards: dict[str, int] | None = None, sequence_length: int | None = None) -> None:
-    """Refuse a grid that cannot run, before any process group exists.
-
-    `shards`: what tp must divide, by name (heads, vocabulary). Raises ValueError naming the option and the nearest values.
-    """
-    for option, value in (("--tp", tp), ("--cp", cp)):
-        if value < 1:
-            raise ValueError(f"{option} {value} is too small; the least is 1")
-    if world % (tp * cp):
-        raise ValueError(f"--tp {tp} x --cp {cp} = {tp * cp} does not divide the number of processes, {world}; change them or "
-                         f"start {nearest_multiples(world, tp * cp)} (torchrun --standalone --nproc-per-node N)")
-    shards = shards or {}
-    fits = [n for n in range(1, max([tp, *shards.values()]) + 1) if not any(size % n for size in shards.values())]
-    for name, size in shards.items():
-        if size % tp:
-            near = [*[n for n in fits if n < tp][-1:], *[n for n in fits if n > tp][:1]]
-            raise ValueError(f"--tp {tp} does not divide the model's {name}, {size}; the nearest that fits the model is "
-                             f"{' or '.join(map(str, near))}")
-    multiple = sequence_multiple(tp, cp)
-    if sequence_length and sequence_length % multiple:
-        raise ValueError(f"--sequence-length {sequence_length} is not a multiple of {multiple} (2 x cp x tp); the nearest is "
-                         f"{nearest_multiples(sequence_length, multiple)}")
-
-
-def nearest_multiples(value: int, of: int) -> str:
-    """'low or high' around a value that is none; without the low one if that is 0."""
-    return " or ".join(str(n) for n in (value // of * of, (value // of + 1) * of) if n)
-
-
-def sequence_multiple(tp: int, cp: int) -> int:
-    """Sequence lengths that cut evenly: 2 chunks a context-parallel rank, each in tp pieces; 1 for one process."""
-    return 1 if tp * cp == 1 else 2 * cp * tp
-
-
 @dataclass
 class Grid:
     """This process's place in a dp x cp x tp grid, tp fastest, and every communication it takes part in.
 
     `groups` holds a process group for each entry of GROUPS with more than one rank; a collective over a missing one has
-    one member and nothing to do. `communications` counts them: the same number on every rank, so a rank that is behind
-    the others is the one they wait for.
+    one member and nothing to do. The last four fields are for `_watch`: how much this rank has done, whether it waits for
+    others now, and the thread that looks after both.
     """
 
     dp: int = 1
@@ -111,7 +55,8 @@ class Grid:
     tp: int = 1
     rank: int = 0
     groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
-    communications: int = field(default=0, repr=False, compare=False)
+    activity: int = field(default=0, repr=False, compare=False)
+    waiting: bool = field(default=False, repr=False, compare=False)
     done: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
     watch: threading.Thread | None = field(default=None, repr=False, compare=False)
 
@@ -119,7 +64,7 @@ class Grid:
     def create(cls, tp: int = 1, cp: int = 1, device: str | None = None, timeout: float = 600.0) -> Grid:
         """The grid of this job: world = dp x cp x tp processes, NCCL on cuda, gloo on cpu. Call it on every rank.
 
-        One process needs no torch.distributed. A rank that does not communicate for `timeout` seconds ends the job. More
+        One process needs no torch.distributed. A rank that keeps others waiting for `timeout` seconds ends the job. More
         calls make other grids of the same processes; then it is the first that watches, and is closed. Raises ValueError
         for a grid that does not fit the number of processes.
         """
@@ -136,11 +81,11 @@ class Grid:
             if local >= torch.cuda.device_count():
                 raise ValueError(f"more processes than GPUs on this machine: it has {torch.cuda.device_count()}; start as many")
             torch.cuda.set_device(local)
+        patience = timedelta(seconds=2 * timeout + 60)  # later than our own watch, which can name the rank
         if not dist.is_initialized():
-            patience = timedelta(seconds=2 * timeout + 60)  # later than our own watch, which can name the rank
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
             store = dist.PrefixStore(f"attempt {restarts()}", store)  # a restarted job must not find its dead ranks' addresses
-            store.set(f"communications/{rank}", "0")
+            store.set(f"rank {rank}", "0 0 0 start")
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
                                     device_id=torch.device("cuda", local) if cuda else None)
             grid.watch = threading.Thread(target=grid._watch, args=(store, timeout), daemon=True)
@@ -151,7 +96,7 @@ class Grid:
             size = grid.size(name)
             if size > 1:
                 members = ranks.movedim(together, tuple(range(-len(together), 0))).reshape(-1, size)
-                grid.groups[name] = dist.new_subgroups_by_enumeration(members.tolist())[0]
+                grid.groups[name] = dist.new_subgroups_by_enumeration(members.tolist(), timeout=patience)[0]
         return grid
 
     @property
@@ -173,11 +118,12 @@ class Grid:
 
     @property
     def sequence_multiple(self) -> int:
-        return sequence_multiple(self.tp, self.cp)
+        """Sequence lengths that cut evenly: 2 chunks a context-parallel rank, each in tp pieces; 1 for one process."""
+        return 1 if self.tp * self.cp == 1 else 2 * self.cp * self.tp
 
     def size(self, group: str) -> int:
         """How many ranks the group of this name has."""
-        return torch.Size([getattr(self, axis) for axis in GROUPS[group]]).numel()
+        return math.prod(getattr(self, axis) for axis in GROUPS[group])
 
     def all_reduce(self, x: Tensor, group: str, operation=dist.ReduceOp.SUM) -> Tensor:
         """Sum (or maximum) of every rank's x, in place."""
@@ -243,47 +189,61 @@ class Grid:
             self.groups.clear()
             dist.destroy_process_group()
 
-    def _communicate(self, operation, *arguments, **options):
-        self.communications += 1
+    def to_host(self, x: Tensor):
+        """x.tolist(): on a GPU this is where a rank waits for the communications it has started."""
+        return self._communicate(x.tolist)
+
+    def progress(self) -> None:
+        """Tell the watch that this rank is alive: call it in work that keeps others waiting, such as writing a file."""
+        self.activity += 1
+
+    def _communicate(self, operation: Callable, *arguments, **options):
+        """Every wait for other ranks goes through here. Raises ConnectionError if one of them is lost."""
+        self.progress()
+        self.waiting = True
         try:
             return operation(*arguments, **options)
-        except RuntimeError as error:  # gloo: a closed connection; NCCL: an aborted communicator
-            raise ConnectionError(f"communication with another rank failed ({str(error).splitlines()[0]})") from error
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+                raise ConnectionError(f"communication with another rank failed ({str(error).splitlines()[0]})") from error
+            raise
+        finally:
+            self.waiting = False
 
     def _watch(self, store: dist.Store, timeout: float) -> None:
-        """Thread: publish how far this rank is; end a job in which nothing moves, naming the rank that is behind."""
-        seen, since = -1, time.monotonic()
-        while not self.done.wait(min(1.0, timeout / 10)):
-            if self.communications != seen:
-                seen, since = self.communications, time.monotonic()
-                store.set(f"communications/{self.rank}", str(seen))
-            elif time.monotonic() - since > timeout:
-                counts = [int(store.get(f"communications/{rank}")) for rank in range(self.size("all"))]
-                behind = [rank for rank, count in enumerate(counts) if count == min(counts)]
-                place = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])[-1]
-                cause = f"it stands in {place.name}, {os.path.basename(place.filename)} line {place.lineno}"
-                if self.rank not in behind:  # one that can still speak says where it hangs
-                    time.sleep(2.0)
-                    cause = "it does not answer: stopped, or its machine is gone"
-                if store.add("named", 1) == 1:
-                    print(f"\nerror: rank {', '.join(map(str, behind))} has made no progress for {timeout:g} s while others "
-                          f"wait; {cause}", file=sys.stderr, flush=True)
-                os._exit(1)
+        """Thread: publish what this rank does; if it has waited for `timeout` seconds, end the job, naming the rank waited for.
 
-
-def finish(error: Exception) -> None:
-    """Leave a command after `error` with one line and exit code 1.
-
-    A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the others before they speak.
-    After a lost connection a rank waits a little longer, so that torchrun names the rank that died, not one that noticed.
-    """
-    rank, world = launched()
-    if world == 1:
-        raise SystemExit(f"error: {error}") from None
-    lost = isinstance(error, ConnectionError)
-    time.sleep(5.0 if lost else 2.0 if rank else 0.0)
-    print(f"error: rank {rank}: {error}" if lost or rank else f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(1)  # the group may be broken: no orderly way out is left
+        That is a rank whose own thread has fallen silent, or one that neither waits nor has done anything for as long. Time
+        is counted in periods of this thread, so that a job suspended as a whole is not taken for one that hangs.
+        """
+        period, idle, seen, beats, silence = min(1.0, timeout / 10), 0.0, -1, {}, {}
+        while not self.done.wait(period):
+            idle, seen = (idle + period if self.activity == seen else 0.0), self.activity
+            place = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])[-1]
+            beats[self.rank] = beats.get(self.rank, 0) + 1
+            store.set(f"rank {self.rank}", f"{beats[self.rank]} {self.waiting:d} {idle} {place.name}, "
+                                           f"{os.path.basename(place.filename)} line {place.lineno}")
+            if not (self.waiting and idle > timeout):
+                silence.clear()
+                continue
+            states = [store.get(f"rank {rank}").decode().split(" ", 3) for rank in range(self.size("all"))]
+            for rank, (beat, *_) in enumerate(states):
+                silence[rank] = silence.get(rank, 0) + 1 if beats.get(rank) == beat and rank != self.rank else 0
+                beats[rank] = beats[rank] if rank == self.rank else beat
+            silent = [rank for rank in silence if silence[rank] > 5]
+            still = [rank for rank, (_, _, rest, _) in enumerate(states) if float(rest) > timeout]
+            stuck = [rank for rank in still if states[rank][1] == "0"]
+            if silent:
+                cause = f"rank {silent[0]} does not answer: it is stopped, or its machine is gone"
+            elif stuck:
+                cause = f"rank {stuck[0]} keeps others waiting; it stands in {states[stuck[0]][3]}"
+            elif len(still) == len(states):
+                cause = "all ranks wait for each other"
+            else:
+                continue  # the rank waited for is at work
+            if store.add("named", 1) == 1:
+                print(f"\nerror: no progress for {timeout:g} s: {cause}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 # ------------------------------------------------------------------------ tensor parallel with sequence parallel
@@ -303,12 +263,11 @@ class GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
         ctx.grid = grid
-        return grid.all_gather(x, "tp").movedim(0, 1).flatten(1, 2)  # (tp, B, s / tp, hidden) -> (B, s, hidden)
+        return gathered(x, grid)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        parts = gradient.unflatten(1, (ctx.grid.tp, -1)).movedim(1, 0)  # (tp, B, s / tp, hidden)
-        return ctx.grid.reduce_scatter(parts, "tp"), None
+        return scattered(gradient, ctx.grid), None
 
 
 class ScatterSequence(torch.autograd.Function):
@@ -317,11 +276,19 @@ class ScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
         ctx.grid = grid
-        return grid.reduce_scatter(x.unflatten(1, (grid.tp, -1)).movedim(1, 0), "tp")
+        return scattered(x, grid)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.grid.all_gather(gradient, "tp").movedim(0, 1).flatten(1, 2), None
+        return gathered(gradient, ctx.grid), None
+
+
+def gathered(x: Tensor, grid: Grid) -> Tensor:
+    return grid.all_gather(x, "tp").movedim(0, 1).flatten(1, 2)  # (tp, B, s / tp, hidden) -> (B, s, hidden)
+
+
+def scattered(x: Tensor, grid: Grid) -> Tensor:
+    return grid.reduce_scatter(x.unflatten(1, (grid.tp, -1)).movedim(1, 0), "tp")  # (tp, B, s / tp, hidden), summed
 
 
 class SumOverRing(torch.autograd.Function):
@@ -553,13 +520,15 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.sub_(F.logsigmoid(lse - part_lse))  # log(exp(lse) + exp(part_lse))
 
 
-def attention_kernel(device: str, dtype: torch.dtype) -> str:
-    """Name of the kernel that computes blocks there. Raises ValueError for a type it does not take."""
+def attention_kernel(device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Name of the kernel that computes blocks there. Raises ValueError for a type or head dimension it does not take."""
     if not device.startswith("cuda"):
         return "SDPA flash (CPU)"
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"--dtype {str(dtype).removeprefix('torch.')} cannot be used on cuda, whose flash attention takes "
                          "bfloat16; use --dtype bfloat16")
+    if head_dim % 8 or head_dim > 256:
+        raise ValueError(f"config.json: head_dim {head_dim} cannot be used on cuda; its flash attention takes 8, 16, ... 256")
     return "SDPA flash (CUDA)"
 
 
@@ -702,7 +671,7 @@ class ShardedAdamW:
         """Euclidean norm over all parameters of the whole model, each counted once, from every rank's reduced shard."""
         counted = shard if self.grid.tp_rank == 0 else shard[:max(0, self._whole_from - self._start)]
         square = torch.linalg.vector_norm(counted).double() ** 2
-        return self.grid.all_reduce(square, "all").sqrt().item()
+        return self.grid.to_host(self.grid.all_reduce(square, "all").sqrt())
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_norm: float = 0.0) -> float:
@@ -764,3 +733,85 @@ class ShardedAdamW:
         for part in self._adamw.state.values():
             part["step"].fill_(steps)
         self._publish()
+
+
+# ------------------------------------------------------------------------------------------ what every command needs
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of processes) of this job, as torchrun tells its processes; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarts() -> int:
+    """How often torchrun --max-restarts has started this job anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def print_once(text: str) -> None:
+    """Print on the first process only."""
+    if launched()[0] == 0:
+        print(text, flush=True)
+
+
+def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a grid; what is left of the processes is data parallel."""
+    group = parser.add_argument_group("parallelism, under torchrun --standalone --nproc-per-node N (data: N / tp / cp)")
+    group.add_argument("--tp", type=int, default=1, help="tensor parallel: ranks that share every matrix")
+    group.add_argument("--cp", type=int, default=1, help="context parallel: ranks that share every sequence")
+    group.add_argument("--timeout", type=float, default=600.0, help="seconds a rank may stand still before the job is ended")
+
+
+def check_grid(tp: int, cp: int, world: int, shards: dict[str, int] | None = None, sequence_length: int | None = None) -> None:
+    """Refuse a grid that cannot run, before any process group exists.
+
+    `shards`: what tp must divide, by name (heads, vocabulary). Raises ValueError naming the option and the nearest values.
+    """
+    for option, value in (("--tp", tp), ("--cp", cp)):
+        if value < 1:
+            raise ValueError(f"{option} {value} is too small; the least is 1")
+    if world % (tp * cp):
+        raise ValueError(f"--tp {tp} x --cp {cp} = {tp * cp} does not divide the number of processes, {world}; change them or "
+                         f"start {nearest_multiples(world, tp * cp)} (torchrun --standalone --nproc-per-node N)")
+    for name, size in (shards or {}).items():
+        if size % tp:
+            fits = [n for n in range(1, max(shards.values()) + 1) if not any(size % n for size in shards.values())]
+            near = [*[n for n in fits if n < tp][-1:], *[n for n in fits if n > tp][:1]]
+            raise ValueError(f"--tp {tp} does not divide the model's {name}, {size}; the nearest that fits the model is "
+                             f"{' or '.join(map(str, near))}")
+    multiple = Grid(cp=cp, tp=tp).sequence_multiple
+    if sequence_length and sequence_length % multiple:
+        raise ValueError(f"--sequence-length {sequence_length} is not a multiple of {multiple} (2 x cp x tp); the nearest is "
+                         f"{nearest_multiples(sequence_length, multiple)}")
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """'low or high' around a value that is none; without the low one if that is 0."""
+    return " or ".join(str(n) for n in (value // of * of, (value // of + 1) * of) if n)
+
+
+def parse_once(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, on every rank; help and usage errors are printed by the first, which then ends the others."""
+    if launched()[0] == 0:
+        return parser.parse_args(argv)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            return parser.parse_args(argv)
+        except SystemExit:
+            time.sleep(2.0)
+            raise
+
+
+def finish(error: Exception) -> None:
+    """Leave a command after `error` with one line and exit code 1.
+
+    A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the others before they speak.
+    After a lost connection a rank waits a little longer, so that torchrun names the rank that died, not one that noticed.
+    """
+    rank, world = launched()
+    if world == 1:
+        raise SystemExit(f"error: {error}") from None
+    lost = isinstance(error, ConnectionError)
+    time.sleep(5.0 if lost else 2.0 if rank else 0.0)
+    print(f"error: rank {rank}: {error}" if lost or rank else f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # the group may be broken: no orderly way out is left

@@ -7,7 +7,8 @@
 
 A run directory holds `metrics.jsonl`, the newest `checkpoint-STEP` directories (model, optimizer, data position: each
 is complete or absent) and, at the end, `final`, a Hugging Face model directory. `--resume` continues from the newest
-checkpoint to the last bit; SIGTERM or Ctrl-C writes one and stops.
+checkpoint to the last bit; SIGTERM or Ctrl-C writes one and stops (under torchrun, if step and checkpoint fit into its
+--shutdown-timeout, 30 s by default).
 """
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -40,6 +43,7 @@ from parallel import (
     finish,
     launched,
     nearest_multiples,
+    parse_once,
     print_once,
     restarts,
 )
@@ -301,6 +305,26 @@ def load_progress(a: argparse.Namespace) -> tuple[Path | None, int, int]:
     return found[-1], saved["step"], saved["updates"]
 
 
+def job_name() -> str:
+    """What torchrun calls this job, the same after a restart; empty if it has no name of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
+
+
+def restarted(run: Path) -> bool:
+    """Whether torchrun --max-restarts started this job anew after it had begun `run`: then it resumes without being told."""
+    return restarts() > 0 and job_name() != "" and (run / "job").is_file() and (run / "job").read_text() == job_name()
+
+
+def check_agreement(grid: Grid, a: argparse.Namespace, step: int) -> None:
+    """Raise ValueError unless every rank has found the same checkpoint, options and data: files may differ by machine."""
+    mine = torch.tensor([step, zlib.crc32(json.dumps(settings(a)).encode())], device=a.device)
+    low, high = (grid.to_host(grid.all_reduce(mine.clone(), "all", o)) for o in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    if low != high:
+        what = f"checkpoints in {a.out}, of steps {low[0]} to {high[0]}" if low[0] != high[0] else "options or data"
+        raise ValueError(f"the ranks have found different {what}; --out and --data must be the same for all of them")
+
+
 class Metrics:
     """metrics.jsonl: one line a step or validation, flushed; a resumed run first drops what it will do again.
 
@@ -337,6 +361,7 @@ def validate(model: Llama, dataset, sequences: int, buckets: int, masked: bool, 
         targets = batch.targets.to(device)
         sums[0] += model.token_losses(batch.tokens.to(device), targets, ids)[0]  # (S,)
         sums[1] += targets[0] != -100
+        grid.progress()
     total, count = grid.all_reduce(sums, "dp").cpu()
     parts = list(zip(total.tensor_split(buckets), count.tensor_split(buckets)))
     by_bucket = [(t.sum() / n.sum()).item() if n.sum() else None for t, n in parts]
@@ -350,7 +375,7 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch, a: a
     """
     optimizer.zero_gradients()
     valid = torch.tensor(int((batch.targets != -100).sum()), device=a.device)
-    valid = max(1, int(model.grid.all_reduce(valid, "dp")))  # over the whole batch, before any backward
+    valid = max(1, model.grid.to_host(model.grid.all_reduce(valid, "dp")))  # over the whole batch, before any backward
     total = torch.zeros(2, dtype=torch.float64, device=a.device)  # summed loss, positions
     for rows in torch.arange(len(batch.tokens)).split(a.micro_batch_size):
         last = (batch.targets[rows] != -100).any(0).nonzero()[-1:]  # what follows the last target, padding say, changes nothing
@@ -359,13 +384,14 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch, a: a
         loss, _ = model.loss(*part[:2], part[2] if a.cross_document_mask else None)
         (loss / valid).backward()
         total += torch.stack((loss.detach().double(), total.new_tensor(part[0].numel())))
-    loss, positions = model.grid.all_reduce(total, "dp").tolist()
+        model.grid.progress()
+    loss, positions = model.grid.to_host(model.grid.all_reduce(total, "dp"))
     return loss / valid, int(positions)
 
 
 def stop_requested(stop: list[int], grid: Grid, device: str) -> bool:
     """Whether any rank has received a signal: all agree, so all stop after the same step."""
-    return bool(grid.all_reduce(torch.tensor(len(stop), device=device), "all"))
+    return bool(grid.to_host(grid.all_reduce(torch.tensor(len(stop), device=device), "all")))
 
 
 def print_line(bar: tqdm, text: str) -> None:
@@ -440,7 +466,7 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     Up to `Grid.create` nothing is written, and every rank finds the same; from there on they go in step.
     """
     check_arguments(a)
-    a.resume = a.resume or restarts() > 0  # by torchrun --max-restarts
+    a.resume = a.resume or restarted(a.out)
     a.tokenizer = a.tokenizer or a.model
     if a.tokenizer is None:
         raise ValueError("--tokenizer is needed with --config: the directory of the tokenizer the corpus was prepared with")
@@ -458,9 +484,9 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     if (a.out / "final" / "config.json").exists():
         print_once(f"{a.out}/final is already there; nothing to do")
         return
-    if a.dtype != "auto":
-        attention_kernel(a.device, getattr(torch, a.dtype))
+    attention_kernel(a.device, torch.bfloat16 if a.dtype == "auto" else getattr(torch, a.dtype), config.head_dim)
     grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+    check_agreement(grid, a, step)
     if a.dtype == "auto":  # the first rank's finding holds for all
         is_fast = torch.tensor(int(faster_dtype(a.device) == torch.bfloat16), device=a.device)
         a.dtype = "bfloat16" if grid.broadcast(is_fast) else "float32"
@@ -474,12 +500,16 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay)
     if checkpoint:
         load_optimizer(checkpoint, optimizer, updates, a.device)
-    a.out.mkdir(parents=True, exist_ok=True)
-    parameters = sum(torch.Size(shape).numel() for shape, _ in optimizer.shapes().values())
+    if grid.is_first:
+        a.out.mkdir(parents=True, exist_ok=True)
+        if job_name():
+            (a.out / "job").write_text(job_name())
+    parameters = sum(math.prod(shape) for shape, _ in optimizer.shapes().values())
     print_once(f"{parameters / 1e6:.2f}M parameters, {a.dtype} on {a.device}, window {config.max_position_embeddings}, "
                f"rope {config.rope_scaling.kind}, {a.batch_size} x {a.sequence_length} tokens a step"
                + (f", resumed after step {step}" if checkpoint else ""))
-    print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {attention_kernel(a.device, dtype)}")
+    kernel = attention_kernel(a.device, dtype, config.head_dim)
+    print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
     with signals_received() as stop:
         step = train(model, optimizer, training, validation, a, step, stop)
     if step == a.steps:
@@ -494,7 +524,7 @@ def run(a: argparse.Namespace, build_datasets) -> None:
 def main(parser: argparse.ArgumentParser, build_datasets, argv: list[str] | None = None) -> None:
     """Command line of a stage: one line and exit code 1 for a user's mistake."""
     try:
-        run(parser.parse_args(argv), build_datasets)
+        run(parse_once(parser, argv), build_datasets)
     except (ValueError, OSError, ArithmeticError) as error:
         finish(error)
 

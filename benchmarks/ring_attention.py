@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("out/ring_attention.json"))
     a = parser.parse_args()
-    kernel = attention_kernel(a.device, getattr(torch, a.dtype))
+    kernel = attention_kernel(a.device, getattr(torch, a.dtype), a.head_dim)
     device = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
     print(f"{device}, torch {torch.__version__}, {a.dtype}, {a.heads}:{a.kv_heads} heads of {a.head_dim}; blocks by {kernel}")
     for kind in ("zigzag", "contiguous"):

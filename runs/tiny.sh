@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SEED=${1:-0}
 OUT=${2:-out/tiny-$SEED}
 NPROC=${NPROC:-1}
+case "$NPROC" in 1|2|4|8|16) ;; *) echo "error: NPROC=$NPROC: use 1, 2, 4, 8 or 16" >&2; exit 1 ;; esac
 if [ -e "$OUT" ]; then echo "error: $OUT already exists; remove it or give another directory" >&2; exit 1; fi
 bash runs/setup.sh
 PATH="$PWD/.venv/bin:$PATH"

@@ -312,3 +312,13 @@ def test_bad_weight_files_are_named(tiny_model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(ValueError, match="layers.3.*missing"):
         Llama.from_pretrained(tmp_path)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tiny_model):
+    """Of a vocabulary spread over ranks no rank would miss them."""
+    model, good = tiny_model(), torch.tensor([[1, 2]])
+    for bad in (torch.tensor([[1, 97]]), torch.tensor([[-7, 1]])):
+        with pytest.raises(IndexError, match="vocabulary of 97"):
+            model(bad)
+        with pytest.raises(IndexError, match="vocabulary of 97"):
+            model.loss(good, bad)

@@ -3,6 +3,7 @@
     torchrun --standalone --nproc-per-node 4 tests/distributed/models.py results.json MODEL_DIR PLACE 2,2 1,4 ...     # tp,cp
 """
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,14 @@ import torch
 from model import Llama
 from parallel import Grid, shard_dims, whole_shape
 
+
+def agree(grid: Grid, tokens: torch.Tensor) -> bool:
+    """Whether all ranks of a replica have the same."""
+    return bool((grid.all_gather(tokens, "cp_tp") == tokens).all())
+
+
 if __name__ == "__main__":
+    torch.manual_seed(int(os.environ["RANK"]))  # what is drawn without a seed differs by rank
     torch.set_num_threads(1)
     alone = Llama.from_pretrained(sys.argv[2])
     generator = torch.Generator().manual_seed(1)
@@ -32,13 +40,14 @@ if __name__ == "__main__":
                 - alone.hidden_at(tokens, torch.tensor([[0, 36], [17, 5]]))}
         model.save_pretrained(Path(sys.argv[3]) / text, max_shard_bytes=20_000)
         found[text] = {name: float(x.abs().max()) for name, x in differences.items()} | {
-            "greedy": [model.generate(tokens[:, :length], 12).tolist() for length in (1, 2, 37)],
-            "sampled": model.generate(tokens, 12, temperature=1.0, top_p=0.9, seed=5).tolist(),
+            "greedy": [model.generate(tokens[:, :length], 13).tolist() for length in (1, 2, 37)],
+            "sampled": model.generate(tokens, 13, temperature=1.0, top_p=0.9, seed=5).tolist(),
+            "agreed": agree(grid, model.generate(tokens, 13, temperature=1.0)),
             "held": sum(p.numel() for p in model.parameters()),
             "cut": sum(p.numel() for n, p in model.named_parameters() if dims[n] is not None),
             "whole": sum(torch.Size(whole_shape(p.shape, dims[n], grid)).numel() for n, p in model.named_parameters())}
-    found["alone"] = {"greedy": [alone.generate(tokens[:, :length], 12).tolist() for length in (1, 2, 37)],
-                      "sampled": alone.generate(tokens, 12, temperature=1.0, top_p=0.9, seed=5).tolist()}
+    found["alone"] = {"greedy": [alone.generate(tokens[:, :length], 13).tolist() for length in (1, 2, 37)],
+                      "sampled": alone.generate(tokens, 13, temperature=1.0, top_p=0.9, seed=5).tolist()}
     if grid.is_first:
         Path(sys.argv[1]).write_text(json.dumps(found))
     grids[0].close()

@@ -15,6 +15,7 @@ from launch import ROOT, results, torchrun
 
 import data
 import eval_niah
+import sft
 import train
 from model import Llama, ModelConfig
 
@@ -63,6 +64,7 @@ def test_model_on_a_grid_computes_generates_and_saves_what_one_process_does(plac
         case, tp = found[grid], int(grid[0])
         assert max(case[name] for name in ("logits", "token_losses", "loss", "hidden_at")) < 1e-3  # logits reach 40
         assert case["greedy"] == found["alone"]["greedy"] and case["sampled"] == found["alone"]["sampled"]
+        assert case["agreed"]
         assert files(tmp_path / grid) == written and len(written) > 5
         assert case["cut"] * tp + case["held"] - case["cut"] == case["whole"]
         assert case["held"] - case["cut"] == 5 * 32  # the norms of two layers and the last one
@@ -128,7 +130,8 @@ def test_chat_is_the_same_on_several_processes(place):
 def start(place: Path, out: Path, *more, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--max-restarts", str(restarts),
                "train.py", *map(str, options(place, out, "--cp", 3, "--sequence-length", 48, *more))]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True)
 
 
 def process_of(out: Path, rank: int) -> int:
@@ -152,7 +155,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
 def test_a_killed_rank_is_named_and_max_restarts_continues_from_the_last_checkpoint(place, tmp_path):
-    more = ("--steps", 60, "--checkpoint-every", 10)
+    more = ("--steps", 30, "--checkpoint-every", 10)
     job = start(place, tmp_path / "run", *more, restarts=1)
     wait_for((tmp_path / "run" / "checkpoint-00000010").is_dir)
     os.kill(process_of(tmp_path / "run", 2), signal.SIGKILL)
@@ -174,21 +177,89 @@ def test_a_stopped_rank_ends_the_job_and_is_named(place, tmp_path):
         lines.append(line)
         if line.startswith("error:"):
             break
-    assert lines[-1].startswith("error: rank 1 has made no progress for 3 s") and time.monotonic() - began < 20, lines
+    assert lines[-1].startswith("error: no progress for 3 s: rank 1 does not answer") and time.monotonic() - began < 20, lines
     os.kill(stopped, signal.SIGCONT)  # torchrun would kill it after 30 s
     job.communicate(timeout=60)
     assert job.returncode != 0 and train.checkpoints(tmp_path / "run")
 
 
-def test_sigterm_stops_every_rank_after_the_same_step_with_a_checkpoint(place, tmp_path):
+@pytest.mark.parametrize("what, said", [
+    ("sleeps", r"error: no progress for 2 s: rank 1 keeps others waiting; it stands in rank_1_sleeps, hangs\.py line \d+"),
+    ("deadlock", "error: no progress for 2 s: all ranks wait for each other")])
+def test_a_hanging_rank_is_named_with_its_place(what, said):
+    done = torchrun(3, ROOT / "tests" / "distributed" / "hangs.py", what)
+    assert done.returncode != 0 and len(re.findall(said, done.stderr)) == done.stderr.count("error: ") == 1, done.stderr
+
+
+@pytest.mark.parametrize("what", ["computes", "works"])
+def test_a_rank_at_work_is_not_taken_for_one_that_hangs(what):
+    """All compute for longer than the timeout, or one writes a file for longer while the others wait."""
+    done = torchrun(3, ROOT / "tests" / "distributed" / "hangs.py", what)
+    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(place, tmp_path):
     """Ranks receive a signal at different moments: one that stopped a step early would hang the others."""
     job = start(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5)
     wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
-    job.terminate()
-    messages = job.communicate(timeout=60)[1]
-    step = int(re.search(r"stopped by a signal after step (\d+)", messages)[1])
+    os.kill(process_of(tmp_path / "run", 1), signal.SIGTERM)
+    shown, messages = job.communicate(timeout=60)
+    assert job.returncode == 0, messages
+    step = int(re.search(r"stopped by a signal after step (\d+)", shown)[1])
     assert train.checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{step:08d}"
     assert len(records(tmp_path / "run")) == step
+
+
+def test_a_restart_does_not_touch_a_directory_of_another_run(place, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+    done = torchrun(2, "train.py", *options(place, tmp_path / "run", "--steps", 2), options=("--max-restarts", "1"))
+    assert done.returncode != 0 and done.stderr.count("holds an earlier run") == 2, done.stderr
+    assert files(tmp_path / "run") == {"metrics.jsonl": b'{"step": 1, "loss": 5.0}\n'}
+
+
+def test_ranks_that_find_different_checkpoints_refuse_to_train(place, four_ranks, tmp_path):
+    """Another machine with an older copy of the run: its ranks would train other weights, and nobody would see it."""
+    out = tmp_path / "run"
+    shutil.copytree(four_ranks, out, ignore=shutil.ignore_patterns("final"))
+    done = torchrun(2, ROOT / "tests" / "distributed" / "stale.py", *options(place, out, "--steps", 6, "--resume"))
+    assert done.returncode != 0, done.stderr
+    assert re.findall("error: the ranks have found different checkpoints in .*, of steps 3 to 6;", done.stderr) == \
+        re.findall("error: .*?;", done.stderr)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(place, tmp_path):
+    """The first rank alone meets it; the others must not hang or hide the cause."""
+    done = torchrun(2, ROOT / "tests" / "distributed" / "full_disk.py", *options(place, tmp_path / "run", "--steps", 4,
+                                                                             "--checkpoint-every", 2, "--cp", 2))
+    assert done.returncode != 0 and re.findall("error: .*", done.stderr)[0].endswith("exp_avg-00001-of-00001.safetensors'")
+    assert "No space left on device" in done.stderr
+    assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["checkpoint-00000002"]
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_usage_errors_and_help_are_printed_once(place):
+    done = torchrun(3, "train.py", "--frobnicate")
+    assert done.returncode != 0 and done.stderr.count("usage: ") == 1
+    done = torchrun(3, "eval_niah.py", "--help")
+    assert done.returncode == 0 and done.stdout.count("usage: ") == 1
+
+
+@pytest.mark.parametrize("dtype, tolerance, tp, cp", [("float32", 1e-6, 2, 1), ("bfloat16", 3e-3, 1, 2)])
+def test_chat_tuning_on_several_ranks_gives_one_process_losses(place, tmp_path, dtype, tolerance, tp, cp):
+    """Rows cut at their last target, of other lengths in each replica; in bfloat16 what is summed must be float32."""
+    samples = [{"messages": [{"role": "user", "content": f"What is {i} {'and again ' * (i % 5)}?"},
+                             {"role": "assistant", "content": f"It is {i}." * (1 + i % 3)}]} for i in range(24)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    arguments = ["--model", place / "model", "--data", tmp_path / "chat.jsonl", "--sequence-length", 96, "--batch-size", 6,
+                 "--steps", 4, "--learning-rate", "1e-3", "--warmup-steps", 0, "--dtype", dtype, "--device", "cpu"]
+    sft.main(sft.stage2_parser(), sft.stage2_datasets, [*map(str, arguments), "--out", str(tmp_path / "one")])
+    done = torchrun(4, "sft.py", *arguments, "--out", tmp_path / "four", "--tp", tp, "--cp", cp)
+    assert done.returncode == 0 and f"dp 2 x cp {cp} x tp {tp}" in done.stdout, done.stderr
+    assert records(tmp_path / "four") == pytest.approx(records(tmp_path / "one"), rel=tolerance)
+    norms = [records(tmp_path / name, "gradient_norm") for name in ("four", "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=10 * tolerance)
 
 
 def test_a_wrong_grid_is_one_line_and_leaves_nothing(place, tmp_path):
