@@ -25,8 +25,15 @@ from parallel import Grid, ShardedAdamW  # noqa: E402
 from train import peak_memory_gib, training_step  # noqa: E402
 
 
+def resident_gib(device: str) -> float:
+    """Memory this process holds now (Linux, or a GPU's)."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated() / 2**30
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
 def serve(pipe, rank: int, cp: int, port: int, length: int, a: argparse.Namespace) -> None:
-    """Child process: build the model, make one step, answer (GiB before, GiB at the peak, loss)."""
+    """Child process: build the model, make one step, answer (GiB held before it, GiB at the peak, loss)."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cp), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -39,7 +46,7 @@ def serve(pipe, rank: int, cp: int, port: int, length: int, a: argparse.Namespac
     optimizer = ShardedAdamW(model, grid)
     tokens = torch.randint(8192, (1, length + 1), generator=torch.Generator().manual_seed(0))
     options = argparse.Namespace(micro_batch_size=1, cross_document_mask=False, device=a.device)
-    before = peak_memory_gib(a.device)
+    before = resident_gib(a.device)
     loss, _ = training_step(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:])), options)
     optimizer.step(1e-4, 1.0)
     pipe.send((before, peak_memory_gib(a.device), loss))

@@ -46,7 +46,8 @@ def test_bfloat16_error_does_not_grow_with_the_ring(measured, capsys):
             print(f"| {size} | " + " | ".join(f"{error:.1e}" for error in measured[size]["bfloat16"].values()) + " |")
     for size in SIZES:
         for what, error in measured[size]["bfloat16"].items():
-            assert error <= max(1.5 * measured[1]["bfloat16"][what], 1e-5), (size, what)
+            limit = 1.5 if size < 8 else 1.2  # at 8, gradients summed in bfloat16 would be at 1.3 to 1.4
+            assert error <= max(limit * measured[1]["bfloat16"][what], 1e-5), (size, what)
 
 
 def test_every_classic_bug_is_noticed(tmp_path):
