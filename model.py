@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from parallel import (
     ColumnParallelLinear,
@@ -34,11 +34,16 @@ from parallel import (
     decode_attention,
     document_segments,
     finish,
+    fused_linear,
     gather_sequence,
+    gathered,
     launched,
     parse_once,
     print_once,
     ring_attention,
+    ring_backward,
+    ring_forward,
+    scattered,
     shard_dims,
     unshard,
     vocab_parallel_cross_entropy,
@@ -57,7 +62,8 @@ from rope_yarn import (
     rotary_tables,
 )
 
-LOGITS_TILE_BYTES = 2**27  # float32 logits that exist at once during a loss, whatever S and V
+TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}  # what one tile of positions may take on its way through a block or the loss
+RECOMPUTE = ("none", "mlp", "block")
 NTK_KEY = "ntk_aware_scaling"  # our own key of config.json, beside the rope_theta that NTK-aware scaling came to
 VOCABULARY_TILE = 8192  # rows of the head's gradient that are added up at a time
 
@@ -130,6 +136,25 @@ class ModelConfig:
         return {name: getattr(self, name) for name in
                 ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size")}
 
+    def matrices(self) -> dict[str, int]:
+        """Elements of the weight matrices, by part: a forward pass multiplies each token by all but the embedding."""
+        hidden, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        table = self.vocab_size * hidden
+        return {"embedding": table, "head": 0 if self.tie_word_embeddings else table,
+                "qkv": self.num_hidden_layers * hidden * (heads + 2 * kv_heads) * self.head_dim,
+                "o": self.num_hidden_layers * hidden * heads * self.head_dim,
+                "mlp": self.num_hidden_layers * 3 * hidden * self.intermediate_size}
+
+    def forward_flops(self, sequence_length: int) -> tuple[int, int]:
+        """FLOPs of one sequence's forward pass, of matrix products and of causal attention; backward takes twice as many.
+
+        Causal: each query sees half of the keys on average. Counting all, as is common, doubles attention's share.
+        """
+        size = self.matrices()
+        products = 2 * sequence_length * (size["qkv"] + size["o"] + size["mlp"] + self.vocab_size * self.hidden_size)
+        heads = self.num_attention_heads * self.head_dim
+        return products, self.num_hidden_layers * 2 * sequence_length**2 * heads  # Q K^T and P V: 2 x 2 S^2 / 2 each
+
     def to_hf(self) -> dict:
         """A config.json that transformers 4.43+, transformers 5 and vLLM read, and compute the same model from."""
         theta, scaling, note = self.rope_theta, self.rope_scaling, {}
@@ -195,21 +220,25 @@ class Attention(nn.Module):
         self.v_proj = ColumnParallelLinear(config.hidden_size, kv_size, grid, bias=config.qkv_bias)
         self.o_proj = RowParallelLinear(q_size, config.hidden_size, grid, bias=config.output_bias)
 
-    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
-        x = gather_sequence(x, self.grid)  # (B, S / (cp tp), hidden) -> (B, S / cp, hidden), once for all three
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (project(x).view(heads).transpose(1, 2)  # (B, H / tp or Hkv / tp, S / cp, D)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary(q, context.cos, context.sin), apply_rotary(k, context.cos, context.sin)
-        if context.cache is None:
-            out = ring_attention(q, k, v, self.grid, context.segments)
-        else:
-            out = context.cache.attend(layer, q, k, v, context.kept)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, S / (cp tp), hidden)
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """x (B, m, hidden), tables (tp, m, D / 2) -> q, k turned, and v: (B, tp, m, this rank's heads x D)."""
+        x = gather_sequence(x, self.grid)  # (B, m, hidden) -> (B, tp, m, hidden), once for all three
+        q, k, v = fused_linear(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k = (apply_rotary(y.unflatten(-1, (-1, self.head_dim)).transpose(2, 3), cos[:, None], sin[:, None])
+                .transpose(2, 3).flatten(3) for y in (q, k))  # over (B, tp, heads, m, D)
+        return q, k, v
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, tp, m, heads x D) -> (B, heads, S / cp, D): how attention wants it."""
+        return x.flatten(1, 2).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(B, heads, S / cp, D) -> (B, tp, m, heads x D): how projections want it."""
+        return x.transpose(1, 2).flatten(2).unflatten(1, (self.grid.tp, -1))
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward (arXiv 2002.05202)."""
+    """SwiGLU feed-forward (arXiv 2002.05202): (B, m, hidden) -> the same."""
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
@@ -219,12 +248,16 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = gather_sequence(x, self.grid)  # (B, S / cp, hidden), once for both
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, S / (cp tp), hidden)
+        x = gather_sequence(x, self.grid)  # (B, tp, m, hidden), once for both
+        gate, up = fused_linear(x, self.gate_proj, self.up_proj)  # (B, tp, m, intermediate / tp)
+        return self.down_proj(F.silu(gate) * up)  # (B, m, hidden)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: (B, S / (cp tp), hidden) -> the same."""
+    """One pre-norm transformer layer, (B, m, hidden) -> the same: what stands before attention, attention, what stands after.
+
+    Before and after, every position is on its own, so both can run on a tile of positions at a time.
+    """
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
@@ -233,9 +266,142 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, grid)
 
-    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context, layer)
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        if context.recompute != "none":
+            return RecomputedBlock.apply(x, self, context, layer)
+        attention, tile = self.self_attn, x.shape[1] if torch.is_grad_enabled() else context.tile
+        q, k, v = map(attention.heads, in_tiles(self.before, (x, context.cos, context.sin), tile))
+        if context.cache is None:
+            attended = ring_attention(q, k, v, attention.grid, context.segments)
+        else:
+            attended = context.cache.attend(layer, q, k, v, context.kept)
+        return in_tiles(self.after, (x, attention.rows(attended)), tile)
+
+
+# ------------------------------------------------------------------- less memory: tiles, recomputation, host memory
+
+
+def in_tiles(function, inputs: tuple[Tensor, ...], tile: int):
+    """function(*inputs) on `tile` positions (dimension -2) at a time; a tensor or a tuple of them, whole."""
+    length = inputs[0].shape[-2]
+    if tile >= length:
+        return function(*inputs)
+    whole = None
+    for start in range(0, length, tile):
+        place = slice(start, min(start + tile, length))
+        found = function(*(x[..., place, :] for x in inputs))
+        parts = (found,) if isinstance(found, Tensor) else found
+        whole = whole or [part.new_empty(*part.shape[:-2], length, part.shape[-1]) for part in parts]
+        for all_of_it, part in zip(whole, parts):
+            all_of_it[..., place, :] = part
+    return whole[0] if isinstance(found, Tensor) else tuple(whole)
+
+
+def tiles_backward(function, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...], gradients: tuple[Tensor, ...],
+                   tile: int) -> list[Tensor]:
+    """Gradients of `inputs` from those of function(*inputs, *constants), computed again a tile at a time.
+
+    What a tile keeps for its backward is gone before the next tile begins. Gradients of parameters are added up where
+    autograd always does, in `parameter.grad`.
+    """
+    found = [torch.empty_like(x) for x in inputs]
+    for start in range(0, inputs[0].shape[-2], tile):
+        place = (..., slice(start, start + tile), slice(None))
+        leaves = [x[place].detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            outputs = function(*leaves, *(x[place] for x in constants))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        torch.autograd.backward(outputs, [gradient[place] for gradient in gradients])
+        for whole, leaf in zip(found, leaves):
+            whole[place] = leaf.grad
+    return found
+
+
+class RecomputedBlock(torch.autograd.Function):
+    """A block that keeps its input x alone and computes the rest again in backward, tile by tile (arXiv 1604.06174).
+
+    With recompute "mlp" it also keeps what attention found, out and lse: all that backward needs of attention, which is by
+    far the most work at long lengths, so its forward never runs twice. q, k and v are a projection away.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, block: Block, context: Context, layer: int) -> Tensor:
+        attention = block.self_attn
+        q, k, v = map(attention.heads, in_tiles(block.before, (x, context.cos, context.sin), context.tile))
+        attended, lse = ring_forward(q, k, v, attention.grid, context.segments)
+        del q, k, v
+        kept = (x, attended, lse) if context.recompute == "mlp" else (x,)
+        ctx.block, ctx.context, ctx.layer = block, context, layer
+        if context.host:
+            context.host.keep(layer, kept)
+        else:
+            ctx.save_for_backward(*kept)
+        return in_tiles(block.after, (x, attention.rows(attended)), context.tile)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        block, context, attention = ctx.block, ctx.context, ctx.block.self_attn
+        x, *kept = context.host.fetch(ctx.layer) if context.host else ctx.saved_tensors
+        tables = (context.cos, context.sin)
+        q, k, v = map(attention.heads, in_tiles(block.before, (x, *tables), context.tile))
+        attended, lse = kept or ring_forward(q, k, v, attention.grid, context.segments)
+        dx, d_attended = tiles_backward(block.after, (x, attention.rows(attended)), (), (dy,), context.tile)
+        gradients = ring_backward(attention.heads(d_attended), q, k, v, attended, lse, attention.grid, context.segments)
+        del q, k, v, attended, kept, d_attended
+        dx += tiles_backward(block.before, (x,), tables, tuple(map(attention.rows, gradients)), context.tile)[0]
+        return dx, None, None, None
+
+
+class HostMemory:
+    """Keeps tensors of each layer in host memory between forward and backward, under their layer's number.
+
+    On a GPU the memory is pinned and copies run on a stream of their own: out while the next block computes, in one block
+    before they are needed. The buffers stay for the next step. On a CPU it is a plain copy.
+    """
+
+    def __init__(self) -> None:
+        self.kept, self.arriving, self.stream = {}, {}, None
+
+    def aside(self, x: Tensor):
+        """Context in which copies go to the side stream, once the work queued so far is done."""
+        if not x.is_cuda:
+            return nullcontext()
+        self.stream = self.stream or torch.cuda.Stream(x.device)
+        self.stream.wait_stream(torch.cuda.current_stream(x.device))
+        return torch.cuda.stream(self.stream)
+
+    def keep(self, layer: int, tensors: tuple[Tensor, ...]) -> None:
+        """Copy a layer's tensors to the host."""
+        place = self.kept.get(layer)
+        if place is None or [(x.shape, x.dtype) for x in place] != [(x.shape, x.dtype) for x in tensors]:
+            place = [torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda) for x in tensors]
+        self.kept[layer], self.device = place, tensors[0].device
+        with self.aside(tensors[0]):
+            for host, x in zip(place, tensors):
+                host.copy_(x, non_blocking=True)
+                if x.is_cuda:
+                    x.record_stream(self.stream)  # its memory may be given away once this copy is done, not before
+
+    def fetch(self, layer: int) -> list[Tensor]:
+        """A layer's tensors, on the device again; the layer below begins to arrive."""
+        for wanted in (layer, layer - 1):
+            if wanted in self.kept and wanted not in self.arriving:
+                tensors = [torch.empty_like(host, device=self.device) for host in self.kept[wanted]]
+                with self.aside(tensors[0]):
+                    for x, host in zip(tensors, self.kept[wanted]):
+                        x.copy_(host, non_blocking=True)
+                    self.arriving[wanted] = tensors, self.stream and self.stream.record_event()
+        tensors, event = self.arriving.pop(layer)
+        if event:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        return tensors
 
 
 class KVCache:
@@ -261,10 +427,16 @@ class KVCache:
 
 @dataclass
 class Context:
-    """What every layer shares in one forward pass: rotary tables, document borders, the KV cache and what to keep in it."""
+    """What every layer shares in one forward pass: rotary tables (tp, m, D / 2), how many of the m positions make a tile, what
+    to recompute, where to keep what backward needs (None: on the device), document borders, the KV cache and what to keep
+    in it.
+    """
 
     cos: Tensor
     sin: Tensor
+    tile: int
+    recompute: str = "none"
+    host: HostMemory | None = None
     segments: list[list[int]] | None = None
     cache: KVCache | None = None
     kept: int = 0
@@ -283,14 +455,17 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """A Llama for causal language modelling, spread over a grid.
 
-    `recompute` trades one more forward a block for its activations. Every public method is called on all ranks of a replica
+    `recompute`, one of RECOMPUTE, says what backward computes again rather than keeps: nothing; all but attention; whole
+    blocks. `host`, a HostMemory, takes what recomputed blocks keep. `tile_bytes` bounds what a tile of positions takes (None:
+    TILE_BYTES of the device). Every public method is called on all ranks of a replica
     (cp x tp) with the same, whole rows of tokens; each rank computes its share and all return the same result. Raises
     ValueError if the grid does not fit the model.
     """
 
     def __init__(self, config: ModelConfig, grid: Grid | None = None) -> None:
         super().__init__()
-        self.config, self.grid, self.recompute = config, grid or Grid(), False
+        self.config, self.grid = config, grid or Grid()
+        self.recompute, self.host, self.tile_bytes = "none", None, None
         check_grid(self.grid.tp, self.grid.cp, self.grid.size("all"), config.shards())
         self.model = Decoder(config, self.grid)
         if not config.tie_word_embeddings:
@@ -323,11 +498,16 @@ class Llama(nn.Module):
         """The output projection (V / tp, hidden): the embedding itself when tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Final-norm hidden states of this rank's positions: whole rows (B, S) int64 -> (B, S' / (cp tp), hidden).
+    def tile(self, element_bytes: int) -> int:
+        """How many of this rank's m positions fit in a tile, at so many bytes a position of the S / cp."""
+        tile_bytes = self.tile_bytes or TILE_BYTES[self.head_weight.device.type]
+        return max(1, tile_bytes // (element_bytes * self.grid.tp))
 
-        S' is S, padded on the right to what the grid divides evenly: no earlier position sees the padding. `document_ids`
-        (B, S) masks documents apart. With a filled cache the S = 1 new token is computed by every rank of the ring.
+    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The last block's output, before the final norm: whole rows (B, S) int64 -> this rank's (B, m, hidden).
+
+        m is S / (cp tp), of S padded on the right to what the grid divides evenly: no earlier position sees the padding.
+        `document_ids` (B, S) masks documents apart. With a filled cache every rank of the ring computes the S = 1 new token.
         """
         grid, length, start = self.grid, tokens.shape[1], cache.length if cache else 0
         check_ids(tokens, self.config.vocab_size)
@@ -339,28 +519,28 @@ class Llama(nn.Module):
             positions = zigzag_positions(tokens.shape[1], grid)
             tokens, kept = zigzag_shard(tokens, grid, 1), int((positions < length).sum())
         inv_freq, factor = inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        device = tokens.device
-        cos, sin = rotary_tables(positions.to(device), inv_freq.to(device), factor)  # float32 (S / cp, D / 2), for all layers
+        device, rows = tokens.device, len(tokens)
+        tables = rotary_tables(positions.to(device), inv_freq.to(device), factor)
+        cos, sin = (table.unflatten(0, (grid.tp, -1)) for table in tables)  # float32 (tp, m, D / 2), for all layers
         segments = None if document_ids is None else document_segments(self.pad(document_ids))
-        context = Context(cos, sin, segments, cache, kept)
-        x = self.model.embed_tokens(tokens)  # (B, S / cp) -> (B, S / (cp tp), hidden)
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        tile = self.tile(rows * block_tile_bytes(self.config, grid.tp, self.head_weight.itemsize))
+        context = Context(cos, sin, tile, recompute, self.host, segments, cache, kept)
+        x = self.model.embed_tokens(tokens.unflatten(1, (grid.tp, -1)), tile)  # (B, tp, m) -> (B, m, hidden)
         for layer, block in enumerate(self.model.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, layer, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, context, layer)
+            x = block(x, context, layer)
         if cache:
             cache.length, cache.filled = cache.length + length, cache.filled + kept
-        return self.model.norm(x)
+        return x
 
     def pad(self, rows: Tensor, value: int = 0) -> Tensor:
         """(B, S) -> (B, S'): whole rows padded on the right to a length the grid divides evenly."""
         return F.pad(rows, (0, -rows.shape[1] % self.grid.sequence_multiple), value=value)
 
     def hidden_at(self, tokens: Tensor, places: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Hidden states of some places in rows of tokens, on every rank: (B, S), (B, n) int64 -> (B, n, hidden)."""
+        """Final-norm hidden states of some places in rows of tokens, on every rank: (B, S), (B, n) int64 -> (B, n, hidden)."""
         grid, decoding = self.grid, cache is not None and cache.length > 0
-        hidden = self.hidden_states(tokens, cache=cache)  # (B, S' / (cp tp), hidden)
+        hidden = self.hidden_states(tokens, cache=cache)  # (B, m, hidden)
         length = hidden.shape[1] * grid.tp * (1 if decoding else grid.cp)
         held = (torch.arange(length) if decoding else zigzag_positions(length, grid)).chunk(grid.tp)[grid.tp_rank]
         local = torch.full((length,), -1)
@@ -368,7 +548,7 @@ class Llama(nn.Module):
             local[held] = torch.arange(len(held))
         local = local.to(places.device)[places][..., None]  # (B, n, 1)
         rows = hidden.gather(1, local.clamp(min=0).expand(-1, -1, hidden.shape[2])).masked_fill(local < 0, 0.0)
-        return grid.all_reduce(rows, "cp_tp")
+        return self.model.norm(grid.all_reduce(rows, "cp_tp"))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token from hidden states that every rank has: (..., hidden) -> (..., V)."""
@@ -377,7 +557,7 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of every position: tokens (B, S) int64 -> (B, S, V). For a loss use `loss`, which never builds them."""
-        hidden = gather_sequence(self.hidden_states(tokens), self.grid)  # (B, S' / cp, hidden)
+        hidden = gather_sequence(self.model.norm(self.hidden_states(tokens)), self.grid).flatten(1, 2)  # (B, S / cp, hidden)
         return zigzag_unshard(self.logits(hidden), self.grid, 1)[:, :tokens.shape[1]]
 
     def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -387,24 +567,28 @@ class Llama(nn.Module):
         on every rank of the replica: divide the sum by the number over the whole global batch. Backward on every rank leaves
         each its share of the gradients. A batch without a target gives (0, 0) and zero gradients.
         """
-        hidden = gather_sequence(self.hidden_states(tokens, document_ids), self.grid)  # (B, S' / cp, hidden)
+        hidden = self.hidden_states(tokens, document_ids)  # (B, m, hidden)
         check_ids(targets.masked_fill(targets == -100, 0), self.config.vocab_size)
-        here = zigzag_shard(self.pad(targets, -100), self.grid, 1)  # (B, S' / cp)
-        valid = here != -100
-        # the head sees only rows that have a target: in chat data that is a small share of them
-        losses = tiled_cross_entropy(hidden[valid], self.head_weight, here[valid], self.grid)
+        here = self.local_targets(targets)  # (B, tp, m)
+        tile = self.tile(logit_bytes(self.config, self.grid.tp, hidden.itemsize))
+        losses = tiled_cross_entropy(hidden, self.model.norm, self.head_weight, here, self.grid, tile)
         return SumOverRing.apply(losses, self.grid), (targets != -100).sum()
+
+    def local_targets(self, targets: Tensor) -> Tensor:
+        """Targets of the positions this rank of the ring holds: whole rows (B, S) -> (B, tp, m)."""
+        return zigzag_shard(self.pad(targets, -100), self.grid, 1).unflatten(1, (self.grid.tp, -1))
 
     @torch.no_grad()
     def token_losses(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Cross-entropy of every position, (B, S) float32, 0 where the target is -100: for loss by position."""
-        hidden = gather_sequence(self.hidden_states(tokens, document_ids), self.grid)  # (B, S' / cp, hidden)
-        here = zigzag_shard(self.pad(targets, -100), self.grid, 1)
-        losses, rows = [], tile_rows(len(self.head_weight))
-        for part, target in zip(hidden.flatten(0, 1).split(rows), here.flatten().split(rows)):
-            scores = F.linear(part, self.head_weight).float()  # (rows, V / tp)
-            losses.append(vocab_parallel_cross_entropy(scores, target.clamp(min=0), self.grid)[0] * (target != -100))
-        return zigzag_unshard(torch.cat(losses).view(here.shape), self.grid, 1)[:, :targets.shape[1]]
+        hidden, here, losses = self.hidden_states(tokens, document_ids), self.local_targets(targets), []
+        tile = self.tile(len(tokens) * logit_bytes(self.config, self.grid.tp, hidden.itemsize))
+        for part, target in zip(hidden.split(tile, 1), here.split(tile, 2)):
+            rows = gathered(self.model.norm(part), self.grid)  # (B, tp, tile, hidden)
+            scores = F.linear(rows, self.head_weight).float().flatten(0, 2)  # (B tp tile, V / tp)
+            found = vocab_parallel_cross_entropy(scores, target.flatten().clamp(min=0), self.grid)[0]
+            losses.append(found.view(target.shape) * (target != -100))
+        return zigzag_unshard(torch.cat(losses, 2).flatten(1), self.grid, 1)[:, :targets.shape[1]]
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
@@ -475,55 +659,88 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
         raise IndexError(f"token ids from {int(low)} to {int(high)} do not lie in the vocabulary of {vocab_size}")
 
 
-def tile_rows(vocab_size: int) -> int:
-    """How many rows of float32 logits fit in one tile."""
-    return max(1, LOGITS_TILE_BYTES // (4 * vocab_size))
+def block_tile_bytes(config: ModelConfig, tp: int, itemsize: int) -> int:
+    """What one position takes on its way through `Block.after` and back: its gathered input and that one's gradient, twice,
+    and gate-up, their product and both gradients."""
+    return itemsize * (4 * config.hidden_size + 8 * config.intermediate_size // tp)
+
+
+def logit_bytes(config: ModelConfig, tp: int, itemsize: int) -> int:
+    """What one position's logits take in the loss: in the compute type and in float32."""
+    return config.vocab_size // tp * (itemsize + 4)
 
 
 class TiledCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of hidden @ weight.T, one tile of rows at a time, gradients formed in the same pass.
+    """Final norm, head and summed cross-entropy, one tile of positions at a time, gradients formed in the same pass.
 
     The gradient of a row's logits is softmax - onehot, known as soon as the logits are: so each tile's logits are
     used up (for the loss, the hidden gradient, the weight gradient) and overwritten by the next tile's, and backward
-    multiplies two stored results by a scalar. Peak memory is one tile, and no product is computed twice.
+    multiplies stored results by a scalar. Peak memory is one tile, and no product is computed twice.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, grid: Grid) -> Tensor:
-        """hidden (N, hidden), weight (V / tp, hidden), targets (N,) in [0, V) -> float32 scalar (float64 for float64 input)."""
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)
-        rows = min(len(hidden), tile_rows(weight.shape[0]))
-        product = hidden.new_empty(rows, weight.shape[0])  # (rows, V / tp), in the compute type
-        logits = product if product.dtype == total.dtype else torch.empty_like(product, dtype=total.dtype)
-        for h, d_h, target in zip(*(x.split(max(1, rows)) for x in (hidden, d_hidden, targets))):
+    def forward(ctx, x: Tensor, norm_weight: Tensor, weight: Tensor, norm: RMSNorm, targets: Tensor, grid: Grid,
+                tile: int) -> Tensor:
+        """Arguments of `tiled_cross_entropy`; the norm's weight stands beside it so that autograd sees it."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        flat, d_x = x.flatten(0, 1), torch.zeros_like(x)
+        d_norm, d_weight = torch.zeros_like(norm_weight, dtype=wide), torch.zeros_like(weight, dtype=wide)
+        places, targets = rows_with_targets(targets, grid)
+        rows = min(places.shape[1], tile)
+        product = x.new_empty(grid.tp * rows, weight.shape[0])  # (tp tile, V / tp), in the compute type
+        logits = product if product.dtype == wide else torch.empty_like(product, dtype=wide)
+        for place, target in zip(places[grid.tp_rank].split(max(1, rows)), targets.split(max(1, rows), 1)):
+            with torch.enable_grad():
+                picked = flat[place].requires_grad_()  # (tile, hidden)
+                normed = norm(picked)
+            h, target = gathered(normed.detach()[None], grid).flatten(0, 2), target.flatten()  # (tp tile, hidden), (tp tile,)
             exact = logits[:len(h)]
             rounded = torch.mm(h, weight.T, out=product[:len(h)])
             if exact.dtype != rounded.dtype:
                 exact.copy_(rounded)
-            losses, normaliser = vocab_parallel_cross_entropy(exact, target, grid)  # exact: (softmax - onehot) * normaliser
-            total += losses.sum()
+            # exact becomes (softmax - onehot) * normaliser; rows without a target count as 0
+            losses, normaliser = vocab_parallel_cross_entropy(exact, target.clamp(min=0), grid)
+            valid = (target != -100).to(wide)
+            total += (losses * valid).sum()
+            scale = valid[:, None] / normaliser
             if exact.dtype != rounded.dtype:
                 rounded.copy_(exact)
-            torch.mm(rounded, weight, out=d_h).div_(normaliser)
-            h = (h / normaliser).to(h.dtype)
+            d_h = torch.mm(rounded, weight).mul_(scale)  # this rank's part of a sum over tp
+            d_h = scattered(d_h.view(1, grid.tp, -1, d_h.shape[1]), grid)[0]  # (tile, hidden), summed
+            d_picked, d_n = torch.autograd.grad(normed, (picked, norm_weight), d_h)
+            d_x.view(flat.shape).index_add_(0, place, d_picked)  # padding adds zeros to the first row
+            d_norm += d_n
+            h = (h * scale).to(h.dtype)
             for d_w, columns in zip(d_weight.split(VOCABULARY_TILE), rounded.split(VOCABULARY_TILE, dim=1)):
                 d_w += columns.T @ h  # a product of the compute type, summed in float32
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(d_x, d_norm, d_weight)
         return total
 
     @staticmethod
-    def backward(ctx, d_total: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden.mul_(d_total), d_weight.mul_(d_total), None, None
+    def backward(ctx, d_total: Tensor) -> tuple[Tensor, ...]:
+        return *(gradient.mul_(d_total) for gradient in ctx.saved_tensors), None, None, None, None
 
 
-def tiled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, grid: Grid) -> Tensor:
-    """Sum over rows of -log softmax(hidden @ weight.T)[target]: (N, hidden), (V / tp, hidden), (N,) -> scalar; N may be 0.
+def rows_with_targets(targets: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Where each tp rank has targets, in chat data a small share: (B, tp, m) -> places in its B m rows and targets, (tp, N).
 
-    hidden and targets are the same on every tp rank, and so is the result; d hidden is this rank's part of a sum over tp.
+    Ranks with fewer than N repeat their first row with target -100.
     """
-    return TiledCrossEntropy.apply(hidden, weight, targets, grid)
+    by_rank = targets.movedim(1, 0).flatten(1)  # (tp, B m)
+    order = (by_rank == -100).int().argsort(dim=1, stable=True)  # the valid first, in order
+    order = order[:, :int((by_rank != -100).sum(1).max())]
+    found = by_rank.gather(1, order)  # (tp, N)
+    return order.masked_fill(found == -100, 0), found
+
+
+def tiled_cross_entropy(x: Tensor, norm: RMSNorm, weight: Tensor, targets: Tensor, grid: Grid, tile: int) -> Tensor:
+    """Sum over targets of -log softmax(norm(x) @ weight.T)[target]: no more than `tile` rows a rank at a time.
+
+    x (B, m, hidden), weight (V / tp, hidden), targets (B, tp, m) of all tp ranks, -100 for none -> float32 scalar (float64
+    for float64 input), the same on every tp rank. Gradients of x are whole, of the norm this rank's part.
+    """
+    return TiledCrossEntropy.apply(x, norm.weight, weight, norm, targets, grid, tile)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

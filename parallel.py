@@ -155,20 +155,22 @@ class Grid:
             self._communicate(dist.broadcast, x, group=self.groups[group], group_src=0)
         return x
 
-    def post_hop(self, x: Tensor, tag: int = 0):
-        """Start sending x to the next rank of the ring and receiving the previous one's; call the result to wait for that.
-
-        The caller leaves x alone until then. One rank's ring is itself.
+    def post_hop(self, *leaving: Tensor, tag: int = 0):
+        """Start sending tensors to the next rank of the ring and receiving the previous one's; call the result to wait for
+        those, a tuple. The caller leaves its own alone until then. One rank's ring is itself.
         """
         if "cp" not in self.groups:
-            return lambda: x
-        group, arriving = self.groups["cp"], torch.empty_like(x)
+            return lambda: leaving
+        group, leaving = self.groups["cp"], [x.contiguous() for x in leaving]
+        arriving = tuple(torch.empty_like(x) for x in leaving)
         ring = dist.get_process_group_ranks(group)
         to, origin = ring[(self.cp_rank + 1) % self.cp], ring[(self.cp_rank - 1) % self.cp]
-        works = self._communicate(dist.batch_isend_irecv, [dist.P2POp(dist.isend, x, to, group, tag),
-                                                           dist.P2POp(dist.irecv, arriving, origin, group, tag)])
+        messages = []
+        for number, (out, into) in enumerate(zip(leaving, arriving), len(leaving) * tag):
+            messages += [dist.P2POp(dist.isend, out, to, group, number), dist.P2POp(dist.irecv, into, origin, group, number)]
+        works = self._communicate(dist.batch_isend_irecv, messages)
 
-        def wait() -> Tensor:
+        def wait() -> tuple[Tensor, ...]:
             for work in works:
                 self._communicate(work.wait)
             return arriving
@@ -249,16 +251,17 @@ class Grid:
 # ------------------------------------------------------------------------ tensor parallel with sequence parallel
 #
 # Megatron's layers (arXiv 1909.08053, 2205.05198). A pair of matrices is cut so that one communication before it and one
-# after it suffice. Between pairs, norms and residuals hold only this rank's share of the positions:
+# after it suffice. Between pairs, norms and residuals hold only this rank's share of the positions, m = S / (cp tp):
 #
-#     (B, s / tp, hidden) --all-gather--> (B, s, hidden) --columns--> (B, s, wide / tp)
-#     (B, s / tp, hidden) <-reduce-scatter- (B, s, hidden) <---rows--- (B, s, wide / tp)
+#     (B, m, hidden) --all-gather--> (B, tp, m, hidden) --columns--> (B, tp, m, wide / tp)
+#     (B, m, hidden) <-reduce-scatter- (B, tp, m, hidden) <---rows--- (B, tp, m, wide / tp)
 #
-# In backward the two communications swap places. s = S / cp is what this rank of the ring holds.
+# In backward the two communications swap places. (tp, m), flattened, are the S / cp positions that this rank of the ring
+# holds, in order. Each position is worked on alone, so a pair can run on a tile of the m positions at a time, and does.
 
 
 class GatherSequence(torch.autograd.Function):
-    """(B, s / tp, hidden) -> (B, s, hidden): every tp rank's positions; the gradients are summed and scattered back."""
+    """(B, m, hidden) -> (B, tp, m, hidden): every tp rank's positions; the gradients are summed and scattered back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
@@ -271,7 +274,7 @@ class GatherSequence(torch.autograd.Function):
 
 
 class ScatterSequence(torch.autograd.Function):
-    """(B, s, hidden) -> (B, s / tp, hidden): the sum over tp ranks of this rank's positions; the gradients are gathered."""
+    """(B, tp, m, hidden) -> (B, m, hidden): the sum over tp ranks of this rank's positions; the gradients are gathered."""
 
     @staticmethod
     def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
@@ -284,11 +287,11 @@ class ScatterSequence(torch.autograd.Function):
 
 
 def gathered(x: Tensor, grid: Grid) -> Tensor:
-    return grid.all_gather(x, "tp").movedim(0, 1).flatten(1, 2)  # (tp, B, s / tp, hidden) -> (B, s, hidden)
+    return grid.all_gather(x, "tp").movedim(0, 1)  # (tp, B, m, hidden) -> (B, tp, m, hidden)
 
 
 def scattered(x: Tensor, grid: Grid) -> Tensor:
-    return grid.reduce_scatter(x.unflatten(1, (grid.tp, -1)).movedim(1, 0), "tp")  # (tp, B, s / tp, hidden), summed
+    return grid.reduce_scatter(x.movedim(1, 0), "tp")  # (tp, B, m, hidden) -> (B, m, hidden)
 
 
 class SumOverRing(torch.autograd.Function):
@@ -304,17 +307,17 @@ class SumOverRing(torch.autograd.Function):
 
 
 def gather_sequence(x: Tensor, grid: Grid) -> Tensor:
-    """(B, s / tp, hidden) -> (B, s, hidden): call it once before all column-parallel layers that read x."""
+    """(B, m, hidden) -> (B, tp, m, hidden): call it once before all column-parallel layers that read x."""
     return GatherSequence.apply(x, grid)
 
 
 def scatter_sequence(x: Tensor, grid: Grid) -> Tensor:
-    """Partial sums (B, s, hidden) of every tp rank -> (B, s / tp, hidden), summed."""
+    """Partial sums (B, tp, m, hidden) of every tp rank -> (B, m, hidden), summed."""
     return ScatterSequence.apply(x, grid)
 
 
 class ColumnParallelLinear(nn.Linear):
-    """The rank's 1 / tp of the outputs: x (B, s, in), whole -> (B, s, out / tp). Arguments are the whole layer's sizes."""
+    """The rank's 1 / tp of the outputs: x (..., in), whole -> (..., out / tp). Arguments are the whole layer's sizes."""
 
     shard_dims = {"weight": 0, "bias": 0}
 
@@ -322,8 +325,37 @@ class ColumnParallelLinear(nn.Linear):
         super().__init__(in_features, out_features // grid.tp, bias)
 
 
+class FusedLinear(torch.autograd.Function):
+    """x @ (weights below each other).T, one product for several layers that read the same x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, stacked(weights))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        x, *weights = ctx.saved_tensors
+        d_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # (all outputs, in)
+        return gradient @ stacked(weights), *d_weight.split([len(weight) for weight in weights])
+
+
+def stacked(weights: tuple[Tensor, ...]) -> Tensor:
+    """Matrices below each other: as they lie, if they follow each other in memory (ShardedAdamW sees to it), else a copy."""
+    shared = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    if shared and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in zip(weights, weights[1:])):
+        return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
+    return torch.cat(weights)
+
+
+def fused_linear(x: Tensor, *layers: ColumnParallelLinear) -> list[Tensor]:
+    """[layer(x) for layer in layers], computed as one product: x (..., in) -> (..., out / tp) each."""
+    outputs = FusedLinear.apply(x, *(layer.weight for layer in layers)).split([len(layer.weight) for layer in layers], -1)
+    return [out if layer.bias is None else out + layer.bias for out, layer in zip(outputs, layers)]
+
+
 class RowParallelLinear(nn.Linear):
-    """The rank's 1 / tp of the inputs: x (B, s, in / tp) -> (B, s / tp, out), summed over ranks, the bias added once."""
+    """The rank's 1 / tp of the inputs: x (B, tp, m, in / tp) -> (B, m, out), summed over ranks, the bias added once."""
 
     shard_dims = {"weight": 1}
 
@@ -337,7 +369,10 @@ class RowParallelLinear(nn.Linear):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """The rank's V / tp rows of the table: tokens (B, s) int64 -> (B, s / tp, hidden). Arguments are the whole table's."""
+    """The rank's V / tp rows of the table: tokens (B, tp, m) int64 -> (B, m, hidden). Arguments are the whole table's.
+
+    `rows` of the m positions are looked up at a time, so that no tensor of tp m x hidden is made.
+    """
 
     shard_dims = {"weight": 0}
 
@@ -345,24 +380,32 @@ class VocabParallelEmbedding(nn.Embedding):
         super().__init__(num_embeddings // grid.tp, embedding_dim)
         self.grid = grid
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        row, mine = local_rows(tokens, len(self.weight), self.grid)
-        return scatter_sequence(Lookup.apply(self.weight, row).masked_fill(~mine[..., None], 0.0), self.grid)
+    def forward(self, tokens: Tensor, rows: int) -> Tensor:
+        return Lookup.apply(self.weight, tokens, rows, self.grid)
 
 
 class Lookup(torch.autograd.Function):
-    """In bfloat16, torch's own gradient of a token that occurs thousands of times stops growing at 256 times one's."""
+    """The rows of tokens. Their gradients are summed in float32: a token that occurs thousands of times needs that."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.rows = len(weight)
-        return F.embedding(tokens, weight)
+    def forward(ctx, weight: Tensor, tokens: Tensor, rows: int, grid: Grid) -> Tensor:
+        ctx.save_for_backward(weight, tokens)
+        ctx.rows, ctx.grid = rows, grid
+        out = weight.new_empty(tokens.shape[0], tokens.shape[2], weight.shape[1])
+        for part, x in zip(tokens.split(rows, 2), out.split(rows, 1)):
+            row, mine = local_rows(part, len(weight), grid)
+            x.copy_(scattered(F.embedding(row, weight).masked_fill_(~mine[..., None], 0.0), grid))
+        return out
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        return torch.ops.aten.embedding_dense_backward(wide, *ctx.saved_tensors, ctx.rows, -1, False), None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, tokens = ctx.saved_tensors
+        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for part, d_x in zip(tokens.split(ctx.rows, 2), gradient.split(ctx.rows, 1)):
+            row, mine = local_rows(part, len(weight), ctx.grid)
+            d_x = gathered(d_x, ctx.grid).to(d_weight.dtype).masked_fill_(~mine[..., None], 0.0)
+            d_weight.index_add_(0, row.flatten(), d_x.flatten(0, 2))
+        return d_weight, None, None, None
 
 
 def local_rows(tokens: Tensor, rows: int, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -439,70 +482,78 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[l
     one causal block a document, so no S x S mask is ever built. The recipe itself leaves it out (arXiv 2504.06214,
     section 3.1). Raises ValueError for segments on a ring of several ranks.
     """
-    if segments is None:
-        return RingAttention.apply(q, k, v, grid)
-    if grid.cp > 1:
-        raise ValueError(f"the cross-document mask works on whole sequences, --cp 1; this grid has cp {grid.cp}")
-    rows = []
-    for row, borders in enumerate(segments):
-        blocks = [RingAttention.apply(*(x[row:row + 1, :, start:end] for x in (q, k, v)), grid)
-                  for start, end in zip(borders, borders[1:])]
-        rows.append(torch.cat(blocks, dim=2))  # (1, H, S, D)
-    return torch.cat(rows)  # (B, H, S, D)
+    return RingAttention.apply(q, k, v, grid, segments)
 
 
 class RingAttention(torch.autograd.Function):
     """`ring_forward` with `ring_backward` as its gradient."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
-        out, lse = ring_forward(q, k, v, grid)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None) -> Tensor:
+        out, lse = ring_forward(q, k, v, grid, segments)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.grid = grid
+        ctx.grid, ctx.segments = grid, segments
         return out
 
     @staticmethod
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *ring_backward(d_out, *ctx.saved_tensors, ctx.grid), None
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        return *ring_backward(d_out, *ctx.saved_tensors, ctx.grid, ctx.segments), None, None
 
 
-def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None = None) -> tuple[Tensor, Tensor]:
     """Shapes of `ring_attention` -> out (B, H, S / cp, D) in q's type and lse (B, H, S / cp), of whole rows."""
-    kv = torch.stack((k, v))  # (2, B, Hkv, S / cp, D): one message a hop
+    if segments is not None:
+        return by_document(lambda *x: ring_forward(*x, grid), segments, grid, q, k, v)
+    kv = (k, v)
     for hop in range(grid.cp):
-        arrives = grid.post_hop(kv) if hop + 1 < grid.cp else None
+        arrives = grid.post_hop(*kv) if hop + 1 < grid.cp else None
         rows, keys = zigzag_block(grid.cp_rank, (grid.cp_rank - hop) % grid.cp, q.shape[2])
         part, part_lse = block_forward(q[:, :, rows], kv[0][:, :, keys], kv[1][:, :, keys], causal=hop == 0)
         if hop == 0:
-            out, lse = part.to(torch.promote_types(q.dtype, torch.float32)), part_lse
+            out, lse = part, part_lse
         else:
+            out = out.to(torch.promote_types(q.dtype, torch.float32))  # a copy at the first merge only
             merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
         if arrives:
             kv = arrives()
     return out.to(q.dtype), lse
 
 
-def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                  grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grid: Grid,
+                  segments: list[list[int]] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of this rank's positions, summed in float32 over the ring."""
-    wide, kv, gradients_arrive = torch.promote_types(q.dtype, torch.float32), torch.stack((k, v)), None
+    if segments is not None:
+        return by_document(lambda *x: ring_backward(*x, grid), segments, grid, d_out, q, k, v, out, lse)
+    wide, kv, gradients_arrive = torch.promote_types(q.dtype, torch.float32), (k, v), None
     for hop in range(grid.cp):
-        arrives = grid.post_hop(kv) if hop + 1 < grid.cp else None
+        arrives = grid.post_hop(*kv) if hop + 1 < grid.cp else None
         rows, keys = zigzag_block(grid.cp_rank, (grid.cp_rank - hop) % grid.cp, q.shape[2])
-        parts = block_backward(d_out[:, :, rows], q[:, :, rows], kv[0][:, :, keys], kv[1][:, :, keys], out[:, :, rows],
-                               lse[:, :, rows], causal=hop == 0)
+        d_q, *parts = block_backward(d_out[:, :, rows], q[:, :, rows], kv[0][:, :, keys], kv[1][:, :, keys], out[:, :, rows],
+                                     lse[:, :, rows], causal=hop == 0)
         if hop == 0:
-            dq, d_kv = parts[0].to(wide), torch.stack(parts[1:]).to(wide)
+            dq, d_kv = d_q, [part.to(wide) if grid.cp > 1 else part for part in parts]  # nothing to add to on a ring of one
         else:
-            dq[:, :, rows] += parts[0]
+            dq = dq.to(wide)
+            dq[:, :, rows] += d_q
             d_kv = gradients_arrive()  # of the K V at hand, from the ranks that had them before
-            d_kv[0][:, :, keys] += parts[1]
-            d_kv[1][:, :, keys] += parts[2]
-        gradients_arrive = grid.post_hop(d_kv, tag=1)  # to the rank that has these K V next; at last, home
+            d_kv[0][:, :, keys] += parts[0]
+            d_kv[1][:, :, keys] += parts[1]
+        gradients_arrive = grid.post_hop(*d_kv, tag=1)  # to the rank that has these K V next; at last, home
         if arrives:
             kv = arrives()
     dk, dv = gradients_arrive()
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def by_document(attention: Callable, segments: list[list[int]], grid: Grid, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """`attention` of each document of each row alone, put together along (B, H, S, ...)."""
+    if grid.cp > 1:
+        raise ValueError(f"the cross-document mask works on whole sequences, --cp 1; this grid has cp {grid.cp}")
+    rows = []
+    for row, borders in enumerate(segments):
+        documents = [attention(*(x[row:row + 1, :, start:end] for x in inputs)) for start, end in zip(borders, borders[1:])]
+        rows.append([torch.cat(parts, dim=2) for parts in zip(*documents)])  # (1, H, S, ...) each
+    return tuple(torch.cat(parts) for parts in zip(*rows))
 
 
 def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:
@@ -609,14 +660,15 @@ class ShardedAdamW:
     Order of the ranges: matrices, vectors that tp cuts, vectors that every tp rank holds whole. The last each saw only
     their rank's positions, so their gradients are summed over tp, and they count once in the norm.
 
-    Args: model (its parameters move into the flat buffers), grid; betas, eps and weight_decay as in torch.
+    Args: model (its parameters move into the flat buffers), grid; betas, eps and weight_decay as in torch; `on_host` keeps the
+    float32 state in host memory, where the update then runs: 12 bytes a parameter less on the GPU, two copies a step more.
     """
 
     ALIGNMENT = 64  # elements: every view starts on a 128-byte border or better, so kernels round alike in every run
     KINDS = ("master", "exp_avg", "exp_avg_sq")
 
     def __init__(self, model: nn.Module, grid: Grid, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-                 weight_decay: float = 0.1) -> None:
+                 weight_decay: float = 0.1, on_host: bool = False) -> None:
         self.grid, self.dims = grid, shard_dims(model)
         ordered = sorted(model.named_parameters(), key=lambda item: (item[1].ndim < 2, self.dims[item[0]] is None))  # stable
         self.parameters, self._ranges, total, matrices, cut = dict(ordered), {}, 0, 0, 0
@@ -636,7 +688,9 @@ class ShardedAdamW:
             self._adopt(name)
         self._start = (grid.dp_rank * grid.cp + grid.cp_rank) * size  # of this rank's shard
         self._own = self.weights[self._start:self._start + size]
-        self.master = self._own if first.dtype == dtype else self._own.to(dtype)
+        self._device = torch.device("cpu") if on_host else first.device  # of the state
+        shared = first.dtype == dtype and self._device == first.device  # float32 weights are their own master
+        self.master = self._own if shared else self._own.to(self._device, dtype)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
         border = min(max(matrices - self._start, 0), size)
         self._parts = [slice(0, border), slice(border, size)]
@@ -644,7 +698,7 @@ class ShardedAdamW:
                                          for part, decay in zip(self._parts, (weight_decay, 0.0))],
                                         lr=0.0, betas=betas, eps=eps, fused=True)
         for part, group in zip(self._parts, self._adamw.param_groups):
-            self._adamw.state[group["params"][0]] = {"step": torch.zeros((), device=first.device),
+            self._adamw.state[group["params"][0]] = {"step": torch.zeros((), device=self._device),
                                                      "exp_avg": self.exp_avg[part], "exp_avg_sq": self.exp_avg_sq[part]}
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
@@ -686,7 +740,7 @@ class ShardedAdamW:
         if 0 < max_norm < norm:
             shard.mul_(max_norm / norm)
         for part, group in zip(self._parts, self._adamw.param_groups):
-            group["lr"], group["params"][0].grad = learning_rate, shard[part]
+            group["lr"], group["params"][0].grad = learning_rate, shard[part].to(self._device)
         self._adamw.step()
         self._publish()
         return norm
@@ -711,7 +765,8 @@ class ShardedAdamW:
 
         The gradient buffer is where a kind is put together: call this between steps, and use a kind up before the next.
         """
-        whole = self.grid.all_gather(getattr(self, kind), "dp_cp", out=self.gradient.view(self.grid.size("dp_cp"), -1)).view(-1)
+        own = getattr(self, kind).to(self.weights.device)
+        whole = self.grid.all_gather(own, "dp_cp", out=self.gradient.view(self.grid.size("dp_cp"), -1)).view(-1)
         for name in self.parameters:
             yield name, unshard(self._view(whole, name), self.dims[name], self.grid)
 

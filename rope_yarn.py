@@ -220,7 +220,7 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor, attention_factor: float) 
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, H, S, D) by the tables (S, D/2) in float32; the result has x's shape and dtype.
+    """Turn x (..., S, D) by the tables (..., S, D/2) in float32; the result has x's shape and dtype.
 
     Pair i is (x_i, x_{i + D/2}), Hugging Face's split-half layout. Differentiable in x, not in the tables.
     """
@@ -243,11 +243,11 @@ class Rotation(torch.autograd.Function):
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """(first, second) -> (first cos - second sin, second cos + first sin); direction -1 turns back."""
-    halves = x.unflatten(-1, (2, -1))  # (B, H, S, 2, D/2)
-    turned = halves * cos[:, None]  # float32 by promotion, without a float32 copy of x
+    halves = x.unflatten(-1, (2, -1))  # (..., S, 2, D/2)
+    turned = halves * cos[..., None, :]  # float32 by promotion, without a float32 copy of x
     turned[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-direction)
     turned[..., 1, :].addcmul_(halves[..., 0, :], sin, value=direction)
-    return turned.flatten(-2).to(x.dtype)  # (B, H, S, D)
+    return turned.flatten(-2).to(x.dtype)  # (..., S, D)
 
 
 # ---------------------------------------------------------------------------------------- reading config.json

@@ -19,7 +19,7 @@ def stage2_parser() -> argparse.ArgumentParser:
     """Stage 2's options, with the paper's batch of 128 and learning rate of 5e-6 as defaults."""
     parser = argument_parser("Supervised fine-tuning on short chat samples (stage 2).")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", action="extend", required=True, metavar="FILE[=WEIGHT]",
+    group.add_argument("--data", nargs="+", action="extend", metavar="FILE[=WEIGHT]",
                        help="JSON lines with messages; each sample comes from one file, by weight")
     group.add_argument("--sequence-length", type=int, default=8192, help="longer samples are dropped and counted")
     group.add_argument("--validation-data", help="held-out chat samples; without them there is no validation")

@@ -8,7 +8,9 @@
 A run directory holds `metrics.jsonl`, the newest `checkpoint-STEP` directories (model, optimizer, data position: each
 is complete or absent) and, at the end, `final`, a Hugging Face model directory. `--resume` continues from the newest
 checkpoint to the last bit; SIGTERM or Ctrl-C writes one and stops (under torchrun, if step and checkpoint fit into its
---shutdown-timeout, 30 s by default).
+--shutdown-timeout, 30 s by default). `--dry-run` says what a run takes, and whether it fits, and starts nothing:
+
+    python train.py --dry-run H100-80 --config runs/llama31_8b.json --sequence-length 1048576 --tp 8 --recompute mlp --offload
 """
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,12 +35,29 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import Llama, ModelConfig, check_device, locate_weights, read_config, read_shards, rescale, write_weights
+from model import (
+    RECOMPUTE,
+    TILE_BYTES,
+    VOCABULARY_TILE,
+    HostMemory,
+    Llama,
+    ModelConfig,
+    block_tile_bytes,
+    check_device,
+    locate_weights,
+    logit_bytes,
+    read_config,
+    read_shards,
+    rescale,
+    write_weights,
+)
 from parallel import (
     Grid,
     ShardedAdamW,
     add_grid_arguments,
     attention_kernel,
+    block_backward,
+    block_forward,
     check_grid,
     finish,
     launched,
@@ -51,8 +70,9 @@ from rope_yarn import add_scaling_arguments, scaling_from_arguments
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "generation_config.json")
-FREE_TO_CHANGE = ("out", "resume", "device", "checkpoint_every", "keep_checkpoints", "validate_every",
-                  "validation_sequences", "validation_buckets", "micro_batch_size", "recompute", "tp", "cp", "timeout")
+FREE_TO_CHANGE = ("out", "resume", "device", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_sequences",
+                  "validation_buckets", "micro_batch_size", "recompute", "offload", "offload_optimizer", "tile_mib", "dry_run",
+                  "processes", "tp", "cp", "timeout")
 OPTIMIZER_SHARD_BYTES = 5 * 10**9  # largest file of optimizer state
 
 
@@ -70,9 +90,17 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                        help="compute type; auto measures whether bfloat16 is faster here. Master weights are float32")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    model.add_argument("--recompute", action="store_true", help="recompute each block in backward: less memory, more time")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--recompute", choices=RECOMPUTE, nargs="?", const="block", default="none",
+                        help="what backward computes again: nothing; all but attention; whole blocks (--recompute alone)")
+    memory.add_argument("--offload", action="store_true", help="keep what recomputed blocks keep in host memory")
+    memory.add_argument("--offload-optimizer", action="store_true", help="keep master weights and moments in host memory")
+    memory.add_argument("--tile-mib", type=int, default=0, help="memory of a tile of positions; 0: 128 on a CPU, 1024 on a GPU")
+    memory.add_argument("--dry-run", nargs="?", const="H100-80", choices=(*DEVICES, "measured"), default=None,
+                        help="plan: memory and time of a rank there (measured: here); train nothing")
+    memory.add_argument("--processes", type=int, default=None, help="with --dry-run: GPUs in all (None: tp x cp)")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--steps", type=int, required=True, help="optimizer steps in all")
+    optimisation.add_argument("--steps", type=int, default=None, help="optimizer steps in all")
     optimisation.add_argument("--batch-size", type=int, default=1, help="sequences a step, over all processes")
     optimisation.add_argument("--micro-batch-size", type=int, default=None,
                               help="sequences a forward of one data-parallel replica; None: its whole share of the batch")
@@ -85,7 +113,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     optimisation.add_argument("--seed", type=int, default=0, help="weights (with --config) and data order")
     add_grid_arguments(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, required=True, help="run directory")
+    output.add_argument("--out", type=Path, default=None, help="run directory")
     output.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     output.add_argument("--checkpoint-every", type=int, default=0,
                         help="steps between checkpoints; 0: only at the end and when SIGTERM or Ctrl-C stops the run")
@@ -100,7 +128,7 @@ def stage1_parser() -> argparse.ArgumentParser:
     """Stage 1's options: packed documents, length up-sampling, rope scaling."""
     parser = argument_parser("Continued pretraining on packed documents (stage 1), or pretraining from scratch.")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", action="extend", required=True, metavar="DIR[=WEIGHT]",
+    group.add_argument("--data", nargs="+", action="extend", metavar="DIR[=WEIGHT]",
                        help="corpora written by `data.py prepare`; each sequence comes from one, by weight")
     group.add_argument("--sequence-length", type=int, required=True)
     group.add_argument("--separator", choices=("<s>", "none", "bos_eos"), default="<s>", help="between documents")
@@ -115,10 +143,17 @@ def stage1_parser() -> argparse.ArgumentParser:
 
 def check_arguments(a: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is read. Raises ValueError naming the option."""
+    if not a.dry_run:
+        for name in ("data", "steps", "out"):
+            if getattr(a, name) is None:
+                raise ValueError(f"--{name} is needed (only --dry-run goes without)")
+    elif a.processes is not None and a.processes < 1:
+        raise ValueError(f"--processes {a.processes} is too small; the least is 1")
     at_least = {"steps": 1, "batch_size": 1, "sequence_length": 2, "warmup_steps": 0, "checkpoint_every": 0,
-                "keep_checkpoints": 1, "validate_every": 0, "validation_sequences": 0, "validation_buckets": 1, "seed": 0}
+                "keep_checkpoints": 1, "validate_every": 0, "validation_sequences": 0, "validation_buckets": 1, "seed": 0,
+                "tile_mib": 0}
     for name, smallest in at_least.items():
-        if getattr(a, name) < smallest:
+        if getattr(a, name) is not None and getattr(a, name) < smallest:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)} is too small; the least is {smallest}")
     for name in ("learning_rate", "weight_decay", "clip", "final_learning_rate"):
         if not 0 <= getattr(a, name) < math.inf:
@@ -127,7 +162,9 @@ def check_arguments(a: argparse.Namespace) -> None:
         raise ValueError(f"--final-learning-rate {a.final_learning_rate} must be at most 1: it is a share of --learning-rate")
     if not all(0 <= beta < 1 for beta in a.betas):
         raise ValueError(f"--betas {a.betas[0]} {a.betas[1]} must lie in [0, 1)")
-    world = launched()[1]
+    if a.offload and a.recompute == "none":
+        raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or --recompute mlp")
+    world = planned_processes(a) if a.dry_run else launched()[1]
     check_grid(a.tp, a.cp, world, sequence_length=a.sequence_length)
     replicas = world // (a.tp * a.cp)
     if a.batch_size % replicas:
@@ -140,9 +177,10 @@ def check_arguments(a: argparse.Namespace) -> None:
         raise ValueError(f"--micro-batch-size {a.micro_batch_size} does not divide {of_batch}")
     if a.cross_document_mask and a.cp > 1:
         raise ValueError("--cross-document-mask works on whole sequences: use --cp 1 (and --tp), or leave it out")
-    if a.out.is_file():
+    if a.out and a.out.is_file():
         raise ValueError(f"--out {a.out}: is a file; choose a directory")
-    check_device(a.device)
+    if not a.dry_run:
+        check_device(a.device)
 
 
 def weighted_paths(option: str, specifications: list[str]) -> list[tuple[Path, float]]:
@@ -180,20 +218,32 @@ def stage1_datasets(a: argparse.Namespace, tokenizer: data.Tokenizer):
 # ----------------------------------------------------------------------------------------------- model and schedule
 
 
+def product_rate(device: str, dtype: torch.dtype, size: int = 512) -> float:
+    """FLOP/s of a square matrix product here, the best of six."""
+    matrix, seconds = torch.ones(size, size, dtype=dtype, device=device), []
+    for _ in range(6):  # the first ones warm up
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
 def faster_dtype(device: str) -> torch.dtype:
     """bfloat16 on a GPU, or if its matrix product beats float32's here, else float32 (CPUs without bf16 units lose 9x)."""
     if device.startswith("cuda"):
         return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(512, 512, dtype=dtype, device=device)
-        times = []
-        for _ in range(6):  # the first ones warm up
-            start = time.perf_counter()
-            (matrix @ matrix).sum().item()
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return min(seconds, key=seconds.get)
+    return max((torch.float32, torch.bfloat16), key=lambda dtype: product_rate(device, dtype))
+
+
+def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that 100 % utilisation means here, and what that is: the data sheet's, or a product measured on the spot."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+        for key, known in DEVICES.items():
+            if key.split("-")[0] in name:
+                return known.peak, f"{known.peak / 1e12:.0f} TFLOP/s of {name}"
+    rate = product_rate(device, dtype, 1024)
+    return rate, f"{rate / 1e12:.3g} TFLOP/s, a measured matrix product"
 
 
 def starting_config(a: argparse.Namespace) -> ModelConfig:
@@ -215,6 +265,269 @@ def learning_rate(step: int, a: argparse.Namespace) -> float:
     progress = (step - a.warmup_steps) / max(1, a.steps - a.warmup_steps)
     floor = a.final_learning_rate
     return a.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# --------------------------------------------------------------------------------------------- the plan (--dry-run)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan assumes of one GPU: bytes, FLOP/s and bytes/s.
+
+    `memory`, `peak`, `bandwidth` are the data sheet's, memory less 1 GiB for the CUDA context. The rates of matrix products,
+    of the flash kernel and of the links are what well-tuned code is known to reach: assumptions, not measurements of ours.
+    """
+
+    memory: float
+    peak: float  # dense bfloat16: 100 % utilisation
+    product: float
+    attention: float  # forward, of causal FLOPs
+    attention_backward: float
+    bandwidth: float  # of its memory
+    link: float  # to a GPU of the same node, one way
+    network: float  # to one of another node
+    host: float  # to host memory
+
+
+DEVICES = {
+    "H100-80": Device(78 * 2**30, 989e12, 640e12, 380e12, 300e12, 3.35e12, 350e9, 40e9, 50e9),
+    "H200": Device(139 * 2**30, 989e12, 640e12, 380e12, 300e12, 4.8e12, 350e9, 40e9, 50e9),
+    "A100-80": Device(78 * 2**30, 312e12, 220e12, 185e12, 165e12, 2.0e12, 230e9, 20e9, 22e9),
+}
+NODE = 8  # GPUs that share the fast link
+
+
+def measured_device(a: argparse.Namespace, config: ModelConfig) -> Device:
+    """This machine, for a plan: a matrix product, the attention kernel and a copy, timed in a few seconds."""
+    dtype, cuda = planned_dtype(a), a.device.startswith("cuda")
+    size, length, heads = (8192, 16384, 16) if cuda else (1024, 1024, 4)
+    shape = (1, heads, length, config.head_dim)
+    q, k, v, d_out = (torch.randn(shape, dtype=dtype, device=a.device) for _ in range(4))
+    large = torch.empty(2**28 if cuda else 2**25, dtype=torch.uint8, device=a.device)
+
+    def seconds(function) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            function().flatten()[0].item()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    out, lse = block_forward(q, k, v, True)
+    forward = seconds(lambda: block_forward(q, k, v, True)[0])
+    backward = seconds(lambda: block_backward(d_out, q, k, v, out, lse, True)[0])
+    flops, copy = heads * 2 * length**2 * config.head_dim, 2 * large.nbytes / seconds(lambda: large.clone())
+    pages = 0 if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = torch.cuda.get_device_properties(0).total_memory if cuda else pages
+    rate = product_rate(a.device, dtype, size)
+    return Device(total - 2**30, rate, rate, flops / forward, 2.5 * flops / backward, copy, copy, copy, copy)
+
+
+def planned_processes(a: argparse.Namespace) -> int:
+    """How many processes a plan is for."""
+    return a.processes or max(launched()[1], a.tp * a.cp)
+
+
+def planned_dtype(a: argparse.Namespace) -> torch.dtype:
+    return torch.bfloat16 if a.dtype == "auto" else getattr(torch, a.dtype)
+
+
+@dataclass
+class Plan:
+    """Memory (bytes) and time (seconds a step) of one rank, computed from shapes alone: nothing is allocated.
+
+    Symbols as in model.py: n = S / cp positions inside attention, m = n / tp between blocks, times the rows of a micro-batch.
+    """
+
+    config: ModelConfig
+    length: int
+    batch: int  # sequences a step, over all processes
+    micro_batch: int
+    tp: int
+    cp: int
+    dp: int
+    itemsize: int = 2
+    recompute: str = "none"
+    offload: bool = False
+    offload_optimizer: bool = False
+    tile_bytes: int = TILE_BYTES["cuda"]
+    cuda: bool = True
+
+    @classmethod
+    def of(cls, config: ModelConfig, a: argparse.Namespace) -> Plan:
+        """The plan of a command line that `check_arguments` has passed."""
+        on_gpu, dp = a.dry_run in DEVICES or a.device.startswith("cuda"), planned_processes(a) // (a.tp * a.cp)
+        tile = a.tile_mib * 2**20 or TILE_BYTES["cuda" if on_gpu else "cpu"]
+        return cls(config, a.sequence_length, a.batch_size, a.micro_batch_size, a.tp, a.cp, dp, planned_dtype(a).itemsize,
+                   a.recompute, a.offload, a.offload_optimizer, tile, on_gpu)
+
+    @property
+    def processes(self) -> int:
+        return self.tp * self.cp * self.dp
+
+    @property
+    def parameters(self) -> float:
+        """Of one tp rank."""
+        norms = (2 * self.config.num_hidden_layers + 1) * self.config.hidden_size
+        return sum(self.config.matrices().values()) / self.tp + norms
+
+    def sizes(self) -> dict[str, float]:
+        """Bytes of the tensors that a rank's positions come in, by what one of them is."""
+        c, n = self.config, self.micro_batch * self.length / self.cp
+        head, gathered = n / self.tp * c.head_dim * self.itemsize, n * c.hidden_size * self.itemsize
+        return {"x": gathered / self.tp, "gathered": gathered, "q": head * c.num_attention_heads,
+                "kv": 2 * head * c.num_key_value_heads, "lse": n * c.num_attention_heads / self.tp * 4,
+                "mlp": n * c.intermediate_size / self.tp * self.itemsize}
+
+    def kept_by_block(self) -> float:
+        """What one block leaves for backward."""
+        s = self.sizes()
+        inputs = 2 * s["gathered"]  # of the two column-parallel products
+        norms = 0.0 if self.cuda else 14 / self.itemsize * s["x"]  # on a CPU RMSNorm keeps float32 intermediates
+        return {"block": s["x"], "mlp": s["x"] + s["q"] + s["lse"],
+                "none": 2 * s["x"] + inputs + norms + 2 * s["q"] + s["kv"] + s["lse"] + 4 * s["mlp"]}[self.recompute]
+
+    def memory(self) -> dict[str, float]:
+        """Bytes of a rank on its device at the worst moment of a step, by what they are."""
+        c, s, layers = self.config, self.sizes(), self.config.num_hidden_layers
+        positions, size = self.micro_batch * self.length / self.cp, self.itemsize
+        state = (12 if size < 4 else 8) * self.parameters / (self.dp * self.cp)
+        kept = (min(layers, 2) if self.offload else layers) * self.kept_by_block()  # offloaded: one at hand, one arriving
+        tile = min(self.tile_bytes, block_tile_bytes(c, self.tp, size) * positions)
+        logits = min(self.tile_bytes, logit_bytes(c, self.tp, size) * positions)
+        logits = logits if size < 4 else logits / 2  # float32 logits need no second buffer
+        rows = c.vocab_size / self.tp
+        head = rows * c.hidden_size * 4
+        ring = 4 / size * (s["q"] + s["kv"]) + 3 * s["kv"] if self.cp > 1 else 0.0  # float32 sums; K V, dK dV under way
+        kernel = 2 * s["q"] + 4 / size * s["q"] if self.cuda else 0.0  # dK dV of every query head, dQ in float32
+        again = s["q"] + s["lse"] if self.recompute == "block" else 0.0  # attention's result, computed once more
+        qkv = 0.0 if self.recompute == "none" else s["q"] + s["kv"]
+        summed = 4 * self.parameters / (self.dp * self.cp) if self.dp * self.cp > 1 else 0.0
+        block = {"block: q k v, out": qkv + again, "block: gradients of x and out": 2 * s["x"] + s["q"]}
+        moments = [
+            {"loss: x and its gradient": 2 * s["x"], "loss: tile": logits,
+             "loss: gradient of the head": head + min(rows, VOCABULARY_TILE) * c.hidden_size * size},
+            block | {"block: tile": tile},
+            block | {"attention: dq dk dv": s["q"] + s["kv"], "attention: ring": ring, "attention: kernel": kernel},
+            {"block: gradients of x": 3 * s["x"], "attention: dq dk dv": s["q"] + s["kv"], "block: tile": tile},
+            {"embedding: gradient": head + s["x"] + tile - kept},
+            {"update: summed gradients": summed - kept}]
+        worst = max(moments, key=lambda moment: sum(moment.values()))
+        return {"weights": self.parameters * size, "gradients (float32)": 4 * self.parameters,
+                "optimizer (float32)": 0.0 if self.offload_optimizer else state,
+                "rotary tables": positions / self.micro_batch * c.head_dim * 4,
+                "tokens": self.batch / self.dp * self.length * 40,  # and targets, documents, places: int64
+                f"kept by {layers} blocks" + (", 2 on the device" if self.offload else ""): kept,
+                **{name: part for name, part in worst.items() if part}}
+
+    def on_host(self) -> float:
+        """Bytes of host memory for what is offloaded."""
+        state = (16 if self.itemsize < 4 else 12) * self.parameters / (self.dp * self.cp) if self.offload_optimizer else 0.0
+        return state + (self.config.num_hidden_layers * self.kept_by_block() if self.offload else 0.0)
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes a rank sends in a step, by dimension."""
+        c, s, rounds = self.config, self.sizes(), self.batch / self.dp / self.micro_batch
+        # gathers and scatters of a block: 4 forward, 4 backward; recomputed: 1 for q k v, 1 + 3 in the tiles' forward
+        per_block = (8 if self.recompute == "none" else 13) * s["gathered"] * (self.tp - 1) / self.tp
+        hops = (self.cp - 1) * s["kv"] * (3 if self.recompute == "block" else 2) + self.cp * s["kv"] * 4 / self.itemsize
+        others = (self.dp * self.cp - 1) / (self.dp * self.cp)
+        kept = 2 * rounds * c.num_hidden_layers * self.kept_by_block() if self.offload else 0.0  # out and in
+        state = self.parameters / (self.dp * self.cp) * (4 + self.itemsize) if self.offload_optimizer else 0.0
+        return {"tp": rounds * c.num_hidden_layers * per_block,
+                "cp": rounds * c.num_hidden_layers * hops if self.cp > 1 else 0.0,
+                "dp": others * self.parameters * (4 + self.itemsize), "host": kept + state}
+
+    def times(self, device: Device) -> dict[str, float]:
+        """Seconds of a step, by what they go to; the ring and the host's copies run beside the computation."""
+        c, traffic, rows = self.config, self.traffic(), self.batch / self.dp
+        share, size = self.tp * self.cp, self.config.matrices()
+        products, attention = (rows * flops / share for flops in c.forward_flops(self.length))
+        tokens = rows * self.length / share
+        again = 0 if self.recompute == "none" else 2 * tokens * (2 * size["qkv"] + size["o"] + size["mlp"])
+        pointwise = tokens * c.num_hidden_layers * (30 * c.hidden_size + 16 * c.intermediate_size) * self.itemsize
+        near = {"tp": self.tp <= NODE, "cp": self.tp * self.cp <= NODE, "dp": self.processes <= NODE}
+        link = {axis: traffic[axis] / (device.link if near[axis] else device.network) for axis in near}
+        forwards = 2 if self.recompute == "block" else 1
+        work = {"matrix products": (3 * products + again) / device.product,
+                "attention": attention * (forwards / device.attention + 2.5 / device.attention_backward),
+                "norms, rotations, activations": pointwise / device.bandwidth, "tp communication": link["tp"]}
+        beside = {"ring, beyond attention": max(0.0, link["cp"] - work["attention"]),
+                  "host copies, beyond the rest": max(0.0, traffic["host"] / device.host - sum(work.values()))}
+        update = 28 * self.parameters / (self.dp * self.cp) / (device.host if self.offload_optimizer else device.bandwidth)
+        return work | beside | {"dp communication": link["dp"], "update": update}
+
+    def fits(self, device: Device) -> bool:
+        return sum(self.memory().values()) <= device.memory
+
+
+def cheapest(plan: Plan, device: Device) -> Plan | None:
+    """The fastest plan that fits on the least GPUs, at least as many as now: this grid with other options, then other grids."""
+    options = [{"recompute": recompute, "offload": offload, "offload_optimizer": on_host, "micro_batch": 1}
+               for recompute in RECOMPUTE for offload in (False, True) for on_host in (False, True)
+               if not (offload and recompute == "none")]
+    tensor_parallel = [n for n in range(1, NODE + 1) if not any(size % n for size in plan.config.shards().values())]
+    for processes in [plan.processes, *(2**i for i in range(13) if 2**i > plan.processes)]:
+        grids = [(tp, cp, processes // (tp * cp)) for tp in tensor_parallel for cp in range(1, processes // tp + 1)
+                 if processes % (tp * cp) == 0 and plan.length % (2 * cp * tp) == 0]
+        grids = [grid for grid in grids if plan.batch % grid[2] == 0]
+        for allowed in ([grid for grid in grids if grid == (plan.tp, plan.cp, plan.dp)], grids):
+            found = [replace(plan, tp=tp, cp=cp, dp=dp, **option) for tp, cp, dp in allowed for option in options]
+            if found := [candidate for candidate in found if candidate.fits(device)]:
+                return min(found, key=lambda candidate: sum(candidate.times(device).values()))
+    return None
+
+
+def rank_shapes(config: ModelConfig, rows: int, length: int, tp: int, cp: int) -> str:
+    """What a rank's tensors look like: a line for people."""
+    heads, kv_heads = config.num_attention_heads // tp, config.num_key_value_heads // tp
+    return (f"x ({rows}, {length // (cp * tp)}, {config.hidden_size}) between blocks, q ({rows}, {heads}, {length // cp}, "
+            f"{config.head_dim}), k and v with {kv_heads} heads")
+
+
+def options_of(plan: Plan) -> str:
+    """A plan as the options of a command."""
+    return (f"--processes {plan.processes} --tp {plan.tp} --cp {plan.cp} --micro-batch-size {plan.micro_batch} "
+            f"--recompute {plan.recompute}" + " --offload" * plan.offload + " --offload-optimizer" * plan.offload_optimizer)
+
+
+def print_plan(a: argparse.Namespace) -> None:
+    """What `--dry-run` says. Raises ValueError if a rank's memory does not suffice, naming what would."""
+    config = read_config(a.model or a.config)
+    check_grid(a.tp, a.cp, planned_processes(a), config.shards())
+    plan, device = Plan.of(config, a), measured_device(a, config) if a.dry_run == "measured" else DEVICES[a.dry_run]
+    gib, memory, times = 2**30, plan.memory(), plan.times(device)
+    total, step, tokens = sum(memory.values()), sum(times.values()), plan.batch * plan.length
+    print(f"{sum(config.matrices().values()) / 1e9:.2f}B parameters, {plan.batch} x {plan.length:,} tokens a step; "
+          f"dp {plan.dp} x cp {plan.cp} x tp {plan.tp} = {plan.processes} x {a.dry_run}; --recompute {plan.recompute}"
+          + ", --offload" * plan.offload + ", --offload-optimizer" * plan.offload_optimizer)
+    print("a rank: " + rank_shapes(config, plan.micro_batch, plan.length, plan.tp, plan.cp))
+    print("\nmemory of a rank at its worst moment, GiB")
+    for name, size in memory.items():
+        print(f"  {name:34}{size / gib:9.2f}")
+    verdict = "fits" if total <= device.memory else "DOES NOT FIT"
+    print(f"  {'total':34}{total / gib:9.2f} of {device.memory / gib:.1f}: {verdict}")
+    if plan.on_host():
+        print(f"  {'in host memory':34}{plan.on_host() / gib:9.2f}")
+    print("\nsent by a rank a step, GiB: " + ", ".join(f"{axis} {size / gib:.2f}" for axis, size in plan.traffic().items()))
+    products, attention = config.forward_flops(plan.length)
+    flops = 3 * plan.batch * (products + attention)
+    print(f"FLOPs a step (causal, nothing counted twice): {flops:.4g}, {attention / (products + attention):.0%} in attention")
+    print("\nseconds of a step")
+    for name, seconds in times.items():
+        print(f"  {name:34}{seconds:9.2f}")
+    rate = tokens / step / plan.processes
+    used = flops / plan.processes / step / device.peak
+    print(f"  {'total':34}{step:9.2f}: {rate:,.0f} tokens/s a GPU, causal MFU {used:.1%}, "
+          f"{1e9 / rate / 3600:,.0f} GPU-hours for 1B tokens")
+    print(f"assumed: products at {device.product / 1e12:.3g} TFLOP/s, attention {device.attention / 1e12:.3g} forward and "
+          f"{device.attention_backward / 1e12:.3g} backward, memory {device.bandwidth / 1e12:.3g} TB/s, links "
+          f"{device.link / 1e9:.0f} GB/s in a node of {NODE}, {device.network / 1e9:.0f} between nodes, host "
+          f"{device.host / 1e9:.0f}; tp communication is not hidden, the ring and the host's copies are")
+    if total > device.memory:
+        better = cheapest(plan, device)
+        hint = f"the smallest that does: {options_of(better)}" if better else "nothing up to 4,096 such GPUs does"
+        raise ValueError(f"--dry-run {a.dry_run}: {total / gib:.1f} GiB do not fit in {device.memory / gib:.1f}; {hint}")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -428,9 +741,13 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
     bar = tqdm(range(first_step + 1, a.steps + 1), initial=first_step, total=a.steps, desc=a.out.name, mininterval=1.0,
                disable=not grid.is_first)
     step, share = first_step, a.batch_size // grid.dp
+    flops = 3 * sum(model.config.forward_flops(a.sequence_length))  # of a whole sequence; shorter ones a little less
+    peak, what = peak_rate(a.device, model.head_weight.dtype)
+    print_line(bar, f"MFU counts causal attention and no recomputation, against {what}")
     for step in bar:
         start = time.perf_counter()
         batch = data.batch(training, (step - 1) * a.batch_size + grid.dp_rank * share, share)
+        waited = time.perf_counter() - start
         loss, positions = training_step(model, optimizer, batch, a)
         rate = learning_rate(step, a)
         try:
@@ -441,10 +758,13 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
             good = checkpoints(a.out)
             raise ArithmeticError(f"step {step}: {error}; nothing was updated. The last good checkpoint is "
                                   f"{good[-1] if good else 'none'}; try a lower --learning-rate") from None
-        speed = positions / (time.perf_counter() - start)
+        seconds, world = time.perf_counter() - start, grid.size("all")
+        speed, used = positions / seconds / world, flops * positions / a.sequence_length / seconds / world / peak
         metrics.write(step=step, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=positions,
-                      tokens_per_second=round(speed), peak_memory_gib=round(peak_memory_gib(a.device), 3))
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {peak_memory_gib(a.device):.1f} GiB", refresh=False)
+                      tokens_per_second=round(speed * world), tokens_per_second_per_gpu=round(speed), mfu=round(used, 4),
+                      data_wait=round(waited / seconds, 4), peak_memory_gib=round(peak_memory_gib(a.device), 3))
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, MFU {used:.0%}, {peak_memory_gib(a.device):.1f} GiB, "
+                            f"data {waited / seconds:.0%}", refresh=False)
         if validation and (step == a.steps or a.validate_every and step % a.validate_every == 0):
             mean, by_position = validate(model, validation, a.validation_sequences, a.validation_buckets,
                                          a.cross_document_mask, a.device)
@@ -466,6 +786,8 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     Up to `Grid.create` nothing is written, and every rank finds the same; from there on they go in step.
     """
     check_arguments(a)
+    if a.dry_run:
+        return print_plan(a) if launched()[0] == 0 else None
     a.resume = a.resume or restarted(a.out)
     a.tokenizer = a.tokenizer or a.model
     if a.tokenizer is None:
@@ -497,7 +819,8 @@ def run(a: argparse.Namespace, build_datasets) -> None:
         model = Llama(config, grid).initialise(a.seed).to(a.device, dtype)
     stops = data.stop_tokens(tokenizer, model.config.hf.get("eos_token_id"))
     model.config, model.recompute = replace(model.config, hf=model.config.hf | {"eos_token_id": stops}), a.recompute
-    optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay)
+    model.host, model.tile_bytes = HostMemory() if a.offload else None, a.tile_mib * 2**20
+    optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay, on_host=a.offload_optimizer)
     if checkpoint:
         load_optimizer(checkpoint, optimizer, updates, a.device)
     if grid.is_first:
@@ -509,7 +832,8 @@ def run(a: argparse.Namespace, build_datasets) -> None:
                f"rope {config.rope_scaling.kind}, {a.batch_size} x {a.sequence_length} tokens a step"
                + (f", resumed after step {step}" if checkpoint else ""))
     kernel = attention_kernel(a.device, dtype, config.head_dim)
-    print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
+    print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}; a rank: "
+               + rank_shapes(config, a.micro_batch_size, a.sequence_length, a.tp, a.cp))
     with signals_received() as stop:
         step = train(model, optimizer, training, validation, a, step, stop)
     if step == a.steps:

@@ -34,9 +34,9 @@ def zigzag_pass(q, k, v, d_out, grid: Grid):
 def contiguous_pass(q, k, v, d_out, grid: Grid):
     """The ring with shard r = positions r S / cp ... (r + 1) S / cp: a rank works only on hops that bring earlier keys."""
     q, k, v = q.detach(), k.detach(), v.detach()
-    kv, sources = torch.stack((k, v)), [(grid.cp_rank - hop) % grid.cp for hop in range(grid.cp)]
+    kv, sources = (k, v), [(grid.cp_rank - hop) % grid.cp for hop in range(grid.cp)]
     for hop, source in enumerate(sources):
-        arrives = grid.post_hop(kv) if hop + 1 < grid.cp else None
+        arrives = grid.post_hop(*kv) if hop + 1 < grid.cp else None
         if source <= grid.cp_rank:
             part, part_lse = block_forward(q, *kv, causal=hop == 0)
             if hop == 0:
@@ -44,20 +44,20 @@ def contiguous_pass(q, k, v, d_out, grid: Grid):
             else:
                 merge(out, lse, part, part_lse)
         kv = arrives() if arrives else kv
-    out, kv, gradients_arrive = out.to(q.dtype), torch.stack((k, v)), None
+    out, kv, gradients_arrive = out.to(q.dtype), (k, v), None
     for hop, source in enumerate(sources):
-        arrives = grid.post_hop(kv) if hop + 1 < grid.cp else None
+        arrives = grid.post_hop(*kv) if hop + 1 < grid.cp else None
         parts = block_backward(d_out, q, *kv, out, lse, causal=hop == 0) if source <= grid.cp_rank else None
         if hop == 0:
-            dq, d_kv = parts[0].float(), torch.stack(parts[1:]).float()
+            dq, d_kv = parts[0].float(), [part.float() for part in parts[1:]]
         else:
             d_kv = gradients_arrive()
             if parts:
-                dq += parts[0]
-                d_kv += torch.stack(parts[1:])
-        gradients_arrive = grid.post_hop(d_kv, tag=1)
+                for total, part in zip((dq, *d_kv), parts):
+                    total += part
+        gradients_arrive = grid.post_hop(*d_kv, tag=1)
         kv = arrives() if arrives else kv
-    return dq.to(q.dtype), *gradients_arrive().to(q.dtype)
+    return dq.to(q.dtype), *(x.to(q.dtype) for x in gradients_arrive())
 
 
 def dense_pass(q, k, v, d_out, grid: Grid):

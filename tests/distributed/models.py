@@ -9,13 +9,25 @@ from pathlib import Path
 
 import torch
 
-from model import Llama
-from parallel import Grid, shard_dims, whole_shape
+sys.path.append(str(Path(__file__).parent.parent))
+from allocations import Allocations  # noqa: E402
+
+from model import Llama  # noqa: E402
+from parallel import Grid, shard_dims, whole_shape  # noqa: E402
 
 
 def agree(grid: Grid, tokens: torch.Tensor) -> bool:
     """Whether all ranks of a replica have the same."""
     return bool((grid.all_gather(tokens, "cp_tp") == tokens).all())
+
+
+def largest(model: Llama) -> int:
+    """Elements of the largest tensor that a rank makes in a forward and backward pass over 1,024 tokens."""
+    model.recompute, model.tile_bytes = "block", 2**14
+    tokens = torch.randint(model.config.vocab_size, (1, 1024), generator=torch.Generator().manual_seed(2))
+    with Allocations() as seen:
+        model.loss(tokens, tokens)[0].backward()
+    return seen.elements
 
 
 if __name__ == "__main__":
@@ -43,6 +55,7 @@ if __name__ == "__main__":
             "greedy": [model.generate(tokens[:, :length], 13).tolist() for length in (1, 2, 37)],
             "sampled": model.generate(tokens, 13, temperature=1.0, top_p=0.9, seed=5).tolist(),
             "agreed": agree(grid, model.generate(tokens, 13, temperature=1.0)),
+            "largest": largest(model),
             "held": sum(p.numel() for p in model.parameters()),
             "cut": sum(p.numel() for n, p in model.named_parameters() if dims[n] is not None),
             "whole": sum(torch.Size(whole_shape(p.shape, dims[n], grid)).numel() for n, p in model.named_parameters())}

@@ -1,0 +1,153 @@
+"""How far a shape trains on this device: peak memory against sequence length, its slope in bytes a token, the largest length.
+
+    python benchmarks/max_context.py                                                        # CPU: 2K ... 64K, a small Llama
+    python benchmarks/max_context.py --config runs/llama32_1b.json --lengths 32768 131072 524288 --recompute mlp --offload --largest
+
+Every length is a whole training step with its optimizer in a fresh process: peak is its largest resident size on a CPU, the
+most torch had allocated on a GPU. The slope is a least-squares line's; "predicted" is what `train.py --dry-run` computes
+from shapes. --largest then looks for the longest sequence within --memory-gib, beginning at the predicted one. Writes JSON.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Batch  # noqa: E402
+from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config  # noqa: E402
+from parallel import Grid, ShardedAdamW  # noqa: E402
+from train import Plan, peak_memory_gib, training_step  # noqa: E402
+
+
+def configuration(a: argparse.Namespace) -> ModelConfig:
+    """A config.json's, or a small Llama."""
+    if a.config:
+        return read_config(a.config)
+    return ModelConfig.from_hf({
+        "vocab_size": 1024, "hidden_size": a.hidden_size, "intermediate_size": 3 * a.hidden_size, "num_hidden_layers": a.layers,
+        "num_attention_heads": a.hidden_size // 64, "num_key_value_heads": max(1, a.hidden_size // 256), "head_dim": 64,
+        "max_position_embeddings": 2**22, "rope_theta": 500000.0, "tie_word_embeddings": True})
+
+
+def plan(config: ModelConfig, length: int, a: argparse.Namespace) -> Plan:
+    return Plan(config, length, 1, 1, 1, 1, 1, getattr(torch, a.dtype).itemsize, a.recompute, a.offload, a.offload_optimizer,
+                a.tile_mib * 2**20 or TILE_BYTES[a.device], a.device == "cuda")
+
+
+def predicted_gib(config: ModelConfig, length: int, a: argparse.Namespace) -> float:
+    """On a CPU the host's memory is the device's."""
+    here = plan(config, length, a)
+    return (sum(here.memory().values()) + (here.on_host() if a.device == "cpu" else 0.0)) / 2**30
+
+
+def serve(pipe, length: int, a: argparse.Namespace) -> None:
+    """Child process: one step; answers (peak GiB, seconds), or None if the GPU's memory does not suffice."""
+    torch.set_num_threads(a.threads)
+    config = configuration(a)
+    try:
+        model = Llama(config).to(a.device, getattr(torch, a.dtype))
+        model.recompute, model.host, model.tile_bytes = a.recompute, HostMemory() if a.offload else None, a.tile_mib * 2**20
+        optimizer = ShardedAdamW(model, Grid(), on_host=a.offload_optimizer)
+        tokens = torch.randint(config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
+        options = argparse.Namespace(micro_batch_size=1, cross_document_mask=False, device=a.device)
+        start = time.perf_counter()
+        training_step(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:])), options)
+        optimizer.step(1e-4, 1.0)
+        float(optimizer.master[0])
+        pipe.send((peak_memory_gib(a.device), time.perf_counter() - start))
+    except torch.OutOfMemoryError:
+        pipe.send(None)
+
+
+def measure(length: int, a: argparse.Namespace) -> tuple[float, float] | None:
+    """(peak GiB, seconds) of a step at this length, None if it does not fit."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=serve, args=(other, length, a))
+    process.start()
+    other.close()
+    try:
+        found = pipe.recv()
+    except EOFError:  # the system ended the process
+        found = None
+    process.join()
+    return found if found and found[0] <= a.memory_gib else None
+
+
+def largest(config: ModelConfig, a: argparse.Namespace) -> tuple[int, float, float]:
+    """The longest sequence that trains within the memory, to 1/32 of the predicted one: (length, peak GiB, seconds)."""
+    fits = [n for n in range(1024, 2**24, 1024) if predicted_gib(config, n, a) <= a.memory_gib]
+    step = max(1024, fits[-1] // 32 // 1024 * 1024)
+    length, best = fits[-1], measure(fits[-1], a)
+    direction = 1 if best else -1
+    while length + direction * step > 0:
+        found = measure(length + direction * step, a)
+        if direction > 0 and found is None:
+            break
+        length, best = length + direction * step, found
+        if direction < 0 and found:
+            break
+    return length, *best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="config.json, or a model directory")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--hidden-size", type=int, default=256, help="without --config: a multiple of 256")
+    parser.add_argument("--layers", type=int, default=2, help="without --config")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="mlp")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--offload-optimizer", action="store_true")
+    parser.add_argument("--tile-mib", type=int, default=16, help="small, so that tiles are full at the shortest length")
+    parser.add_argument("--largest", action="store_true", help="also look for the longest sequence")
+    parser.add_argument("--memory-gib", type=float, help="for --largest (default: a GPU's memory less 1, half of a CPU's)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("out/max_context.json"))
+    a = parser.parse_args()
+    cuda, config = a.device == "cuda", configuration(a)
+    if a.largest and a.memory_gib is None:
+        parser.error("--largest needs --memory-gib on a CPU") if not cuda else None
+        a.memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 - 1
+    a.memory_gib = a.memory_gib or float("inf")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc in the children: what is freed goes back, so the peak is what was alive
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {a.threads} threads"
+    print(f"{name}, torch {torch.__version__}, {a.dtype}, --recompute {a.recompute}" + ", --offload" * a.offload)
+    print(f"{'S':>9} {'peak GiB':>9} {'predicted GiB':>14} {'s a step':>9} {'tokens/s':>9}")
+    rows = []
+    for length in a.lengths:
+        found = measure(length, a)
+        if not found:
+            print(f"{length:>9}   does not fit", flush=True)
+            continue
+        rows.append({"length": length, "peak_gib": found[0], "seconds": found[1], "predicted_gib": predicted_gib(config, length, a)})
+        print(f"{length:>9} {found[0]:>9.3f} {rows[-1]['predicted_gib']:>14.3f} {found[1]:>9.2f} {length / found[1]:>9,.0f}", flush=True)
+    result = {"device": name, "torch": torch.__version__, "arguments": vars(a), "rows": rows}
+    if len(rows) > 1:
+        lengths = np.array([row["length"] for row in rows])
+        lines = {key: np.polyfit(lengths, [row[key] for row in rows], 1) for key in ("peak_gib", "predicted_gib")}
+        slope, predicted = (line[0] * 2**30 for line in lines.values())
+        straight = max(abs(np.polyval(lines["peak_gib"], row["length"]) - row["peak_gib"]) for row in rows)
+        result |= {"bytes_per_token": slope, "predicted_bytes_per_token": predicted, "off_the_line_gib": straight}
+        print(f"slope: {slope:,.0f} bytes a token, predicted {predicted:,.0f} ({predicted / slope - 1:+.1%}); points lie within "
+              f"{straight:.3f} GiB of a line")
+    if a.largest:
+        length, peak, seconds = largest(config, a)
+        result |= {"largest": length, "largest_peak_gib": peak, "largest_seconds": seconds}
+        print(f"largest: {length:,} tokens, peak {peak:.2f} GiB of {a.memory_gib:.1f}, {length / seconds:,.0f} tokens/s")
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps(result, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""One rank of a tp x cp grid on a single device: compute and memory of a training step, with stand-ins for the other ranks.
+
+    python benchmarks/one_rank.py --config runs/llama31_8b.json --length 1048576 --tp 8 --recompute mlp --offload     # a GPU
+    python benchmarks/one_rank.py --config runs/llama32_1b.json --length 131072 --recompute mlp
+    python benchmarks/one_rank.py --hidden-size 256 --layers 2 --length 4096 --tp 2 --cp 2 --device cpu               # a try
+
+NOT a distributed run: a gather repeats this rank's part, a reduce-scatter keeps it, a ring hop hands the own keys back. So
+shapes, kernels and memory are one rank's of the grid; the loss means nothing, and no time is spent on links. With --tp 1
+--cp 1 it is a real step. "products + attention" is what the profiler finds in matrix products and attention kernels in one
+more step. Prints a table beside the prediction of `train.py --dry-run`, writes JSON.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Batch  # noqa: E402
+from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config  # noqa: E402
+from parallel import Grid, ShardedAdamW  # noqa: E402
+from train import DEVICES, Plan, measured_device, peak_memory_gib, peak_rate, training_step  # noqa: E402
+
+KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
+
+
+class StandInGrid(Grid):
+    """A rank whose partners are itself: every collective has its shapes and memory, and no meaning."""
+
+    def all_gather(self, x: Tensor, group: str, out: Tensor | None = None) -> Tensor:
+        if self.size(group) == 1:
+            return super().all_gather(x, group, out)
+        out = x.new_empty(self.size(group), *x.shape) if out is None else out
+        return out.view(self.size(group), *x.shape).copy_(x.expand(self.size(group), *x.shape))
+
+    def reduce_scatter(self, x: Tensor, group: str) -> Tensor:
+        return x[0] if self.size(group) == 1 else x[0].clone(memory_format=torch.contiguous_format)
+
+    def post_hop(self, *leaving: Tensor, tag: int = 0):
+        arriving = tuple(x.clone(memory_format=torch.contiguous_format) for x in leaving) if self.cp > 1 else leaving
+        return lambda: arriving
+
+
+def configuration(a: argparse.Namespace) -> ModelConfig:
+    """A config.json's, with fewer layers if asked, or a small Llama for a try."""
+    if a.config:
+        config = json.loads(json.dumps(read_config(a.config).hf))
+        return ModelConfig.from_hf(config | ({"num_hidden_layers": a.layers} if a.layers else {}))
+    return ModelConfig.from_hf({
+        "vocab_size": 8192, "hidden_size": a.hidden_size, "intermediate_size": 4 * a.hidden_size, "num_hidden_layers": a.layers or 2,
+        "num_attention_heads": a.hidden_size // 32, "num_key_value_heads": a.hidden_size // 128, "head_dim": 32,
+        "max_position_embeddings": a.length, "rope_theta": 500000.0, "tie_word_embeddings": True})
+
+
+def kernel_seconds(step, cuda: bool) -> float:
+    """Time of one step's matrix products and attention kernels, from the profiler."""
+    with torch.profiler.profile() as profile:
+        step()
+    events = [event for event in profile.key_averages() if any(name in event.key for name in KERNELS)]
+    return sum(event.self_device_time_total if cuda else event.self_cpu_time_total for event in events) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="config.json, or a model directory")
+    parser.add_argument("--hidden-size", type=int, default=256, help="without --config: a multiple of 128")
+    parser.add_argument("--layers", type=int, help="instead of the config's")
+    parser.add_argument("--length", type=int, required=True, help="of the whole sequence")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--cp", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="mlp")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--offload-optimizer", action="store_true")
+    parser.add_argument("--tile-mib", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("out/one_rank.json"))
+    a = parser.parse_args()
+    cuda, dtype, config = a.device == "cuda", getattr(torch, a.dtype), configuration(a)
+    grid = StandInGrid(1, a.cp, a.tp, a.rank)
+    with torch.device("meta"):
+        model = Llama(config, grid)
+    model.to_empty(device=a.device).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.02)
+    model.recompute, model.host, model.tile_bytes = a.recompute, HostMemory() if a.offload else None, a.tile_mib * 2**20
+    optimizer = ShardedAdamW(model, grid, on_host=a.offload_optimizer)
+    tokens = torch.randint(config.vocab_size, (1, a.length + 1), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:]))
+    options = argparse.Namespace(micro_batch_size=1, cross_document_mask=False, device=a.device)
+
+    def step() -> float:
+        start = time.perf_counter()
+        training_step(model, optimizer, batch, options)
+        optimizer.step(1e-4, 1.0)
+        float(optimizer.master.flatten()[0])  # waits for the device
+        return time.perf_counter() - start
+
+    seconds = statistics.median([step() for _ in range(a.repeats + 1)][1:])
+    peak = peak_memory_gib(a.device)
+    kernels = kernel_seconds(step, cuda)
+    share = a.tp * a.cp
+    a.dry_run = next((name for name in DEVICES if cuda and name.split("-")[0] in torch.cuda.get_device_name()), "measured")
+    device = measured_device(a, config) if a.dry_run == "measured" else DEVICES[a.dry_run]
+    plan = Plan(config, a.length, 1, 1, a.tp, a.cp, 1, dtype.itemsize, a.recompute, a.offload, a.offload_optimizer,
+                model.tile_bytes or TILE_BYTES[a.device], cuda)
+    times = {name: value for name, value in plan.times(device).items() if "communication" not in name and "ring" not in name}
+    rate, what = peak_rate(a.device, dtype)
+    row = {"length": a.length, "tp": a.tp, "cp": a.cp, "recompute": a.recompute, "offload": a.offload, "seconds": seconds,
+           "tokens_per_second_per_gpu": a.length / share / seconds, "peak_gib": peak,
+           "mfu": 3 * sum(config.forward_flops(a.length)) / share / seconds / rate, "kernel_seconds": kernels,
+           "planned_gib": sum(plan.memory().values()) / 2**30, "planned_seconds": sum(times.values())}
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    print(f"one rank of tp {a.tp} x cp {a.cp}, collectives replaced by local stand-ins; {name}, torch {torch.__version__}, {a.dtype}")
+    print(f"MFU: causal, no recomputation, of {what}")
+    print(f"{'S':>9} {'s a step':>9} {'tokens/s/GPU':>13} {'MFU':>6} {'products + attention':>21} {'peak GiB':>9} {'planned GiB':>12} "
+          f"{'planned s':>10}")
+    print(f"{a.length:>9} {seconds:>9.2f} {row['tokens_per_second_per_gpu']:>13,.0f} {row['mfu']:>6.1%} {kernels:>19.2f} s {peak:>9.2f} "
+          f"{row['planned_gib']:>12.2f} {row['planned_seconds']:>10.2f}")
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps({"device": name, "torch": torch.__version__, "arguments": vars(a), "row": row}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

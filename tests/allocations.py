@@ -1,0 +1,40 @@
+"""Watches what torch allocates: the largest tensor, and the bytes that are alive at once."""
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Allocations(TorchDispatchMode):
+    """Inside `with`: `elements` of the largest tensor made, `live` bytes of storages made here and not freed, their `peak`.
+
+    Sees every operator's results, in backward too; not the scratch memory inside an operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = self.live = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:  # neither a view nor in place
+                self.note(x)
+        return out
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.seen:
+            return
+        self.seen.add(storage._cdata)
+        self.elements = max(self.elements, storage.nbytes() // tensor.itemsize)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+
+    def freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
