@@ -15,6 +15,7 @@ checkpoint to the last bit; SIGTERM or Ctrl-C writes one and stops (under torchr
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -457,24 +458,28 @@ class Plan:
         update = 28 * self.parameters / (self.dp * self.cp) / (device.host if self.offload_optimizer else device.bandwidth)
         return work | beside | {"dp communication": link["dp"], "update": update}
 
-    def fits(self, device: Device) -> bool:
-        return sum(self.memory().values()) <= device.memory
+
+def fitting_plans(plan: Plan, processes: int, device: Device) -> list[Plan]:
+    """Every grid of so many GPUs with every memory option that trains the same batch and fits, the fastest first."""
+    found, shards = [], plan.config.shards().values()
+    for tp in (n for n in range(1, min(NODE, processes) + 1) if not any(size % n for size in shards)):
+        for cp in (n for n in range(1, processes // tp + 1) if processes % (n * tp) == 0 and plan.length % (2 * n * tp) == 0):
+            for recompute, offload, on_host in itertools.product(RECOMPUTE, (False, True), (False, True)):
+                candidate = replace(plan, tp=tp, cp=cp, dp=processes // (tp * cp), micro_batch=1, recompute=recompute,
+                                    offload=offload, offload_optimizer=on_host)
+                possible = plan.batch % candidate.dp == 0 and not (offload and recompute == "none")
+                if possible and sum(candidate.memory().values()) <= device.memory:
+                    found.append(candidate)
+    return sorted(found, key=lambda candidate: sum(candidate.times(device).values()))
 
 
 def cheapest(plan: Plan, device: Device) -> Plan | None:
-    """The fastest plan that fits on the least GPUs, at least as many as now: this grid with other options, then other grids."""
-    options = [{"recompute": recompute, "offload": offload, "offload_optimizer": on_host, "micro_batch": 1}
-               for recompute in RECOMPUTE for offload in (False, True) for on_host in (False, True)
-               if not (offload and recompute == "none")]
-    tensor_parallel = [n for n in range(1, NODE + 1) if not any(size % n for size in plan.config.shards().values())]
+    """What fits on the least GPUs, at least as many as now: this grid with other options, else the fastest grid."""
     for processes in [plan.processes, *(2**i for i in range(13) if 2**i > plan.processes)]:
-        grids = [(tp, cp, processes // (tp * cp)) for tp in tensor_parallel for cp in range(1, processes // tp + 1)
-                 if processes % (tp * cp) == 0 and plan.length % (2 * cp * tp) == 0]
-        grids = [grid for grid in grids if plan.batch % grid[2] == 0]
-        for allowed in ([grid for grid in grids if grid == (plan.tp, plan.cp, plan.dp)], grids):
-            found = [replace(plan, tp=tp, cp=cp, dp=dp, **option) for tp, cp, dp in allowed for option in options]
-            if found := [candidate for candidate in found if candidate.fits(device)]:
-                return min(found, key=lambda candidate: sum(candidate.times(device).values()))
+        found = fitting_plans(plan, processes, device)
+        same = [candidate for candidate in found if (candidate.tp, candidate.cp) == (plan.tp, plan.cp)]
+        if found:
+            return (same or found)[0]
     return None
 
 

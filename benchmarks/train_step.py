@@ -1,6 +1,7 @@
 """One training step, ours against transformers' LlamaForCausalLM: tokens/s and peak memory, interleaved.
 
     python benchmarks/train_step.py                        # S = 2,048 and 8,192, Llama 3's vocabulary of 128,256
+    python benchmarks/train_step.py --lengths 16384 --recompute --repeats 2       # both sides recompute their blocks
     python benchmarks/train_step.py --dtypes float32 --lengths 256 --vocab-size 4096 --repeats 2
 
 Same configuration, weights, dtype, batch and optimizer settings (AdamW, fused where transformers' side allows it). Two
@@ -40,9 +41,10 @@ def configuration(a: argparse.Namespace, length: int) -> dict:
             "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}
 
 
-def our_step(config: dict, dtype: torch.dtype, device: str):
+def our_step(config: dict, dtype: torch.dtype, device: str, recompute: bool):
     """A function that makes one step of train.py and returns the mean loss."""
     model = Llama(ModelConfig.from_hf(config)).initialise(0).to(device, dtype)
+    model.recompute = "mlp" if recompute else "none"
     optimizer = ShardedAdamW(model, Grid(), weight_decay=WEIGHT_DECAY)
 
     def step(tokens, targets):
@@ -54,13 +56,16 @@ def our_step(config: dict, dtype: torch.dtype, device: str):
     return step
 
 
-def transformers_step(config: dict, dtype: torch.dtype, device: str):
+def transformers_step(config: dict, dtype: torch.dtype, device: str, recompute: bool):
     """The same step with transformers' model (SDPA attention) and torch's AdamW, from the same weights."""
     import transformers
 
     hf = transformers.LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"})
     hf._attn_implementation = "sdpa"
     model = transformers.LlamaForCausalLM(hf).to(device, dtype)
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
     model.load_state_dict(Llama(ModelConfig.from_hf(config)).initialise(0).state_dict(), strict=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY,
                                   fused=True)
@@ -76,10 +81,10 @@ def transformers_step(config: dict, dtype: torch.dtype, device: str):
     return step
 
 
-def serve(pipe, build, config: dict, batch: int, length: int, dtype: torch.dtype, device: str, threads: int) -> None:
+def serve(pipe, build, config: dict, batch: int, length: int, dtype: torch.dtype, device: str, threads: int, recompute: bool) -> None:
     """Child process: one step whenever asked, answering (seconds, loss, peak bytes)."""
     torch.set_num_threads(threads)
-    step = build(config, dtype, device)
+    step = build(config, dtype, device, recompute)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(config["vocab_size"], (batch, length + 1), generator=generator).to(device)
     while pipe.recv():
@@ -97,7 +102,8 @@ def compare(a: argparse.Namespace, dtype: str, length: int) -> dict:
     sides = {}
     for name, build in (("ours", our_step), ("transformers", transformers_step)):
         pipe, other = context.Pipe()
-        arguments = (other, build, configuration(a, length), a.batch_size, length, getattr(torch, dtype), a.device, a.threads)
+        arguments = (other, build, configuration(a, length), a.batch_size, length, getattr(torch, dtype), a.device, a.threads,
+                     a.recompute)
         process = context.Process(target=serve, args=arguments, daemon=True)
         process.start()
         sides[name] = (process, pipe, [])
@@ -129,6 +135,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtypes", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--recompute", action="store_true", help="ours --recompute mlp, theirs gradient checkpointing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("out/train_step.json"))
