@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from parallel import (
     ColumnParallelLinear,
@@ -340,15 +341,16 @@ class RecomputedBlock(torch.autograd.Function):
         kept = (x, attended, lse) if context.recompute == "mlp" else (x,)
         ctx.block, ctx.context, ctx.layer = block, context, layer
         if context.host:
-            context.host.keep(layer, kept)
+            ctx.ticket = context.host.keep(layer, kept)
         else:
             ctx.save_for_backward(*kept)
         return in_tiles(block.after, (x, attention.rows(attended)), context.tile)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
         block, context, attention = ctx.block, ctx.context, ctx.block.self_attn
-        x, *kept = context.host.fetch(ctx.layer) if context.host else ctx.saved_tensors
+        x, *kept = context.host.fetch(ctx.layer, ctx.ticket) if context.host else ctx.saved_tensors
         tables = (context.cos, context.sin)
         q, k, v = map(attention.heads, in_tiles(block.before, (x, *tables), context.tile))
         attended, lse = kept or ring_forward(q, k, v, attention.grid, context.segments)
@@ -362,12 +364,12 @@ class RecomputedBlock(torch.autograd.Function):
 class HostMemory:
     """Keeps tensors of each layer in host memory between forward and backward, under their layer's number.
 
-    On a GPU the memory is pinned and copies run on a stream of their own: out while the next block computes, in one block
+    On a GPU the memory is pinned and copies run on a stream of their own: out while the next blocks compute, in one block
     before they are needed. The buffers stay for the next step. On a CPU it is a plain copy.
     """
 
     def __init__(self) -> None:
-        self.kept, self.arriving, self.stream = {}, {}, None
+        self.kept, self.leaving, self.arriving, self.stream, self.passes = {}, [], {}, None, 0
 
     def aside(self, x: Tensor):
         """Context in which copies go to the side stream, once the work queued so far is done."""
@@ -377,25 +379,39 @@ class HostMemory:
         self.stream.wait_stream(torch.cuda.current_stream(x.device))
         return torch.cuda.stream(self.stream)
 
-    def keep(self, layer: int, tensors: tuple[Tensor, ...]) -> None:
-        """Copy a layer's tensors to the host."""
-        place = self.kept.get(layer)
-        if place is None or [(x.shape, x.dtype) for x in place] != [(x.shape, x.dtype) for x in tensors]:
-            place = [torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda) for x in tensors]
-        self.kept[layer], self.device = place, tensors[0].device
+    def keep(self, layer: int, tensors: tuple[Tensor, ...]) -> int:
+        """Copy a layer's tensors to the host. Returns the ticket to fetch them with."""
+        self.passes += 1
+        _, place = self.kept.get(layer, (0, []))
+        if [(x.shape, x.dtype, x.stride()) for x in place] != [(x.shape, x.dtype, x.stride()) for x in tensors]:
+            place = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in tensors]
+        self.kept[layer], self.device = (self.passes, place), tensors[0].device
+        self.arriving.pop(layer, None)
         with self.aside(tensors[0]):
             for host, x in zip(place, tensors):
                 host.copy_(x, non_blocking=True)
-                if x.is_cuda:
-                    x.record_stream(self.stream)  # its memory may be given away once this copy is done, not before
+        if self.stream:  # at most two blocks' tensors are on their way at once
+            self.leaving.append((self.stream.record_event(), tensors))
+            self.release(2)
+        return self.passes
 
-    def fetch(self, layer: int) -> list[Tensor]:
-        """A layer's tensors, on the device again; the layer below begins to arrive."""
+    def release(self, but: int) -> None:
+        """Give back what has left the device, waiting for all but the newest copies."""
+        while len(self.leaving) > but:
+            event, _ = self.leaving.pop(0)
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def fetch(self, layer: int, ticket: int) -> list[Tensor]:
+        """A layer's tensors, on the device again; the layer below begins to arrive. Raises RuntimeError if they are gone."""
+        if self.kept[layer][0] != ticket:
+            raise RuntimeError("another forward pass has taken this one's place in host memory: call backward in between")
+        self.release(0)
         for wanted in (layer, layer - 1):
             if wanted in self.kept and wanted not in self.arriving:
-                tensors = [torch.empty_like(host, device=self.device) for host in self.kept[wanted]]
+                _, place = self.kept[wanted]
+                tensors = [torch.empty_like(host, device=self.device) for host in place]
                 with self.aside(tensors[0]):
-                    for x, host in zip(tensors, self.kept[wanted]):
+                    for x, host in zip(tensors, place):
                         x.copy_(host, non_blocking=True)
                     self.arriving[wanted] = tensors, self.stream and self.stream.record_event()
         tensors, event = self.arriving.pop(layer)
@@ -718,6 +734,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_total: Tensor) -> tuple[Tensor, ...]:
         return *(gradient.mul_(d_total) for gradient in ctx.saved_tensors), None, None, None, None
 

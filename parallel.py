@@ -340,17 +340,25 @@ class FusedLinear(torch.autograd.Function):
         return gradient @ stacked(weights), *d_weight.split([len(weight) for weight in weights])
 
 
-def stacked(weights: tuple[Tensor, ...]) -> Tensor:
-    """Matrices below each other: as they lie, if they follow each other in memory (ShardedAdamW sees to it), else a copy."""
+def adjacent(weights: tuple[Tensor, ...]) -> bool:
+    """Whether matrices follow each other in memory: ShardedAdamW sees to it."""
     shared = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if shared and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in zip(weights, weights[1:])):
+    return shared and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in zip(weights, weights[1:]))
+
+
+def stacked(weights: tuple[Tensor, ...]) -> Tensor:
+    """Matrices below each other: as they lie, if they are adjacent, else a copy."""
+    if adjacent(weights):
         return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
     return torch.cat(weights)
 
 
 def fused_linear(x: Tensor, *layers: ColumnParallelLinear) -> list[Tensor]:
     """[layer(x) for layer in layers], computed as one product: x (..., in) -> (..., out / tp) each."""
-    outputs = FusedLinear.apply(x, *(layer.weight for layer in layers)).split([len(layer.weight) for layer in layers], -1)
+    weights = tuple(layer.weight for layer in layers)
+    if not torch.is_grad_enabled() and not adjacent(weights):
+        return [layer(x) for layer in layers]  # inference: a copy of the weights would cost more than a token's products
+    outputs = FusedLinear.apply(x, *weights).split([len(weight) for weight in weights], -1)
     return [out if layer.bias is None else out + layer.bias for out, layer in zip(outputs, layers)]
 
 
@@ -689,8 +697,8 @@ class ShardedAdamW:
         self._start = (grid.dp_rank * grid.cp + grid.cp_rank) * size  # of this rank's shard
         self._own = self.weights[self._start:self._start + size]
         self._device = torch.device("cpu") if on_host else first.device  # of the state
-        shared = first.dtype == dtype and self._device == first.device  # float32 weights are their own master
-        self.master = self._own if shared else self._own.to(self._device, dtype)
+        shared = first.dtype == dtype and not on_host  # float32 weights are their own master
+        self.master = self._own if shared else self._own.to(self._device, dtype, copy=True)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
         border = min(max(matrices - self._start, 0), size)
         self._parts = [slice(0, border), slice(border, size)]
@@ -765,8 +773,9 @@ class ShardedAdamW:
 
         The gradient buffer is where a kind is put together: call this between steps, and use a kind up before the next.
         """
-        own = getattr(self, kind).to(self.weights.device)
-        whole = self.grid.all_gather(own, "dp_cp", out=self.gradient.view(self.grid.size("dp_cp"), -1)).view(-1)
+        parts = self.gradient.view(self.grid.size("dp_cp"), -1)
+        own = parts[self._start // parts.shape[1]].copy_(getattr(self, kind))
+        whole = self.grid.all_gather(own, "dp_cp", out=parts).view(-1)
         for name in self.parameters:
             yield name, unshard(self._view(whole, name), self.dims[name], self.grid)
 

@@ -180,7 +180,7 @@ def check_arguments(a: argparse.Namespace) -> None:
         raise ValueError("--cross-document-mask works on whole sequences: use --cp 1 (and --tp), or leave it out")
     if a.out and a.out.is_file():
         raise ValueError(f"--out {a.out}: is a file; choose a directory")
-    if not a.dry_run:
+    if a.dry_run not in DEVICES:
         check_device(a.device)
 
 
@@ -240,9 +240,9 @@ def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s that 100 % utilisation means here, and what that is: the data sheet's, or a product measured on the spot."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name()
-        for key, known in DEVICES.items():
-            if key.split("-")[0] in name:
-                return known.peak, f"{known.peak / 1e12:.0f} TFLOP/s of {name}"
+        for part, key in NAMES.items():
+            if part in name:
+                return DEVICES[key].peak, f"the {DEVICES[key].peak / 1e12:.0f} TFLOP/s of {name}"
     rate = product_rate(device, dtype, 1024)
     return rate, f"{rate / 1e12:.3g} TFLOP/s, a measured matrix product"
 
@@ -275,8 +275,8 @@ def learning_rate(step: int, a: argparse.Namespace) -> float:
 class Device:
     """What a plan assumes of one GPU: bytes, FLOP/s and bytes/s.
 
-    `memory`, `peak`, `bandwidth` are the data sheet's, memory less 1 GiB for the CUDA context. The rates of matrix products,
-    of the flash kernel and of the links are what well-tuned code is known to reach: assumptions, not measurements of ours.
+    `memory`, `peak`, `bandwidth` are the data sheet's, memory less 3 GiB for CUDA, NCCL and fragmentation. The rates of matrix
+    products, of the flash kernel and of the links are what well-tuned code is known to reach: assumptions, not measurements.
     """
 
     memory: float
@@ -287,15 +287,18 @@ class Device:
     bandwidth: float  # of its memory
     link: float  # to a GPU of the same node, one way
     network: float  # to one of another node
-    host: float  # to host memory
+    host: float  # to pinned host memory
+    host_memory: float  # a GPU's share of it
 
 
 DEVICES = {
-    "H100-80": Device(78 * 2**30, 989e12, 640e12, 380e12, 300e12, 3.35e12, 350e9, 40e9, 50e9),
-    "H200": Device(139 * 2**30, 989e12, 640e12, 380e12, 300e12, 4.8e12, 350e9, 40e9, 50e9),
-    "A100-80": Device(78 * 2**30, 312e12, 220e12, 185e12, 165e12, 2.0e12, 230e9, 20e9, 22e9),
+    "H100-80": Device(76 * 2**30, 989e12, 640e12, 380e12, 300e12, 3.35e12, 350e9, 40e9, 50e9, 240 * 2**30),
+    "H200": Device(137 * 2**30, 989e12, 640e12, 380e12, 300e12, 4.8e12, 350e9, 40e9, 50e9, 240 * 2**30),
+    "A100-80": Device(76 * 2**30, 312e12, 220e12, 185e12, 165e12, 2.0e12, 230e9, 20e9, 22e9, 120 * 2**30),
 }
 NODE = 8  # GPUs that share the fast link
+PAGEABLE = 5  # how much slower copies from and to memory that is not pinned are
+NAMES = {"H100 80GB HBM3": "H100-80", "NVIDIA H200": "H200", "A100-SXM4-80GB": "A100-80"}  # as CUDA calls them
 
 
 def measured_device(a: argparse.Namespace, config: ModelConfig) -> Device:
@@ -318,10 +321,10 @@ def measured_device(a: argparse.Namespace, config: ModelConfig) -> Device:
     forward = seconds(lambda: block_forward(q, k, v, True)[0])
     backward = seconds(lambda: block_backward(d_out, q, k, v, out, lse, True)[0])
     flops, copy = heads * 2 * length**2 * config.head_dim, 2 * large.nbytes / seconds(lambda: large.clone())
-    pages = 0 if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    total = torch.cuda.get_device_properties(0).total_memory if cuda else pages
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = torch.cuda.get_device_properties(0).total_memory - 3 * 2**30 if cuda else host
     rate = product_rate(a.device, dtype, size)
-    return Device(total - 2**30, rate, rate, flops / forward, 2.5 * flops / backward, copy, copy, copy, copy)
+    return Device(total, rate, rate, flops / forward, 2.5 * flops / backward, copy, copy, copy, copy, host)
 
 
 def planned_processes(a: argparse.Namespace) -> int:
@@ -403,22 +406,23 @@ class Plan:
         kernel = 2 * s["q"] + 4 / size * s["q"] if self.cuda else 0.0  # dK dV of every query head, dQ in float32
         again = s["q"] + s["lse"] if self.recompute == "block" else 0.0  # attention's result, computed once more
         qkv = 0.0 if self.recompute == "none" else s["q"] + s["kv"]
+        tied = head if c.tie_word_embeddings else 0.0  # the head's gradient waits for the embedding's, and their sum is a third
         summed = 4 * self.parameters / (self.dp * self.cp) if self.dp * self.cp > 1 else 0.0
-        block = {"block: q k v, out": qkv + again, "block: gradients of x and out": 2 * s["x"] + s["q"]}
+        name = f"kept by {layers} blocks" + (", 2 on the device" if self.offload else "")
+        within = {name: kept, "tied head: its gradient": tied}
+        block = within | {"block: q k v, out": qkv + again, "block: gradients of x and out": 2 * s["x"] + s["q"]}
         moments = [
-            {"loss: x and its gradient": 2 * s["x"], "loss: tile": logits,
+            {name: kept, "loss: x and its gradient": 2 * s["x"], "loss: tile": logits,
              "loss: gradient of the head": head + min(rows, VOCABULARY_TILE) * c.hidden_size * size},
             block | {"block: tile": tile},
             block | {"attention: dq dk dv": s["q"] + s["kv"], "attention: ring": ring, "attention: kernel": kernel},
-            {"block: gradients of x": 3 * s["x"], "attention: dq dk dv": s["q"] + s["kv"], "block: tile": tile},
-            {"embedding: gradient": head + s["x"] + tile - kept},
-            {"update: summed gradients": summed - kept}]
+            within | {"block: gradients of x": 3 * s["x"], "attention: dq dk dv": s["q"] + s["kv"], "block: tile": tile},
+            {"embedding: gradients, tile": head + 2 * tied + s["x"] + tile}, {"update: summed gradients": summed}]
         worst = max(moments, key=lambda moment: sum(moment.values()))
         return {"weights": self.parameters * size, "gradients (float32)": 4 * self.parameters,
                 "optimizer (float32)": 0.0 if self.offload_optimizer else state,
                 "rotary tables": positions / self.micro_batch * c.head_dim * 4,
-                "tokens": self.batch / self.dp * self.length * 40,  # and targets, documents, places: int64
-                f"kept by {layers} blocks" + (", 2 on the device" if self.offload else ""): kept,
+                "tokens": self.micro_batch * self.length * 40,  # and targets, documents, places: int64
                 **{name: part for name, part in worst.items() if part}}
 
     def on_host(self) -> float:
@@ -434,10 +438,12 @@ class Plan:
         hops = (self.cp - 1) * s["kv"] * (3 if self.recompute == "block" else 2) + self.cp * s["kv"] * 4 / self.itemsize
         others = (self.dp * self.cp - 1) / (self.dp * self.cp)
         kept = 2 * rounds * c.num_hidden_layers * self.kept_by_block() if self.offload else 0.0  # out and in
-        state = self.parameters / (self.dp * self.cp) * (4 + self.itemsize) if self.offload_optimizer else 0.0
         return {"tp": rounds * c.num_hidden_layers * per_block,
                 "cp": rounds * c.num_hidden_layers * hops if self.cp > 1 else 0.0,
-                "dp": others * self.parameters * (4 + self.itemsize), "host": kept + state}
+                "dp": others * self.parameters * (4 + self.itemsize), "host": kept}
+
+    def fits(self, device: Device) -> bool:
+        return sum(self.memory().values()) <= device.memory and self.on_host() <= device.host_memory
 
     def times(self, device: Device) -> dict[str, float]:
         """Seconds of a step, by what they go to; the ring and the host's copies run beside the computation."""
@@ -455,7 +461,9 @@ class Plan:
                 "norms, rotations, activations": pointwise / device.bandwidth, "tp communication": link["tp"]}
         beside = {"ring, beyond attention": max(0.0, link["cp"] - work["attention"]),
                   "host copies, beyond the rest": max(0.0, traffic["host"] / device.host - sum(work.values()))}
-        update = 28 * self.parameters / (self.dp * self.cp) / (device.host if self.offload_optimizer else device.bandwidth)
+        own = self.parameters / (self.dp * self.cp)
+        update = 28 * own / (device.host if self.offload_optimizer else device.bandwidth)  # bytes AdamW reads and writes
+        update += PAGEABLE * own * (4 + self.itemsize) / device.host if self.offload_optimizer else 0.0
         return work | beside | {"dp communication": link["dp"], "update": update}
 
 
@@ -463,12 +471,13 @@ def fitting_plans(plan: Plan, processes: int, device: Device) -> list[Plan]:
     """Every grid of so many GPUs with every memory option that trains the same batch and fits, the fastest first."""
     found, shards = [], plan.config.shards().values()
     for tp in (n for n in range(1, min(NODE, processes) + 1) if not any(size % n for size in shards)):
-        for cp in (n for n in range(1, processes // tp + 1) if processes % (n * tp) == 0 and plan.length % (2 * n * tp) == 0):
+        for cp in (n for n in range(1, processes // tp + 1) if processes % (n * tp) == 0
+                   and plan.length % Grid(cp=n, tp=tp).sequence_multiple == 0):
             for recompute, offload, on_host in itertools.product(RECOMPUTE, (False, True), (False, True)):
                 candidate = replace(plan, tp=tp, cp=cp, dp=processes // (tp * cp), micro_batch=1, recompute=recompute,
                                     offload=offload, offload_optimizer=on_host)
                 possible = plan.batch % candidate.dp == 0 and not (offload and recompute == "none")
-                if possible and sum(candidate.memory().values()) <= device.memory:
+                if possible and candidate.fits(device):
                     found.append(candidate)
     return sorted(found, key=lambda candidate: sum(candidate.times(device).values()))
 
@@ -500,6 +509,7 @@ def print_plan(a: argparse.Namespace) -> None:
     """What `--dry-run` says. Raises ValueError if a rank's memory does not suffice, naming what would."""
     config = read_config(a.model or a.config)
     check_grid(a.tp, a.cp, planned_processes(a), config.shards())
+    attention_kernel("cuda" if a.dry_run in DEVICES else a.device, planned_dtype(a), config.head_dim)
     plan, device = Plan.of(config, a), measured_device(a, config) if a.dry_run == "measured" else DEVICES[a.dry_run]
     gib, memory, times = 2**30, plan.memory(), plan.times(device)
     total, step, tokens = sum(memory.values()), sum(times.values()), plan.batch * plan.length
@@ -507,13 +517,15 @@ def print_plan(a: argparse.Namespace) -> None:
           f"dp {plan.dp} x cp {plan.cp} x tp {plan.tp} = {plan.processes} x {a.dry_run}; --recompute {plan.recompute}"
           + ", --offload" * plan.offload + ", --offload-optimizer" * plan.offload_optimizer)
     print("a rank: " + rank_shapes(config, plan.micro_batch, plan.length, plan.tp, plan.cp))
+    if plan.length > config.max_position_embeddings:
+        print(f"the model's window is {config.max_position_embeddings}: training needs --rope-kind and --rope-factor")
     print("\nmemory of a rank at its worst moment, GiB")
     for name, size in memory.items():
         print(f"  {name:34}{size / gib:9.2f}")
-    verdict = "fits" if total <= device.memory else "DOES NOT FIT"
+    verdict = "fits" if plan.fits(device) else "DOES NOT FIT"
     print(f"  {'total':34}{total / gib:9.2f} of {device.memory / gib:.1f}: {verdict}")
     if plan.on_host():
-        print(f"  {'in host memory':34}{plan.on_host() / gib:9.2f}")
+        print(f"  {'in host memory':34}{plan.on_host() / gib:9.2f} of {device.host_memory / gib:.1f}")
     print("\nsent by a rank a step, GiB: " + ", ".join(f"{axis} {size / gib:.2f}" for axis, size in plan.traffic().items()))
     products, attention = config.forward_flops(plan.length)
     flops = 3 * plan.batch * (products + attention)
@@ -529,10 +541,11 @@ def print_plan(a: argparse.Namespace) -> None:
           f"{device.attention_backward / 1e12:.3g} backward, memory {device.bandwidth / 1e12:.3g} TB/s, links "
           f"{device.link / 1e9:.0f} GB/s in a node of {NODE}, {device.network / 1e9:.0f} between nodes, host "
           f"{device.host / 1e9:.0f}; tp communication is not hidden, the ring and the host's copies are")
-    if total > device.memory:
+    if not plan.fits(device):
         better = cheapest(plan, device)
         hint = f"the smallest that does: {options_of(better)}" if better else "nothing up to 4,096 such GPUs does"
-        raise ValueError(f"--dry-run {a.dry_run}: {total / gib:.1f} GiB do not fit in {device.memory / gib:.1f}; {hint}")
+        raise ValueError(f"--dry-run {a.dry_run}: {total / gib:.1f} GiB and {plan.on_host() / gib:.1f} on the host do not fit "
+                         f"in {device.memory / gib:.1f} and {device.host_memory / gib:.1f}; {hint}")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -578,16 +591,15 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
     return path
 
 
-def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, updates: int, device: str) -> None:
+def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, updates: int) -> None:
     """Restore the optimizer from a checkpoint of any grid: a rank reads what it holds a part of."""
     shapes = {name: tuple(optimizer.parameters[name].shape) for name in optimizer.needed()}
-    kinds = {}
-    for kind in optimizer.KINDS:
+    for kind in optimizer.KINDS:  # one at a time, by way of the host: the device may have no room for more
         files = locate_weights(checkpoint / "optimizer", kind)
         if absent := [name for name in shapes if name not in files]:
             raise ValueError(f"{checkpoint}/optimizer: {kind} of {absent[0]} is missing; the checkpoint is of another model")
-        kinds[kind] = read_shards(files, shapes, optimizer.dims, optimizer.grid, None, device)
-    optimizer.load_state(kinds, updates)
+        tensors = read_shards(files, shapes, optimizer.dims, optimizer.grid, None, "cpu")
+        optimizer.load_state({kind: tensors}, updates)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -746,7 +758,8 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
     bar = tqdm(range(first_step + 1, a.steps + 1), initial=first_step, total=a.steps, desc=a.out.name, mininterval=1.0,
                disable=not grid.is_first)
     step, share = first_step, a.batch_size // grid.dp
-    flops = 3 * sum(model.config.forward_flops(a.sequence_length))  # of a whole sequence; shorter ones a little less
+    products, attention = model.config.forward_flops(a.sequence_length)  # of a whole sequence; shorter ones take a little less
+    flops = 3 * (products + (0 if a.cross_document_mask else attention))  # masked documents: their products alone
     peak, what = peak_rate(a.device, model.head_weight.dtype)
     print_line(bar, f"MFU counts causal attention and no recomputation, against {what}")
     for step in bar:
@@ -827,7 +840,7 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     model.host, model.tile_bytes = HostMemory() if a.offload else None, a.tile_mib * 2**20
     optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay, on_host=a.offload_optimizer)
     if checkpoint:
-        load_optimizer(checkpoint, optimizer, updates, a.device)
+        load_optimizer(checkpoint, optimizer, updates)
     if grid.is_first:
         a.out.mkdir(parents=True, exist_ok=True)
         if job_name():

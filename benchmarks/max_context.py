@@ -85,6 +85,8 @@ def measure(length: int, a: argparse.Namespace) -> tuple[float, float] | None:
 def largest(config: ModelConfig, a: argparse.Namespace) -> tuple[int, float, float]:
     """The longest sequence that trains within the memory, to 1/32 of the predicted one: (length, peak GiB, seconds)."""
     fits = [n for n in range(1024, 2**24, 1024) if predicted_gib(config, n, a) <= a.memory_gib]
+    if not fits:
+        raise SystemExit(f"error: --memory-gib {a.memory_gib:g}: the model alone takes more")
     step = max(1024, fits[-1] // 32 // 1024 * 1024)
     length, best = fits[-1], measure(fits[-1], a)
     direction = 1 if best else -1
@@ -95,6 +97,8 @@ def largest(config: ModelConfig, a: argparse.Namespace) -> tuple[int, float, flo
         length, best = length + direction * step, found
         if direction < 0 and found:
             break
+    if best is None:
+        raise SystemExit(f"error: --memory-gib {a.memory_gib:g}: no length trains within it")
     return length, *best
 
 

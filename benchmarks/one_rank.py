@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Batch  # noqa: E402
 from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config  # noqa: E402
 from parallel import Grid, ShardedAdamW  # noqa: E402
-from train import DEVICES, Plan, measured_device, peak_memory_gib, peak_rate, training_step  # noqa: E402
+from train import DEVICES, NAMES, Plan, measured_device, peak_memory_gib, peak_rate, training_step  # noqa: E402
 
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
 
@@ -108,7 +108,7 @@ def main() -> None:
     peak = peak_memory_gib(a.device)
     kernels = kernel_seconds(step, cuda)
     share = a.tp * a.cp
-    a.dry_run = next((name for name in DEVICES if cuda and name.split("-")[0] in torch.cuda.get_device_name()), "measured")
+    a.dry_run = next((key for part, key in NAMES.items() if cuda and part in torch.cuda.get_device_name()), "measured")
     device = measured_device(a, config) if a.dry_run == "measured" else DEVICES[a.dry_run]
     plan = Plan(config, a.length, 1, 1, a.tp, a.cp, 1, dtype.itemsize, a.recompute, a.offload, a.offload_optimizer,
                 model.tile_bytes or TILE_BYTES[a.device], cuda)

@@ -64,6 +64,12 @@ CASES = [
     ("no such device", "train.py", f"--model good --device tpu {TRAIN}", "--device tpu"),
     ("output directory in use", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out good", "earlier run"),
     ("output is a file", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out text.txt", "text.txt: is a file"),
+    ("no data", "train.py", "--model good --sequence-length 64 --steps 1 --out new", "--data is needed"),
+    ("offload of what is not recomputed", "train.py", f"--model good --offload {TRAIN}", "--offload moves what"),
+    ("plan that does not fit", "train.py", "--config 8b.json --dry-run H100-80 --sequence-length 1048576 --tp 8", "do not fit in 76.0 .*; the smallest"),
+    ("plan with a type the kernel does not take", "train.py", "--config 8b.json --dry-run --dtype float32 --sequence-length 64", "--dtype float32"),
+    ("plan measured on a device that is not there", "train.py", "--model good --dry-run measured --device tpu --sequence-length 64", "--device tpu"),
+    ("plan for no processes", "train.py", "--model good --dry-run H100-80 --sequence-length 64 --processes 0", "--processes 0"),
     ("chat file: broken JSON line", "sft.py", f"--model good --data broken.jsonl {CHAT}", "broken.jsonl.*2"),
     ("chat file: unknown role", "sft.py", f"--model good --data role.jsonl {CHAT}", "robot"),
     ("chat file: no sample is short enough", "sft.py", f"--model good --data chat.jsonl {CHAT} --sequence-length 3", "none of 1 samples"),
@@ -99,6 +105,7 @@ def prepare(place: Path) -> None:
     text = "def add(first, second):\n    return first + second\n\nclass Counter:\n    total = 0\n" * 8
     (place / "text.txt").write_text(text)
     (place / "hollow").mkdir()
+    shutil.copy(Path(__file__).parent.parent / "runs" / "llama31_8b.json", place / "8b.json")
     tokenizer = data.train_bpe([text], 270, place / "tokenizer")
     data.train_bpe([text], 269, place / "other")
     lines = [json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(40)]
