@@ -81,7 +81,8 @@ def transformers_step(config: dict, dtype: torch.dtype, device: str, recompute: 
     return step
 
 
-def serve(pipe, build, config: dict, batch: int, length: int, dtype: torch.dtype, device: str, threads: int, recompute: bool) -> None:
+def serve(pipe, build, config: dict, batch: int, length: int, dtype: torch.dtype, device: str, threads: int,
+          recompute: bool) -> None:
     """Child process: one step whenever asked, answering (seconds, loss, peak bytes)."""
     torch.set_num_threads(threads)
     step = build(config, dtype, device, recompute)
@@ -109,18 +110,24 @@ def compare(a: argparse.Namespace, dtype: str, length: int) -> dict:
         sides[name] = (process, pipe, [])
     for _ in range(a.repeats + 1):
         for process, pipe, results in sides.values():
-            pipe.send(True)
-            while not pipe.poll(1.0):
-                if not process.is_alive():
-                    raise SystemExit(f"error: a child ended with code {process.exitcode} at S = {length} (out of memory?)")
-            results.append(pipe.recv())
+            if process.is_alive():
+                pipe.send(True)
+            while process.is_alive() and not pipe.poll(1.0):
+                pass
+            if pipe.poll():
+                results.append(pipe.recv())
     row = {"dtype": dtype, "length": length}
     for name, (process, pipe, results) in sides.items():
+        if not process.is_alive():  # the system ended it: out of memory
+            row[name] = None
+            continue
         pipe.send(False)
         process.join()
         seconds = [r[0] for r in results[1:]]  # the first step warms up
         row[name] = {"tokens_per_second": a.batch_size * length / statistics.median(seconds), "seconds": seconds,
                      "losses": [r[1] for r in results], "peak_gib": results[-1][2] / 2**30}
+    if not (row["ours"] and row["transformers"]):
+        return row
     row["speed_ratio"] = row["ours"]["tokens_per_second"] / row["transformers"]["tokens_per_second"]
     row["memory_ratio"] = row["ours"]["peak_gib"] / row["transformers"]["peak_gib"]
     return row
@@ -146,6 +153,11 @@ def main() -> None:
     print(f"{'type':>8} {'S':>6} {'ours tok/s':>11} {'HF tok/s':>11} {'speed':>7} {'ours GiB':>9} {'HF GiB':>8} {'memory':>7} {'loss difference':>16}")
     for row in rows:
         ours, other = row["ours"], row["transformers"]
+        if not (ours and other):
+            cells = [f"{side['tokens_per_second']:,.0f} tokens/s, {side['peak_gib']:.2f} GiB" if side else "out of memory"
+                     for side in (ours, other)]
+            print(f"{row['dtype']:>8} {row['length']:>6} ours {cells[0]}; transformers {cells[1]}")
+            continue
         difference = max(abs(x - y) for x, y in zip(ours["losses"], other["losses"]))
         print(f"{row['dtype']:>8} {row['length']:>6} {ours['tokens_per_second']:>11,.0f} {other['tokens_per_second']:>11,.0f} "
               f"{row['speed_ratio']:>6.2f}x {ours['peak_gib']:>9.2f} {other['peak_gib']:>8.2f} {row['memory_ratio']:>6.2f}x {difference:>16.1e}")

@@ -116,6 +116,22 @@ def assert_saw(calls, batch, masked):
     assert masked or all(call["document_ids"] is None for call in calls)
 
 
+def test_memory_options_change_memory_alone_and_may_change_at_a_resume(workplace, tmp_path):
+    """Recomputed in tiles, kept on the host, optimizer too: the same losses; and a checkpoint of such a run continues without."""
+    words = ["--checkpoint-every", "3", "--keep-checkpoints", "2"]
+    lean = ["--recompute", "mlp", "--offload", "--offload-optimizer", "--tile-mib", "1"]
+    stage1(*command(workplace, tmp_path / "plain", steps=6), *words)
+    stage1(*command(workplace, tmp_path / "lean", steps=6), *words, *lean)
+    expected = pytest.approx(metrics(tmp_path / "plain"), rel=1e-5)
+    assert metrics(tmp_path / "lean") == expected
+    assert all(0 < line["mfu"] and 0 <= line["data_wait"] < 1 for line in map(json.loads, (tmp_path / "lean" / "metrics.jsonl").open())
+               if "loss" in line)
+    shutil.rmtree(tmp_path / "lean" / "final")
+    shutil.rmtree(tmp_path / "lean" / "checkpoint-00000006")
+    stage1(*command(workplace, tmp_path / "lean", steps=6), *words, "--resume")
+    assert metrics(tmp_path / "lean") == expected
+
+
 @pytest.mark.parametrize("switches", [[], ["--cross-document-mask", "--recompute"]], ids=["plain", "switches"])
 def test_options_of_stage_1_reach_data_model_and_optimizer(switches, workplace, tmp_path, calls):
     """The classic: an option that is parsed, saved with the run and used nowhere. None has its default here."""
