@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from data import Batch
-from model import HostMemory, Llama, ModelConfig
+from model import HostMemory, Llama, ModelConfig, block_tile_bytes
 from parallel import Grid, ShardedAdamW, shard_dims, unshard, zigzag_positions
 from train import training_step
 
@@ -58,7 +58,8 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
     alone = Grid()
     models = [make_model(tied, dtype, g) for g in (grid, alone)]
     models[0].recompute = "block" if tied else "mlp" if dtype == torch.float64 else "none"  # with communication inside
-    models[0].tile_bytes = 3 * 4096  # several tiles, and an odd remainder
+    tile = 9 * micro_batch * grid.tp  # positions at a time: several tiles, and an odd remainder
+    models[0].tile_bytes = tile * block_tile_bytes(models[0].config, grid.tp, dtype.itemsize)
     models[0].host = HostMemory() if tied and dtype == torch.float64 else None
     optimizers = [ShardedAdamW(m, g) for m, g in zip(models, (grid, alone))]
     errors = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}

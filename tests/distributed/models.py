@@ -22,9 +22,9 @@ def agree(grid: Grid, tokens: torch.Tensor) -> bool:
 
 
 def largest(model: Llama) -> int:
-    """Elements of the largest tensor that a rank makes in a forward and backward pass over 4,096 tokens."""
-    model.recompute, model.tile_bytes = "block", 2**14
-    tokens = torch.randint(model.config.vocab_size, (1, 4096), generator=torch.Generator().manual_seed(2))
+    """Elements of the largest tensor that a rank makes in a forward and backward pass over 2,048 tokens."""
+    model.recompute, model.tile_bytes = "block", 2**18
+    tokens = torch.randint(model.config.vocab_size, (1, 2048), generator=torch.Generator().manual_seed(2))
     with Allocations() as seen:
         model.loss(tokens, tokens)[0].backward()
     return seen.elements
