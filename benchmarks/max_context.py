@@ -21,31 +21,26 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Batch  # noqa: E402
+import common  # noqa: E402
+
 from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config  # noqa: E402
 from parallel import Grid, ShardedAdamW  # noqa: E402
-from train import Plan, peak_memory_gib, training_step  # noqa: E402
+from train import Plan, peak_memory_gib  # noqa: E402
 
 
 def configuration(a: argparse.Namespace) -> ModelConfig:
     """A config.json's, or a small Llama."""
     if a.config:
         return read_config(a.config)
-    return ModelConfig.from_hf({
-        "vocab_size": 1024, "hidden_size": a.hidden_size, "intermediate_size": 3 * a.hidden_size, "num_hidden_layers": a.layers,
-        "num_attention_heads": a.hidden_size // 64, "num_key_value_heads": max(1, a.hidden_size // 256), "head_dim": 64,
-        "max_position_embeddings": 2**22, "rope_theta": 500000.0, "tie_word_embeddings": True})
-
-
-def plan(config: ModelConfig, length: int, a: argparse.Namespace) -> Plan:
-    return Plan(config, length, 1, 1, 1, 1, 1, getattr(torch, a.dtype).itemsize, a.recompute, a.offload, a.offload_optimizer,
-                a.tile_mib * 2**20 or TILE_BYTES[a.device], a.device == "cuda")
+    return ModelConfig.from_hf(common.small_llama(a.hidden_size, a.layers, 1024, 2**22))
 
 
 def predicted_gib(config: ModelConfig, length: int, a: argparse.Namespace) -> float:
     """On a CPU the host's memory is the device's."""
-    here = plan(config, length, a)
-    return (sum(here.memory().values()) + (here.on_host() if a.device == "cpu" else 0.0)) / 2**30
+    plan = Plan(config, length, batch=1, micro_batch=1, tp=1, cp=1, dp=1, itemsize=getattr(torch, a.dtype).itemsize,
+                recompute=a.recompute, offload=a.offload, offload_optimizer=a.offload_optimizer,
+                tile_bytes=a.tile_mib * 2**20 or TILE_BYTES[a.device], cuda=a.device == "cuda")
+    return (sum(plan.memory().values()) + (plan.on_host() if a.device == "cpu" else 0.0)) / 2**30
 
 
 def serve(pipe, length: int, a: argparse.Namespace) -> None:
@@ -56,12 +51,9 @@ def serve(pipe, length: int, a: argparse.Namespace) -> None:
         model = Llama(config).to(a.device, getattr(torch, a.dtype))
         model.recompute, model.host, model.tile_bytes = a.recompute, HostMemory() if a.offload else None, a.tile_mib * 2**20
         optimizer = ShardedAdamW(model, Grid(), on_host=a.offload_optimizer)
-        tokens = torch.randint(config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
-        options = argparse.Namespace(micro_batch_size=1, cross_document_mask=False, device=a.device)
+        batch = common.random_batch(config.vocab_size, length)
         start = time.perf_counter()
-        training_step(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:])), options)
-        optimizer.step(1e-4, 1.0)
-        float(optimizer.master[0])
+        common.step(model, optimizer, batch)
         pipe.send((peak_memory_gib(a.device), time.perf_counter() - start))
     except torch.OutOfMemoryError:
         pipe.send(None)
@@ -113,7 +105,7 @@ def main() -> None:
     parser.add_argument("--offload-optimizer", action="store_true")
     parser.add_argument("--tile-mib", type=int, default=16, help="small, so that tiles are full at the shortest length")
     parser.add_argument("--largest", action="store_true", help="also look for the longest sequence")
-    parser.add_argument("--memory-gib", type=float, help="for --largest (default: a GPU's memory less 1, half of a CPU's)")
+    parser.add_argument("--memory-gib", type=float, help="for --largest (default: a GPU's memory less 1; needed on a CPU)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -121,7 +113,8 @@ def main() -> None:
     a = parser.parse_args()
     cuda, config = a.device == "cuda", configuration(a)
     if a.largest and a.memory_gib is None:
-        parser.error("--largest needs --memory-gib on a CPU") if not cuda else None
+        if not cuda:
+            parser.error("--largest needs --memory-gib on a CPU")
         a.memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 - 1
     a.memory_gib = a.memory_gib or float("inf")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc in the children: what is freed goes back, so the peak is what was alive

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Batch  # noqa: E402
-from model import Llama, ModelConfig  # noqa: E402
+import common  # noqa: E402
+
+from model import RECOMPUTE, Llama, ModelConfig  # noqa: E402
 from parallel import Grid, ShardedAdamW  # noqa: E402
-from train import peak_memory_gib, training_step  # noqa: E402
+from train import peak_memory_gib  # noqa: E402
 
 
 def resident_gib(device: str) -> float:
@@ -38,17 +39,12 @@ def serve(pipe, rank: int, cp: int, port: int, length: int, a: argparse.Namespac
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     grid = Grid.create(cp=cp, device=a.device)
-    config = {"vocab_size": 8192, "hidden_size": a.hidden_size, "intermediate_size": 3 * a.hidden_size, "num_hidden_layers": a.layers,
-              "num_attention_heads": a.hidden_size // 64, "num_key_value_heads": max(1, a.hidden_size // 256), "head_dim": 64,
-              "max_position_embeddings": length, "rope_theta": 500000.0, "tie_word_embeddings": True}
-    model = Llama(ModelConfig.from_hf(config), grid).initialise(0).to(a.device, getattr(torch, a.dtype))
+    config = ModelConfig.from_hf(common.small_llama(a.hidden_size, a.layers, 8192, length))
+    model = Llama(config, grid).initialise(0).to(a.device, getattr(torch, a.dtype))
     model.recompute = a.recompute
-    optimizer = ShardedAdamW(model, grid)
-    tokens = torch.randint(8192, (1, length + 1), generator=torch.Generator().manual_seed(0))
-    options = argparse.Namespace(micro_batch_size=1, cross_document_mask=False, device=a.device)
+    optimizer, batch = ShardedAdamW(model, grid), common.random_batch(8192, length)
     before = resident_gib(a.device)
-    loss, _ = training_step(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:])), options)
-    optimizer.step(1e-4, 1.0)
+    loss = common.step(model, optimizer, batch)
     pipe.send((before, peak_memory_gib(a.device), loss))
     grid.close()
 
@@ -75,7 +71,7 @@ def main() -> None:
     parser.add_argument("--rings", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--hidden-size", type=int, default=512, help="a multiple of 256")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--recompute", action="store_true", help="recompute each block in backward")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="none")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/memory.json"))

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Batch  # noqa: E402
+import common  # noqa: E402
+
 from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config  # noqa: E402
 from parallel import Grid, ShardedAdamW  # noqa: E402
-from train import DEVICES, NAMES, Plan, measured_device, peak_memory_gib, peak_rate, training_step  # noqa: E402
+from train import DEVICES, NAMES, Plan, measured_device, peak_memory_gib, peak_rate  # noqa: E402
 
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
 
@@ -93,15 +94,11 @@ def main() -> None:
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.02)
     model.recompute, model.host, model.tile_bytes = a.recompute, HostMemory() if a.offload else None, a.tile_mib * 2**20
     optimizer = ShardedAdamW(model, grid, on_host=a.offload_optimizer)
-    tokens = torch.randint(config.vocab_size, (1, a.length + 1), generator=torch.Generator().manual_seed(0))
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:]))
-    options = argparse.Namespace(micro_batch_size=1, cross_document_mask=False, device=a.device)
+    batch = common.random_batch(config.vocab_size, a.length)
 
     def step() -> float:
         start = time.perf_counter()
-        training_step(model, optimizer, batch, options)
-        optimizer.step(1e-4, 1.0)
-        float(optimizer.master.flatten()[0])  # waits for the device
+        common.step(model, optimizer, batch)
         return time.perf_counter() - start
 
     seconds = statistics.median([step() for _ in range(a.repeats + 1)][1:])
@@ -110,8 +107,9 @@ def main() -> None:
     share = a.tp * a.cp
     a.dry_run = next((key for part, key in NAMES.items() if cuda and part in torch.cuda.get_device_name()), "measured")
     device = measured_device(a, config) if a.dry_run == "measured" else DEVICES[a.dry_run]
-    plan = Plan(config, a.length, 1, 1, a.tp, a.cp, 1, dtype.itemsize, a.recompute, a.offload, a.offload_optimizer,
-                model.tile_bytes or TILE_BYTES[a.device], cuda)
+    plan = Plan(config, a.length, batch=1, micro_batch=1, tp=a.tp, cp=a.cp, dp=1, itemsize=dtype.itemsize,
+                recompute=a.recompute, offload=a.offload, offload_optimizer=a.offload_optimizer,
+                tile_bytes=model.tile_bytes or TILE_BYTES[a.device], cuda=cuda)
     times = {name: value for name, value in plan.times(device).items() if "communication" not in name and "ring" not in name}
     rate, what = peak_rate(a.device, dtype)
     row = {"length": a.length, "tp": a.tp, "cp": a.cp, "recompute": a.recompute, "offload": a.offload, "seconds": seconds,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -24,36 +23,22 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Batch  # noqa: E402
+import common  # noqa: E402
+
 from model import Llama, ModelConfig  # noqa: E402
 from parallel import Grid, ShardedAdamW  # noqa: E402
-from train import training_step  # noqa: E402
+from train import peak_memory_gib  # noqa: E402
 
-LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
-
-
-def configuration(a: argparse.Namespace, length: int) -> dict:
-    """A Hugging Face Llama configuration."""
-    return {"model_type": "llama", "vocab_size": a.vocab_size, "hidden_size": a.hidden_size, "hidden_act": "silu",
-            "intermediate_size": 3 * a.hidden_size, "num_hidden_layers": a.layers,
-            "num_attention_heads": a.hidden_size // 64, "num_key_value_heads": max(1, a.hidden_size // 256),
-            "head_dim": 64, "max_position_embeddings": length, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}
+WEIGHT_DECAY = 0.1
 
 
 def our_step(config: dict, dtype: torch.dtype, device: str, recompute: bool):
-    """A function that makes one step of train.py and returns the mean loss."""
+    """A function that makes one step of train.py on a batch and returns the mean loss."""
     model = Llama(ModelConfig.from_hf(config)).initialise(0).to(device, dtype)
     model.recompute = "mlp" if recompute else "none"
     optimizer = ShardedAdamW(model, Grid(), weight_decay=WEIGHT_DECAY)
 
-    def step(tokens, targets):
-        options = argparse.Namespace(micro_batch_size=len(tokens), cross_document_mask=False, device=device)
-        loss, _ = training_step(model, optimizer, Batch(tokens, targets, torch.zeros_like(tokens)), options)
-        optimizer.step(LEARNING_RATE, max_norm=1.0)
-        return loss
-
-    return step
+    return lambda batch: common.step(model, optimizer, batch)
 
 
 def transformers_step(config: dict, dtype: torch.dtype, device: str, recompute: bool):
@@ -67,10 +52,11 @@ def transformers_step(config: dict, dtype: torch.dtype, device: str, recompute: 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     model.load_state_dict(Llama(ModelConfig.from_hf(config)).initialise(0).state_dict(), strict=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY,
+    optimizer = torch.optim.AdamW(model.parameters(), lr=common.LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY,
                                   fused=True)
 
-    def step(tokens, targets):
+    def step(batch):
+        tokens, targets = batch.tokens.to(device), batch.targets.to(device)
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=tokens, shift_labels=targets, labels=targets, use_cache=False).loss
         loss.backward()
@@ -81,20 +67,16 @@ def transformers_step(config: dict, dtype: torch.dtype, device: str, recompute: 
     return step
 
 
-def serve(pipe, build, config: dict, batch: int, length: int, dtype: torch.dtype, device: str, threads: int,
+def serve(pipe, build, config: dict, rows: int, length: int, dtype: torch.dtype, device: str, threads: int,
           recompute: bool) -> None:
-    """Child process: one step whenever asked, answering (seconds, loss, peak bytes)."""
+    """Child process: one step whenever asked, answering (seconds, loss, peak GiB)."""
     torch.set_num_threads(threads)
     step = build(config, dtype, device, recompute)
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(config["vocab_size"], (batch, length + 1), generator=generator).to(device)
+    batch = common.random_batch(config["vocab_size"], length, rows)
     while pipe.recv():
         start = time.perf_counter()
-        loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        seconds = time.perf_counter() - start
-        peak = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
-                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        pipe.send((seconds, loss, peak))
+        loss = step(batch)
+        pipe.send((time.perf_counter() - start, loss, peak_memory_gib(device)))
 
 
 def compare(a: argparse.Namespace, dtype: str, length: int) -> dict:
@@ -103,7 +85,7 @@ def compare(a: argparse.Namespace, dtype: str, length: int) -> dict:
     sides = {}
     for name, build in (("ours", our_step), ("transformers", transformers_step)):
         pipe, other = context.Pipe()
-        arguments = (other, build, configuration(a, length), a.batch_size, length, getattr(torch, dtype), a.device, a.threads,
+        arguments = (other, build, common.small_llama(a.hidden_size, a.layers, a.vocab_size, length), a.batch_size, length, getattr(torch, dtype), a.device, a.threads,
                      a.recompute)
         process = context.Process(target=serve, args=arguments, daemon=True)
         process.start()
@@ -125,7 +107,7 @@ def compare(a: argparse.Namespace, dtype: str, length: int) -> dict:
         process.join()
         seconds = [r[0] for r in results[1:]]  # the first step warms up
         row[name] = {"tokens_per_second": a.batch_size * length / statistics.median(seconds), "seconds": seconds,
-                     "losses": [r[1] for r in results], "peak_gib": results[-1][2] / 2**30}
+                     "losses": [r[1] for r in results], "peak_gib": results[-1][2]}
     if not (row["ours"] and row["transformers"]):
         return row
     row["speed_ratio"] = row["ours"]["tokens_per_second"] / row["transformers"]["tokens_per_second"]
