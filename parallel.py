@@ -483,8 +483,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[l
     the true gradients and there is nothing to merge: dQ stays and is summed; dK dV travel with their K V, every rank adds
     its part, and the last hop brings them home.
 
-    A hop moves 2 B Hkv (S / cp) D elements of K V in the compute type, and in backward as many of dK dV in float32: for
-    S = 1M, cp = 4, Hkv / tp = 2, D = 128 in bfloat16 that is 256 MiB, and 256 + 512 MiB.
+    A hop moves 2 B Hkv (S / cp) D elements of K V in the compute type, and in backward as many of dK dV in float32 (on the
+    first hop, where there is no sum yet, in the compute type): for S = 1M, cp = 4, Hkv / tp = 2, D = 128 in bfloat16 that is
+    256 MiB, and 256 + 512 MiB.
 
     `segments` (from `document_segments`) is the cross-document mask of the ablation: each document attends to itself only,
     one causal block a document, so no S x S mask is ever built. The recipe itself leaves it out (arXiv 2504.06214,
@@ -539,11 +540,11 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
         d_q, *parts = block_backward(d_out[:, :, rows], q[:, :, rows], kv[0][:, :, keys], kv[1][:, :, keys], out[:, :, rows],
                                      lse[:, :, rows], causal=hop == 0)
         if hop == 0:
-            dq, d_kv = d_q, [part.to(wide) if grid.cp > 1 else part for part in parts]  # nothing to add to on a ring of one
+            dq, d_kv = d_q, parts
         else:
             dq = dq.to(wide)
             dq[:, :, rows] += d_q
-            d_kv = gradients_arrive()  # of the K V at hand, from the ranks that had them before
+            d_kv = [x.to(wide) for x in gradients_arrive()]  # of the K V at hand, from the ranks that had them before
             d_kv[0][:, :, keys] += parts[0]
             d_kv[1][:, :, keys] += parts[1]
         gradients_arrive = grid.post_hop(*d_kv, tag=1)  # to the rank that has these K V next; at last, home
