@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -268,9 +268,15 @@ class Block(nn.Module):
         self.mlp = MLP(config, grid)
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """A tile of x (B, m, hidden) -> its q, k, v, see `Attention.project`."""
         return self.self_attn.project(self.input_layernorm(x), cos, sin)
 
+    def queries_keys_values(self, x: Tensor, context: Context, tile: int) -> Iterator[Tensor]:
+        """`before` of all of x, in tiles -> q, k, v (B, heads, S / cp, D)."""
+        return map(self.self_attn.heads, in_tiles(self.before, (x, context.cos, context.sin), tile))
+
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """A tile of x (B, m, hidden) and of attention's output (B, tp, m, heads x D) -> the block's output (B, m, hidden)."""
         x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -278,7 +284,7 @@ class Block(nn.Module):
         if context.recompute != "none":
             return RecomputedBlock.apply(x, self, context, layer)
         attention, tile = self.self_attn, x.shape[1] if torch.is_grad_enabled() else context.tile
-        q, k, v = map(attention.heads, in_tiles(self.before, (x, context.cos, context.sin), tile))
+        q, k, v = self.queries_keys_values(x, context, tile)
         if context.cache is None:
             attended = ring_attention(q, k, v, attention.grid, context.segments)
         else:
@@ -335,7 +341,7 @@ class RecomputedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, block: Block, context: Context, layer: int) -> Tensor:
         attention = block.self_attn
-        q, k, v = map(attention.heads, in_tiles(block.before, (x, context.cos, context.sin), context.tile))
+        q, k, v = block.queries_keys_values(x, context, context.tile)
         attended, lse = ring_forward(q, k, v, attention.grid, context.segments)
         del q, k, v
         kept = (x, attended, lse) if context.recompute == "mlp" else (x,)
@@ -351,13 +357,13 @@ class RecomputedBlock(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
         block, context, attention = ctx.block, ctx.context, ctx.block.self_attn
         x, *kept = context.host.fetch(ctx.layer, ctx.ticket) if context.host else ctx.saved_tensors
-        tables = (context.cos, context.sin)
-        q, k, v = map(attention.heads, in_tiles(block.before, (x, *tables), context.tile))
+        q, k, v = block.queries_keys_values(x, context, context.tile)
         attended, lse = kept or ring_forward(q, k, v, attention.grid, context.segments)
         dx, d_attended = tiles_backward(block.after, (x, attention.rows(attended)), (), (dy,), context.tile)
         gradients = ring_backward(attention.heads(d_attended), q, k, v, attended, lse, attention.grid, context.segments)
         del q, k, v, attended, kept, d_attended
-        dx += tiles_backward(block.before, (x,), tables, tuple(map(attention.rows, gradients)), context.tile)[0]
+        gradients = tuple(map(attention.rows, gradients))
+        dx += tiles_backward(block.before, (x,), (context.cos, context.sin), gradients, context.tile)[0]
         return dx, None, None, None
 
 
@@ -369,7 +375,10 @@ class HostMemory:
     """
 
     def __init__(self) -> None:
-        self.kept, self.leaving, self.arriving, self.stream, self.passes = {}, [], {}, None, 0
+        self.kept: dict[int, tuple[int, list[Tensor]]] = {}  # by layer: ticket and host buffers
+        self.arriving: dict[int, tuple] = {}  # by layer: tensors on the device, and the event of their copy
+        self.leaving: list[tuple] = []  # events and tensors of the copies that may still run
+        self.stream, self.device, self.tickets = None, None, 0
 
     def aside(self, x: Tensor):
         """Context in which copies go to the side stream, once the work queued so far is done."""
@@ -381,11 +390,11 @@ class HostMemory:
 
     def keep(self, layer: int, tensors: tuple[Tensor, ...]) -> int:
         """Copy a layer's tensors to the host. Returns the ticket to fetch them with."""
-        self.passes += 1
+        self.tickets += 1
         _, place = self.kept.get(layer, (0, []))
         if [(x.shape, x.dtype, x.stride()) for x in place] != [(x.shape, x.dtype, x.stride()) for x in tensors]:
             place = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in tensors]
-        self.kept[layer], self.device = (self.passes, place), tensors[0].device
+        self.kept[layer], self.device = (self.tickets, place), tensors[0].device
         self.arriving.pop(layer, None)
         with self.aside(tensors[0]):
             for host, x in zip(place, tensors):
@@ -393,7 +402,7 @@ class HostMemory:
         if self.stream:  # at most two blocks' tensors are on their way at once
             self.leaving.append((self.stream.record_event(), tensors))
             self.release(2)
-        return self.passes
+        return self.tickets
 
     def release(self, but: int) -> None:
         """Give back what has left the device, waiting for all but the newest copies."""
@@ -539,6 +548,8 @@ class Llama(nn.Module):
         tables = rotary_tables(positions.to(device), inv_freq.to(device), factor)
         cos, sin = (table.unflatten(0, (grid.tp, -1)) for table in tables)  # float32 (tp, m, D / 2), for all layers
         segments = None if document_ids is None else document_segments(self.pad(document_ids))
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute is {self.recompute!r}; it must be one of {', '.join(RECOMPUTE)}")
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         tile = self.tile(rows * block_tile_bytes(self.config, grid.tp, self.head_weight.itemsize))
         context = Context(cos, sin, tile, recompute, self.host, segments, cache, kept)

@@ -50,6 +50,13 @@ def test_tiled_recomputed_offloaded_equal_plain(recompute, host, tied):
         assert (other.grad - plain.grad).norm() <= 1e-10 * plain.grad.norm(), name
 
 
+def test_an_unknown_mode_is_refused():
+    """False was a mode once, and would silently recompute."""
+    rows = batch(1, 16)
+    with pytest.raises(ValueError, match="recompute is False"):
+        build(recompute=False).loss(rows.tokens, rows.targets)
+
+
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 def test_recomputation_with_the_cross_document_mask(recompute):
     models = [build(), build(recompute=recompute, tile_bytes=2**16)]
@@ -95,9 +102,8 @@ def test_the_plan_predicts_the_memory_that_is_alive(dtype, recompute, host):
             training_step(model, optimizer, rows, options())
         plan = Plan(model.config, length, 1, 1, 1, 1, 1, dtype.itemsize, recompute, host, False, 2**17, cuda=False)
         memory = plan.memory()
-        kernel = memory.pop("attention: kernel", 0.0)  # scratch of an operator: not seen here
-        predicted = sum(memory.values()) + plan.on_host()
-        assert seen.peak == pytest.approx(predicted, rel=0.1 if recompute == "none" else 0.05), (seen.peak, predicted, kernel, memory)
+        predicted = sum(memory.values()) + plan.on_host()  # no scratch of the CPU's kernel is counted, nor seen here
+        assert seen.peak == pytest.approx(predicted, rel=0.1 if recompute == "none" else 0.05), (seen.peak, predicted, memory)
 
 
 def test_a_second_forward_before_backward_is_refused():
