@@ -219,14 +219,20 @@ def stage1_datasets(a: argparse.Namespace, tokenizer: data.Tokenizer):
 # ----------------------------------------------------------------------------------------------- model and schedule
 
 
-def product_rate(device: str, dtype: torch.dtype, size: int = 512) -> float:
-    """FLOP/s of a square matrix product here, the best of six."""
-    matrix, seconds = torch.ones(size, size, dtype=dtype, device=device), []
-    for _ in range(6):  # the first ones warm up
+def best_seconds(function) -> float:
+    """Seconds of a function that returns a tensor, the best of six: the first ones warm up."""
+    seconds = []
+    for _ in range(6):
         start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
+        function().flatten()[0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return min(seconds)
+
+
+def product_rate(device: str, dtype: torch.dtype, size: int = 512) -> float:
+    """FLOP/s of a square matrix product here."""
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / best_seconds(lambda: matrix @ matrix)
 
 
 def faster_dtype(device: str) -> torch.dtype:
@@ -308,19 +314,10 @@ def measured_device(a: argparse.Namespace, config: ModelConfig) -> Device:
     shape = (1, heads, length, config.head_dim)
     q, k, v, d_out = (torch.randn(shape, dtype=dtype, device=a.device) for _ in range(4))
     large = torch.empty(2**28 if cuda else 2**25, dtype=torch.uint8, device=a.device)
-
-    def seconds(function) -> float:
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            function().flatten()[0].item()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
     out, lse = block_forward(q, k, v, True)
-    forward = seconds(lambda: block_forward(q, k, v, True)[0])
-    backward = seconds(lambda: block_backward(d_out, q, k, v, out, lse, True)[0])
-    flops, copy = heads * 2 * length**2 * config.head_dim, 2 * large.nbytes / seconds(lambda: large.clone())
+    forward = best_seconds(lambda: block_forward(q, k, v, True)[0])
+    backward = best_seconds(lambda: block_backward(d_out, q, k, v, out, lse, True)[0])
+    flops, copy = heads * 2 * length**2 * config.head_dim, 2 * large.nbytes / best_seconds(large.clone)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total = torch.cuda.get_device_properties(0).total_memory - 3 * 2**30 if cuda else host
     rate = product_rate(a.device, dtype, size)
@@ -333,6 +330,7 @@ def planned_processes(a: argparse.Namespace) -> int:
 
 
 def planned_dtype(a: argparse.Namespace) -> torch.dtype:
+    """The compute type before anything is measured: auto may become bfloat16."""
     return torch.bfloat16 if a.dtype == "auto" else getattr(torch, a.dtype)
 
 
@@ -375,6 +373,11 @@ class Plan:
         norms = (2 * self.config.num_hidden_layers + 1) * self.config.hidden_size
         return sum(self.config.matrices().values()) / self.tp + norms
 
+    @property
+    def shard(self) -> float:
+        """Parameters that this rank's optimizer updates."""
+        return self.parameters / (self.dp * self.cp)
+
     def sizes(self) -> dict[str, float]:
         """Bytes of the tensors that a rank's positions come in, by what one of them is."""
         c, n = self.config, self.micro_batch * self.length / self.cp
@@ -395,7 +398,7 @@ class Plan:
         """Bytes of a rank on its device at the worst moment of a step, by what they are."""
         c, s, layers = self.config, self.sizes(), self.config.num_hidden_layers
         positions, size = self.micro_batch * self.length / self.cp, self.itemsize
-        state = (12 if size < 4 else 8) * self.parameters / (self.dp * self.cp)
+        state = (12 if size < 4 else 8) * self.shard  # float32 weights are their own master
         kept = (min(layers, 2) if self.offload else layers) * self.kept_by_block()  # offloaded: one at hand, one arriving
         tile = min(self.tile_bytes, block_tile_bytes(c, self.tp, size) * positions)
         logits = min(self.tile_bytes, logit_bytes(c, self.tp, size) * positions)
@@ -407,7 +410,7 @@ class Plan:
         again = s["q"] + s["lse"] if self.recompute == "block" else 0.0  # attention's result, computed once more
         qkv = 0.0 if self.recompute == "none" else s["q"] + s["kv"]
         tied = head if c.tie_word_embeddings else 0.0  # the head's gradient waits for the embedding's, and their sum is a third
-        summed = 4 * self.parameters / (self.dp * self.cp) if self.dp * self.cp > 1 else 0.0
+        summed = 4 * self.shard if self.dp * self.cp > 1 else 0.0
         name = f"kept by {layers} blocks" + (", 2 on the device" if self.offload else "")
         within = {name: kept, "tied head: its gradient": tied}
         block = within | {"block: q k v, out": qkv + again, "block: gradients of x and out": 2 * s["x"] + s["q"]}
@@ -427,7 +430,7 @@ class Plan:
 
     def on_host(self) -> float:
         """Bytes of host memory for what is offloaded."""
-        state = (16 if self.itemsize < 4 else 12) * self.parameters / (self.dp * self.cp) if self.offload_optimizer else 0.0
+        state = 16 * self.shard if self.offload_optimizer else 0.0  # master, moments and the gradient of an update
         return state + (self.config.num_hidden_layers * self.kept_by_block() if self.offload else 0.0)
 
     def traffic(self) -> dict[str, float]:
@@ -435,7 +438,8 @@ class Plan:
         c, s, rounds = self.config, self.sizes(), self.batch / self.dp / self.micro_batch
         # gathers and scatters of a block: 4 forward, 4 backward; recomputed: 1 for q k v, 1 + 3 in the tiles' forward
         per_block = (8 if self.recompute == "none" else 13) * s["gathered"] * (self.tp - 1) / self.tp
-        hops = (self.cp - 1) * s["kv"] * (3 if self.recompute == "block" else 2) + self.cp * s["kv"] * 4 / self.itemsize
+        hops = (self.cp - 1) * s["kv"] * (3 if self.recompute == "block" else 2) + s["kv"]
+        hops += (self.cp - 1) * s["kv"] * 4 / self.itemsize  # dK dV: the first hop in the compute type, the others in float32
         others = (self.dp * self.cp - 1) / (self.dp * self.cp)
         kept = 2 * rounds * c.num_hidden_layers * self.kept_by_block() if self.offload else 0.0  # out and in
         return {"tp": rounds * c.num_hidden_layers * per_block,
@@ -461,9 +465,8 @@ class Plan:
                 "norms, rotations, activations": pointwise / device.bandwidth, "tp communication": link["tp"]}
         beside = {"ring, beyond attention": max(0.0, link["cp"] - work["attention"]),
                   "host copies, beyond the rest": max(0.0, traffic["host"] / device.host - sum(work.values()))}
-        own = self.parameters / (self.dp * self.cp)
-        update = 28 * own / (device.host if self.offload_optimizer else device.bandwidth)  # bytes AdamW reads and writes
-        update += PAGEABLE * own * (4 + self.itemsize) / device.host if self.offload_optimizer else 0.0
+        update = 28 * self.shard / (device.host if self.offload_optimizer else device.bandwidth)  # bytes AdamW reads and writes
+        update += PAGEABLE * self.shard * (4 + self.itemsize) / device.host if self.offload_optimizer else 0.0
         return work | beside | {"dp communication": link["dp"], "update": update}
 
 
@@ -505,46 +508,54 @@ def options_of(plan: Plan) -> str:
             f"--recompute {plan.recompute}" + " --offload" * plan.offload + " --offload-optimizer" * plan.offload_optimizer)
 
 
-def print_plan(a: argparse.Namespace) -> None:
-    """What `--dry-run` says. Raises ValueError if a rank's memory does not suffice, naming what would."""
-    config = read_config(a.model or a.config)
-    check_grid(a.tp, a.cp, planned_processes(a), config.shards())
-    attention_kernel("cuda" if a.dry_run in DEVICES else a.device, planned_dtype(a), config.head_dim)
-    plan, device = Plan.of(config, a), measured_device(a, config) if a.dry_run == "measured" else DEVICES[a.dry_run]
-    gib, memory, times = 2**30, plan.memory(), plan.times(device)
-    total, step, tokens = sum(memory.values()), sum(times.values()), plan.batch * plan.length
-    print(f"{sum(config.matrices().values()) / 1e9:.2f}B parameters, {plan.batch} x {plan.length:,} tokens a step; "
-          f"dp {plan.dp} x cp {plan.cp} x tp {plan.tp} = {plan.processes} x {a.dry_run}; --recompute {plan.recompute}"
-          + ", --offload" * plan.offload + ", --offload-optimizer" * plan.offload_optimizer)
-    print("a rank: " + rank_shapes(config, plan.micro_batch, plan.length, plan.tp, plan.cp))
-    if plan.length > config.max_position_embeddings:
-        print(f"the model's window is {config.max_position_embeddings}: training needs --rope-kind and --rope-factor")
+def print_memory(plan: Plan, device: Device) -> None:
+    """The first table of a plan: where a rank's memory goes."""
+    memory = plan.memory()
     print("\nmemory of a rank at its worst moment, GiB")
     for name, size in memory.items():
-        print(f"  {name:34}{size / gib:9.2f}")
+        print(f"  {name:34}{size / 2**30:9.2f}")
     verdict = "fits" if plan.fits(device) else "DOES NOT FIT"
-    print(f"  {'total':34}{total / gib:9.2f} of {device.memory / gib:.1f}: {verdict}")
+    print(f"  {'total':34}{sum(memory.values()) / 2**30:9.2f} of {device.memory / 2**30:.1f}: {verdict}")
     if plan.on_host():
-        print(f"  {'in host memory':34}{plan.on_host() / gib:9.2f} of {device.host_memory / gib:.1f}")
-    print("\nsent by a rank a step, GiB: " + ", ".join(f"{axis} {size / gib:.2f}" for axis, size in plan.traffic().items()))
-    products, attention = config.forward_flops(plan.length)
-    flops = 3 * plan.batch * (products + attention)
+        print(f"  {'in host memory':34}{plan.on_host() / 2**30:9.2f} of {device.host_memory / 2**30:.1f}")
+
+
+def print_times(plan: Plan, device: Device) -> None:
+    """The second: what is computed and sent, and how long a step takes under which assumptions."""
+    traffic, times, (products, attention) = plan.traffic(), plan.times(device), plan.config.forward_flops(plan.length)
+    step, flops = sum(times.values()), 3 * plan.batch * (products + attention)
+    print("\nsent by a rank a step, GiB: " + ", ".join(f"{axis} {size / 2**30:.2f}" for axis, size in traffic.items()))
     print(f"FLOPs a step (causal, nothing counted twice): {flops:.4g}, {attention / (products + attention):.0%} in attention")
     print("\nseconds of a step")
     for name, seconds in times.items():
         print(f"  {name:34}{seconds:9.2f}")
-    rate = tokens / step / plan.processes
-    used = flops / plan.processes / step / device.peak
+    rate, used = plan.batch * plan.length / step / plan.processes, flops / plan.processes / step / device.peak
     print(f"  {'total':34}{step:9.2f}: {rate:,.0f} tokens/s a GPU, causal MFU {used:.1%}, "
           f"{1e9 / rate / 3600:,.0f} GPU-hours for 1B tokens")
     print(f"assumed: products at {device.product / 1e12:.3g} TFLOP/s, attention {device.attention / 1e12:.3g} forward and "
           f"{device.attention_backward / 1e12:.3g} backward, memory {device.bandwidth / 1e12:.3g} TB/s, links "
           f"{device.link / 1e9:.0f} GB/s in a node of {NODE}, {device.network / 1e9:.0f} between nodes, host "
           f"{device.host / 1e9:.0f}; tp communication is not hidden, the ring and the host's copies are")
+
+
+def print_plan(a: argparse.Namespace) -> None:
+    """What `--dry-run` says. Raises ValueError if a rank's memory does not suffice, naming what would."""
+    config = read_config(a.model or a.config)
+    check_grid(a.tp, a.cp, planned_processes(a), config.shards())
+    attention_kernel("cuda" if a.dry_run in DEVICES else a.device, planned_dtype(a), config.head_dim)
+    plan, device = Plan.of(config, a), measured_device(a, config) if a.dry_run == "measured" else DEVICES[a.dry_run]
+    print(f"{sum(config.matrices().values()) / 1e9:.2f}B parameters, {plan.batch} x {plan.length:,} tokens a step; "
+          f"dp {plan.dp} x cp {plan.cp} x tp {plan.tp} = {plan.processes} x {a.dry_run}; --recompute {plan.recompute}"
+          + ", --offload" * plan.offload + ", --offload-optimizer" * plan.offload_optimizer)
+    print("a rank: " + rank_shapes(config, plan.micro_batch, plan.length, plan.tp, plan.cp))
+    if plan.length > config.max_position_embeddings:
+        print(f"the model's window is {config.max_position_embeddings}: training needs --rope-kind and --rope-factor")
+    print_memory(plan, device)
+    print_times(plan, device)
     if not plan.fits(device):
-        better = cheapest(plan, device)
+        better, gib, needed = cheapest(plan, device), 2**30, sum(plan.memory().values())
         hint = f"the smallest that does: {options_of(better)}" if better else "nothing up to 4,096 such GPUs does"
-        raise ValueError(f"--dry-run {a.dry_run}: {total / gib:.1f} GiB and {plan.on_host() / gib:.1f} on the host do not fit "
+        raise ValueError(f"--dry-run {a.dry_run}: {needed / gib:.1f} GiB and {plan.on_host() / gib:.1f} on the host do not fit "
                          f"in {device.memory / gib:.1f} and {device.host_memory / gib:.1f}; {hint}")
 
 
@@ -798,6 +809,23 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, a: argpar
     return step
 
 
+def build_model(config: ModelConfig, tokenizer: data.Tokenizer, grid: Grid, checkpoint: Path | None, updates: int,
+                a: argparse.Namespace) -> tuple[Llama, ShardedAdamW]:
+    """Model and optimizer from the checkpoint to resume, else from --model or random weights."""
+    dtype = getattr(torch, a.dtype)
+    if checkpoint or a.model:
+        model = Llama.from_pretrained(checkpoint or a.model, grid, dtype, a.device, None if checkpoint else config.rope_scaling)
+    else:
+        model = Llama(config, grid).initialise(a.seed).to(a.device, dtype)
+    stops = data.stop_tokens(tokenizer, model.config.hf.get("eos_token_id"))
+    model.config, model.recompute = replace(model.config, hf=model.config.hf | {"eos_token_id": stops}), a.recompute
+    model.host, model.tile_bytes = HostMemory() if a.offload else None, a.tile_mib * 2**20
+    optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay, on_host=a.offload_optimizer)
+    if checkpoint:
+        load_optimizer(checkpoint, optimizer, updates)
+    return model, optimizer
+
+
 def run(a: argparse.Namespace, build_datasets) -> None:
     """Check everything, build everything, train, and leave `final`: the whole of a stage.
 
@@ -824,23 +852,13 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     if (a.out / "final" / "config.json").exists():
         print_once(f"{a.out}/final is already there; nothing to do")
         return
-    attention_kernel(a.device, torch.bfloat16 if a.dtype == "auto" else getattr(torch, a.dtype), config.head_dim)
+    kernel = attention_kernel(a.device, planned_dtype(a), config.head_dim)
     grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
     check_agreement(grid, a, step)
     if a.dtype == "auto":  # the first rank's finding holds for all
         is_fast = torch.tensor(int(faster_dtype(a.device) == torch.bfloat16), device=a.device)
         a.dtype = "bfloat16" if grid.broadcast(is_fast) else "float32"
-    dtype = getattr(torch, a.dtype)
-    if checkpoint or a.model:
-        model = Llama.from_pretrained(checkpoint or a.model, grid, dtype, a.device, None if checkpoint else config.rope_scaling)
-    else:
-        model = Llama(config, grid).initialise(a.seed).to(a.device, dtype)
-    stops = data.stop_tokens(tokenizer, model.config.hf.get("eos_token_id"))
-    model.config, model.recompute = replace(model.config, hf=model.config.hf | {"eos_token_id": stops}), a.recompute
-    model.host, model.tile_bytes = HostMemory() if a.offload else None, a.tile_mib * 2**20
-    optimizer = ShardedAdamW(model, grid, tuple(a.betas), weight_decay=a.weight_decay, on_host=a.offload_optimizer)
-    if checkpoint:
-        load_optimizer(checkpoint, optimizer, updates)
+    model, optimizer = build_model(config, tokenizer, grid, checkpoint, updates, a)
     if grid.is_first:
         a.out.mkdir(parents=True, exist_ok=True)
         if job_name():
@@ -849,7 +867,6 @@ def run(a: argparse.Namespace, build_datasets) -> None:
     print_once(f"{parameters / 1e6:.2f}M parameters, {a.dtype} on {a.device}, window {config.max_position_embeddings}, "
                f"rope {config.rope_scaling.kind}, {a.batch_size} x {a.sequence_length} tokens a step"
                + (f", resumed after step {step}" if checkpoint else ""))
-    kernel = attention_kernel(a.device, dtype, config.head_dim)
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}; a rank: "
                + rank_shapes(config, a.micro_batch_size, a.sequence_length, a.tp, a.cp))
     with signals_received() as stop:
