@@ -58,8 +58,8 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
     alone = Grid()
     models = [make_model(tied, dtype, g) for g in (grid, alone)]
     models[0].recompute = "block" if tied else "mlp" if dtype == torch.float64 else "none"  # with communication inside
-    tile = 9 * micro_batch * grid.tp  # positions at a time: several tiles, and an odd remainder
-    models[0].tile_bytes = tile * block_tile_bytes(models[0].config, grid.tp, dtype.itemsize)
+    tile = SEQUENCE // (grid.cp * grid.tp) // 2 + 1  # of m positions: two uneven tiles; each more is a round of messages
+    models[0].tile_bytes = tile * micro_batch * grid.tp * block_tile_bytes(models[0].config, grid.tp, dtype.itemsize)
     models[0].host = HostMemory() if tied and dtype == torch.float64 else None
     optimizers = [ShardedAdamW(m, g) for m, g in zip(models, (grid, alone))]
     errors = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}

@@ -34,6 +34,7 @@ def works(grid: Grid) -> None:
 
 if __name__ == "__main__":
     grid = Grid.create(cp=3, device="cpu", timeout=2)
+    grid.barrier()  # all begin together, however long one took to start
     {"sleeps": rank_1_sleeps, "deadlock": deadlock, "works": works}[sys.argv[1]](grid)
     grid.barrier()
     grid.close()
