@@ -1,7 +1,8 @@
 """Llama in plain PyTorch: configuration, blocks, memory-tiled loss, generation, Hugging Face load and save.
 
-Read from the top: `ModelConfig` is what a config.json says, `Attention`, `MLP` and `Block` are one layer, `Llama`
-stacks them. Module names are Hugging Face's, so `state_dict()` keys are the names in a checkpoint's safetensors.
+Read from the top: `ModelConfig` is what a config.json says, `Attention`, `MLP` and `Block` are one layer, `RecomputedBlock`
+and `HostMemory` the same layer in less memory, `Llama` stacks them. In shapes, m is S / (cp tp): the positions that a rank
+holds between attentions. Module names are Hugging Face's, so `state_dict()` keys are the names in a checkpoint's safetensors.
 Llama 2, 3, 3.1, 3.2 and Qwen2 differ only in what `ModelConfig` says.
 
     python model.py MODEL_DIR --prompt "Why is the sky blue?"      # chat with a checkpoint

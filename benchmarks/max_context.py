@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config  # noqa: E402
-from parallel import Grid, ShardedAdamW  # noqa: E402
+from parallel import Grid, ShardedAdamW, finish  # noqa: E402
 from train import Plan, peak_memory_gib  # noqa: E402
 
 
@@ -147,4 +147,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        finish(error)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config  # noqa: E402
-from parallel import Grid, ShardedAdamW  # noqa: E402
+from parallel import Grid, ShardedAdamW, finish  # noqa: E402
 from train import DEVICES, NAMES, Plan, measured_device, peak_memory_gib, peak_rate  # noqa: E402
 
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
@@ -128,4 +128,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        finish(error)
