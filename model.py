@@ -33,6 +33,7 @@ from parallel import (
     add_grid_arguments,
     attention_kernel,
     check_grid,
+    attend_earlier,
     decode_attention,
     document_segments,
     finish,
@@ -431,24 +432,43 @@ class HostMemory:
 
 
 class KVCache:
-    """Keys and values of every layer, spread over the ring: a rank keeps those of the positions it had in the prompt's
-    ring attention, and of every cp-th new token. (B, Hkv / tp, capacity / cp, D) each, allocated once."""
+    """Keys and values of every layer, spread over the ring: a rank keeps those of the positions it had when they were
+    computed, (layers, 2, B, Hkv / tp, capacity, D). More tokens may follow, any number at a time, and `truncate` forgets the
+    last ones: prompts that begin alike compute what they share once.
+    """
 
-    def __init__(self, config: ModelConfig, grid: Grid, batch: int, prompt: int, new_tokens: int, like: Tensor) -> None:
-        capacity = -(-prompt // grid.sequence_multiple) * grid.sequence_multiple // grid.cp + -(-new_tokens // grid.cp)
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads // grid.tp, capacity, config.head_dim)
+    def __init__(self, config: ModelConfig, grid: Grid, batch: int, like: Tensor) -> None:
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads // grid.tp, 0, config.head_dim)
         self.keys_values, self.grid = torch.empty(shape, dtype=like.dtype, device=like.device), grid
-        self.length = self.filled = 0  # tokens in all, and of them on this rank
+        self.positions = torch.empty(0, dtype=torch.int64)  # of the tokens this rank holds, in order
+        self.length = 0  # tokens in all
+
+    def reserve(self, more: int) -> None:
+        """Make room for `more` tokens on this rank."""
+        held, shape = len(self.positions), list(self.keys_values.shape)
+        if held + more > shape[4]:
+            shape[4] = held + more
+            larger = self.keys_values.new_empty(shape)
+            larger[..., :held, :] = self.keys_values[..., :held, :]
+            self.keys_values = larger
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.positions, self.length = self.positions[self.positions < length], min(length, self.length)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kept: int) -> Tensor:
-        """Append the first `kept` of k, v (B, Hkv / tp, s, D) and attend with q: a prompt first, then one token a call."""
-        end = self.filled + kept
-        keys, values = self.keys_values[layer]
-        keys[:, :, self.filled:end], values[:, :, self.filled:end] = k[:, :, :kept], v[:, :, :kept]
-        if self.length == 0:
-            return ring_attention(q, k, v, self.grid)
-        out = decode_attention(q[:, :, :1], keys[:, :, :end], values[:, :, :end], self.grid)
-        return F.pad(out, (0, 0, 0, q.shape[2] - 1))  # (B, H / tp, 1, D) -> (B, H / tp, tp, D)
+        """Store the first `kept` of the new k, v (B, Hkv / tp, s, D); out (B, H / tp, s, D) of q over all tokens so far."""
+        held = len(self.positions)
+        end = held + kept
+        keys, values = self.keys_values[layer]  # (B, Hkv / tp, capacity, D) each
+        keys[:, :, held:end], values[:, :, held:end] = k[:, :, :kept], v[:, :, :kept]
+        if q.shape[2] == self.grid.tp:  # one new token, which every rank of the ring has; the rest is padding
+            out = decode_attention(q[:, :, :1], keys[:, :, :end], values[:, :, :end], self.grid)
+            return F.pad(out, (0, 0, 0, q.shape[2] - 1))  # (B, H / tp, 1, D) -> (B, H / tp, tp, D)
+        out, lse = ring_forward(q, k, v, self.grid)
+        if self.length:
+            out = attend_earlier(q, out, lse, keys[:, :, :held], values[:, :, :held], self.grid)
+        return out
 
 
 @dataclass
@@ -533,17 +553,20 @@ class Llama(nn.Module):
         """The last block's output, before the final norm: whole rows (B, S) int64 -> this rank's (B, m, hidden).
 
         m is S / (cp tp), of S padded on the right to what the grid divides evenly: no earlier position sees the padding.
-        `document_ids` (B, S) masks documents apart. With a filled cache every rank of the ring computes the S = 1 new token.
+        `document_ids` (B, S) masks documents apart. With a cache the tokens follow those it holds; a single one of them is
+        computed by every rank of the ring.
         """
         grid, length, start = self.grid, tokens.shape[1], cache.length if cache else 0
         check_ids(tokens, self.config.vocab_size)
-        if start:
+        if start and length == 1:
             tokens, positions = F.pad(tokens, (0, grid.tp - 1)), torch.full((grid.tp,), start)
             kept = int(start % grid.cp == grid.cp_rank)
         else:
             tokens = self.pad(tokens)
-            positions = zigzag_positions(tokens.shape[1], grid)
-            tokens, kept = zigzag_shard(tokens, grid, 1), int((positions < length).sum())
+            positions = start + zigzag_positions(tokens.shape[1], grid)
+            tokens, kept = zigzag_shard(tokens, grid, 1), int((positions < start + length).sum())
+        if cache:
+            cache.reserve(kept)
         inv_freq, factor = inverse_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         device, rows = tokens.device, len(tokens)
         tables = rotary_tables(positions.to(device), inv_freq.to(device), factor)
@@ -558,7 +581,7 @@ class Llama(nn.Module):
         for layer, block in enumerate(self.model.layers):
             x = block(x, context, layer)
         if cache:
-            cache.length, cache.filled = cache.length + length, cache.filled + kept
+            cache.length, cache.positions = start + length, torch.cat([cache.positions, positions[:kept]])
         return x
 
     def pad(self, rows: Tensor, value: int = 0) -> Tensor:
@@ -567,7 +590,7 @@ class Llama(nn.Module):
 
     def hidden_at(self, tokens: Tensor, places: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final-norm hidden states of some places in rows of tokens, on every rank: (B, S), (B, n) int64 -> (B, n, hidden)."""
-        grid, decoding = self.grid, cache is not None and cache.length > 0
+        grid, decoding = self.grid, cache is not None and cache.length > 0 and tokens.shape[1] == 1
         hidden = self.hidden_states(tokens, cache=cache)  # (B, m, hidden)
         length = hidden.shape[1] * grid.tp * (1 if decoding else grid.cp)
         held = (torch.arange(length) if decoding else zigzag_positions(length, grid)).chunk(grid.tp)[grid.tp_rank]
@@ -582,6 +605,10 @@ class Llama(nn.Module):
         """Scores of the next token from hidden states that every rank has: (..., hidden) -> (..., V)."""
         parts = self.grid.all_gather(F.linear(hidden, self.head_weight), "tp")  # (tp, ..., V / tp)
         return parts.movedim(0, -2).flatten(-2)
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty KV cache for `batch` rows."""
+        return KVCache(self.config, self.grid, batch, self.head_weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of every position: tokens (B, S) int64 -> (B, S, V). For a loss use `loss`, which never builds them."""
@@ -620,17 +647,21 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-                 stop_tokens: tuple[int, ...] = (), seed: int | None = None) -> Tensor:
+                 stop_tokens: tuple[int, ...] = (), seed: int | None = None, cache: KVCache | None = None) -> Tensor:
         """Continue prompts (B, S) of equal length -> (B, S + n) int64, n <= max_new_tokens.
 
         temperature 0 is greedy; otherwise nucleus sampling from the smallest set of probability >= top_p
-        (arXiv 1904.09751). Ends once every row has produced a stop token; later tokens of a finished row repeat it.
+        (arXiv 1904.09751). Ends once every row has produced a stop token; later tokens of a finished row repeat it. A `cache`
+        that holds the first tokens of the prompts (fewer than S) saves computing them.
         """
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-        cache = KVCache(self.config, self.grid, *tokens.shape, max_new_tokens, self.head_weight)
+        cache = cache or self.new_cache(len(tokens))
         stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
         done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        hidden = self.hidden_at(tokens, torch.full_like(tokens[:, :1], tokens.shape[1] - 1), cache)  # (B, 1, hidden)
+        new = tokens[:, cache.length:]
+        cache.reserve(-(-new.shape[1] // self.grid.sequence_multiple) * self.grid.sequence_multiple // self.grid.cp
+                      + -(-max_new_tokens // self.grid.cp))  # once, for all that follows
+        hidden = self.hidden_at(new, torch.full_like(new[:, :1], new.shape[1] - 1), cache)  # (B, 1, hidden)
         for step in range(max_new_tokens):
             new = sample(self.logits(hidden[:, 0]).float(), temperature, top_p, generator)  # (B,)
             new = self.grid.broadcast(new, "cp_tp")  # without a seed every rank has drawn its own

@@ -641,6 +641,21 @@ def document_segments(document_ids: Tensor) -> list[list[int]]:
     return rows
 
 
+def attend_earlier(q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+    """Add to causal attention among new tokens what they find in earlier ones, which they all see.
+
+    q, out (B, H, s, D) and lse (B, H, s), as from `ring_forward`; k and v (B, Hkv, N, D), this rank's N >= 0 earlier tokens, in
+    any order -> out. Ranks may hold unequal numbers of keys, so queries go around the ring and keys stay (the pass-Q of
+    arXiv 2411.01783); with them goes what they have found, and the last hop brings it home.
+    """
+    visiting = q, out.to(lse.dtype), lse
+    for _ in range(grid.cp):
+        if k.shape[2]:
+            merge(*visiting[1:], *block_forward(visiting[0], k, v, causal=False))
+        visiting = grid.post_hop(*visiting)()
+    return visiting[1].to(q.dtype)
+
+
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
     """Attention of one new token over keys spread over the ring, in any order: each rank's part is weighted by its lse.
 

@@ -30,6 +30,15 @@ def largest(model: Llama) -> int:
     return seen.elements
 
 
+def continued(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
+    """Hidden states of two places of `tokens`, read in pieces, between which other tokens were read and forgotten."""
+    cache = model.new_cache(len(tokens))
+    for piece, kept in ((tokens[:, :30], 21), (tokens[:, 3:14], 17), (tokens[:, 17:18], 18), (tokens[:, 18:23], 22)):
+        model.hidden_at(piece, torch.zeros_like(piece[:, :1]), cache)
+        cache.truncate(kept)
+    return model.hidden_at(tokens[:, 22:], torch.tensor([[0, 14], [9, 3]]), cache)
+
+
 if __name__ == "__main__":
     torch.manual_seed(int(os.environ["RANK"]))  # what is drawn without a seed differs by rank
     torch.set_num_threads(1)
@@ -49,7 +58,8 @@ if __name__ == "__main__":
                 "token_losses": model.token_losses(tokens, targets) - alone.token_losses(tokens, targets),
                 "loss": model.loss(tokens, targets)[0] - alone.loss(tokens, targets)[0],
                 "hidden_at": model.hidden_at(tokens, torch.tensor([[0, 36], [17, 5]]))
-                - alone.hidden_at(tokens, torch.tensor([[0, 36], [17, 5]]))}
+                - alone.hidden_at(tokens, torch.tensor([[0, 36], [17, 5]])),
+                "continued": continued(model, tokens) - alone.hidden_at(tokens, torch.tensor([[22, 36], [31, 25]]))}
         model.save_pretrained(Path(sys.argv[3]) / text, max_shard_bytes=20_000)
         found[text] = {name: float(x.abs().max()) for name, x in differences.items()} | {
             "greedy": [model.generate(tokens[:, :length], 13).tolist() for length in (1, 2, 37)],

@@ -62,7 +62,7 @@ def test_model_on_a_grid_computes_generates_and_saves_what_one_process_does(plac
     written = {name: content for name, content in files(place / "model").items() if name != "tokenizer.model"}
     for grid in grids:
         case, tp = found[grid], int(grid[0])
-        assert max(case[name] for name in ("logits", "token_losses", "loss", "hidden_at")) < 1e-3  # logits reach 40
+        assert max(case[name] for name in ("logits", "token_losses", "loss", "hidden_at", "continued")) < 1e-3  # logits reach 40
         assert case["greedy"] == found["alone"]["greedy"] and case["sampled"] == found["alone"]["sampled"]
         assert case["agreed"]
         ranks = tp * int(grid[2])
