@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import gzip
 import hashlib
 import heapq
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import sysconfig
+import threading
+import time
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +36,8 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,12 +65,17 @@ class Tokenizer(tiktoken.Encoding):
     """
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
-                 normal_form: str | None = None) -> None:
+                 normal_form: str | None = None, path: Path | None = None) -> None:
         size = max([*ranks.values(), *special.values()]) + 1
         absent = {bytes([b]) for b in range(256)} - ranks.keys()  # tiktoken wants ids for them: past the end
         ranks = ranks | {byte: size + i for i, byte in enumerate(sorted(absent))}
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.max_token_value, self.normal_form, self.lacks_bytes = size - 1, normal_form, bool(absent)
+        self.path = path  # the file it was loaded from
+
+    def __reduce__(self):
+        """Another process loads the file, once, rather than take 100,000 tokens with every call."""
+        return shared_tokenizer, (self.path,)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of plain text. White space is cut after 100,000 in a row: at a million, tiktoken panics."""
@@ -104,7 +115,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path}: not a Llama-3 tokenizer.model (lines of base64 token and rank)") from None
     if list(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
         raise ValueError(f"{path}: needs ranks 0, 1, 2, ... for distinct tokens, all 256 bytes among them")
-    return Tokenizer("llama3", LLAMA3, ranks, {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)})
+    return Tokenizer("llama3", LLAMA3, ranks, {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}, path=path)
+
+
+@functools.cache
+def shared_tokenizer(path: Path) -> Tokenizer:
+    """load_tokenizer, once in a process."""
+    return load_tokenizer(path)
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
@@ -136,7 +153,7 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
         reason = f"token {lone[0]!r} has no merge" if lone else "token ids do not grow in the order of merges"
         raise ValueError(f"{path}: {reason}, so tiktoken would encode differently")
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
-    return Tokenizer(path.parent.name, pattern, ranks, added, normalizer.get("type"))
+    return Tokenizer(path.parent.name, pattern, ranks, added, normalizer.get("type"), path)
 
 
 def split_pattern(pre_tokenizer: dict) -> str | None:
@@ -212,9 +229,17 @@ def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
 # -------------------------------------------------------------------------------------------------------------- chat
 
 
+CHAT_TOKENS = (("<|start_header_id|>", "<|eot_id|>"), ("<|im_start|>", "<|im_end|>"))  # of Llama 3, of ChatML
+
+
+def has_chat_tokens(tokenizer: tiktoken.Encoding) -> bool:
+    """Whether the tokenizer has a chat template's special tokens."""
+    return any(tokenizer.special_tokens_set.issuperset(tokens) for tokens in CHAT_TOKENS)
+
+
 def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
     """Id of the token that ends a message: Llama 3's <|eot_id|> or ChatML's <|im_end|>. Raises ValueError."""
-    for start, end in (("<|start_header_id|>", "<|eot_id|>"), ("<|im_start|>", "<|im_end|>")):
+    for start, end in CHAT_TOKENS:
         if {start, end} <= tokenizer.special_tokens_set:
             return tokenizer.encode_single_token(end)
     raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: Llama 3's <|start_header_id|> and <|eot_id|>, or "
@@ -280,59 +305,80 @@ TEXT = tuple(".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .j
 SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules")
 
 
-def read_documents(path: str | Path) -> Iterator[dict]:
-    """Documents of a file, or recursively and sorted of a directory: {text}, {prompt, completion} or {messages}.
+class Raw(NamedTuple):
+    """A document as it was found: where, its bytes, and whether they are a line of JSON or plain text."""
 
-    .jsonl and .jsonl.gz hold one a line; any other file is one text. In directories, hidden files, files without a
-    known text suffix and files that are not UTF-8 are passed over. ValueError names the file and line.
+    place: str
+    content: bytes
+    is_json: bool
+
+
+def read_documents(path: str | Path) -> Iterator[dict]:
+    """Documents of a file or directory, see read_raw: {text}, {prompt, completion} or {messages}."""
+    return (parse_document(raw)[0] for raw in read_raw(path))
+
+
+def read_raw(path: str | Path) -> Iterator[Raw]:
+    """What a file holds, or recursively and sorted a directory, not parsed yet.
+
+    .jsonl and .jsonl.gz hold one document a line; any other file is one text. In directories, hidden files, files without
+    a known text suffix and files that are not UTF-8 are passed over. ValueError names the file.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    if path.is_file():
-        yield from read_file(path)
+    if path.name.endswith(JSON_LINES) and path.is_file():
+        yield from (Raw(place, line, True) for place, line in read_lines(path))
+    elif path.is_file():
+        yield Raw(str(path), path.read_bytes(), False)
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and name[0] != ".")
         for file in (Path(folder, name) for name in sorted(names) if name[0] != "."):
             if file.name.endswith(JSON_LINES):
-                yield from read_file(file)
+                yield from read_raw(file)
             elif file.name.endswith(TEXT) and file.is_file():  # a link may lead nowhere
+                content = file.read_bytes()
                 with suppress(UnicodeDecodeError):
-                    yield {"text": file.read_bytes().decode()}
+                    content.decode()
+                    yield Raw(str(file), content, False)
 
 
-def read_file(path: Path) -> Iterator[dict]:
-    """Documents of one file; see read_documents."""
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of each line of a file, .gz or not, that is not blank. ValueError for a damaged .gz."""
     try:
-        if not path.name.endswith(JSON_LINES):
-            yield {"text": path.read_bytes().decode()}
-            return
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield parse_document(line, f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+            yield from ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
 
 
-def parse_document(line: bytes, place: str) -> dict:
-    """A JSON line as a document, other keys dropped. Raises ValueError that starts with `place`."""
+def parse_document(raw: Raw, source_field: str | None = None) -> tuple[dict, str | None]:
+    """A document, and what its record says at `source_field` (keys joined by dots), None if nothing; other keys are dropped.
+
+    Raises ValueError that starts with the place.
+    """
     try:
-        record = json.loads(line)
+        if not raw.is_json:
+            return {"text": raw.content.decode()}, None
+        record = json.loads(raw.content)
+        source = record
+        for key in source_field.split(".") if source_field else ():
+            source = source.get(key) if isinstance(source, dict) else None
+        source = source if isinstance(source, str) else None
         if "messages" in record:
             check_messages(record["messages"])
-            return {"messages": record["messages"]}
+            return {"messages": record["messages"]}, source
         keys = ("text",) if "text" in record else ("prompt", "completion")
         if all(isinstance(record[key], str) for key in keys):
-            return {key: record[key] for key in keys}
+            return {key: record[key] for key in keys}, source
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{raw.place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except ValueError as error:
         reason = f"not valid JSON ({error})" if isinstance(error, json.JSONDecodeError) else error
-        raise ValueError(f"{place}: {reason}") from None
+        raise ValueError(f"{raw.place}: {reason}") from None
     except (KeyError, TypeError):
         pass  # the message below says what is needed
-    raise ValueError(f"{place}: needs an object with text, with prompt and completion (strings), or messages")
+    raise ValueError(f"{raw.place}: needs an object with text, with prompt and completion (strings), or messages")
 
 
 def source_path(source: str | Path) -> Path:
@@ -346,6 +392,12 @@ def source_path(source: str | Path) -> Path:
 # ----------------------------------------------------------------------------------------------------------- corpora
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise ValueError if `path` holds something."""
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path}: already exists; remove it or choose another place")
+
+
 @contextmanager
 def complete_or_absent(path: str | Path) -> Iterator[Path]:
     """Yield a new directory `path`.partial to fill; synced, it becomes `path`, or on any error it is removed.
@@ -353,8 +405,7 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
     Raises ValueError if `path` already holds something, OSError with the path if writing fails (disk full).
     """
     path = Path(path).absolute()
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{path}: already exists; remove it or choose another place")
+    refuse_existing(path)
     aside = path.with_name(path.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
     try:
@@ -379,6 +430,8 @@ def write_complete(path: Path, content: bytes) -> None:
         aside.write_bytes(content)
         sync(aside)
         os.replace(aside, path)
+    except OSError as error:
+        raise OSError(f"{path}: not written ({error.strerror or error})") from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -466,57 +519,34 @@ def digest(path: str | Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
+def content_hash(document: dict, seed: int) -> int:
+    """64 bits that depend on nothing but content and seed."""
+    return int.from_bytes(hashlib.blake2b(json.dumps([seed, document]).encode(), digest_size=8).digest(), "little")
+
+
 def is_held_out(document: dict, holdout: float, seed: int) -> bool:
     """By a hash of seed and content: independent of order, and copies of a document fall on one side."""
-    digest = hashlib.blake2b(json.dumps([seed, document]).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < holdout * 2**64
+    return content_hash(document, seed) < holdout * 2**64
 
 
-def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: tiktoken.Encoding, out_dir: str | Path,
-                   holdout: float = 0.1, holdout_window: int = 48, seed: int = 0) -> dict:
-    """Tokenise (name, path) sources, see source_path, into a corpus directory, see write_corpus; returns its meta.json.
-
-    A share `holdout` of the documents (see is_held_out) becomes split "valid". Every run of `holdout_window` tokens
-    that a training document has too is cut out of it (0: kept), or shared boilerplate would count as held-out. Sources
-    are read twice; memory holds the held-out documents. ValueError or OSError before anything is written.
-    """
-    if not 0 <= holdout < 1 or holdout_window < 0:
-        raise ValueError(f"holdout {holdout} must be in [0, 1), holdout_window {holdout_window} not negative")
-    if len(dict(sources)) != len(sources):
-        raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
-    sources, held_out, shared = [(name, source_path(path)) for name, path in sources], [], set()
-
-    def encoded(side: bool) -> Iterator[tuple]:
-        documents = ((name, document) for name, path in sources for document in read_documents(path))
-        return encode_documents((d for d in documents if is_held_out(d[1], holdout, seed) == side), tokenizer)
-
-    def training() -> Iterator[tuple]:
-        held_out.extend(encoded(True))
-        others = tqdm(encoded(False), "tokenise", unit=" documents", disable=None)
-        yield from note_shared_windows(held_out, others, holdout_window, shared) if holdout_window else others
-
-    valid = (piece for document in held_out for piece in cut_shared_windows(*document, holdout_window, shared))
-    return write_corpus({"train": training(), "valid": valid}, out_dir, tokenizer,  # in this order
-                        holdout=holdout, holdout_window=holdout_window, seed=seed)
+def encode_document(document: dict, tokenizer: tiktoken.Encoding) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens uint32 (T,) and loss mask bool (T,): loss on all of a text, on a completion but not its prompt, or as
+    encode_chat says."""
+    if "messages" in document:
+        tokens, mask = encode_chat(document["messages"], tokenizer)
+    else:
+        parts = [tokenizer.encode_ordinary(text) for text in document.values()]
+        tokens, mask = sum(parts, []), np.repeat([key != "prompt" for key in document], list(map(len, parts)))
+    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
 
 
 def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
-    """(source, document) -> (source, tokens uint32 (T,), loss mask bool (T,)), in order. Loss is on all of a text, on a
-    completion but not its prompt, or as encode_chat says. Threads: tiktoken releases the interpreter."""
-
-    def encode(item: tuple[str, dict]) -> tuple[str, np.ndarray, np.ndarray]:
-        source, document = item
-        if "messages" in document:
-            tokens, mask = encode_chat(document["messages"], tokenizer)
-        else:
-            parts = [tokenizer.encode_ordinary(text) for text in document.values()]
-            tokens, mask = sum(parts, []), np.repeat([key != "prompt" for key in document], list(map(len, parts)))
-        return source, np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
-
+    """(source, document) -> (source, tokens, loss mask), see encode_document, in order. Threads: tiktoken releases the
+    interpreter."""
     documents = iter(documents)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while group := list(itertools.islice(documents, 256)):  # bounded memory
-            yield from pool.map(encode, group)
+            yield from pool.map(lambda item: (item[0], *encode_document(item[1], tokenizer)), group)
 
 
 def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
@@ -527,28 +557,296 @@ def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
     return (sums[window:] - sums[:-window]) * inverses[:max(0, len(sums) - window)]
 
 
-def note_shared_windows(held_out: list[tuple], training: Iterable[tuple], window: int,
-                        shared: set[int]) -> Iterator[tuple]:
-    """Pass training documents on; `shared` collects the hashes of held-out windows that occur in them."""
-    hashes = [window_hashes(tokens, window) for _, tokens, _ in held_out]
-    known = np.unique(np.concatenate([np.zeros(1, np.uint64), *hashes]))  # never empty: a 0 too many does no harm
-    for document in training:
-        found = np.sort(window_hashes(document[1], window))  # sorted: twice as fast to search for
-        shared.update(found[known[np.searchsorted(known, found, side="right") - 1] == found].tolist())
-        yield document
+def contains(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Which of `values` are among the sorted `known` (one at least), bool."""
+    return known[np.searchsorted(known, values, side="right") - 1] == values
 
 
-def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window: int,
-                       shared: set[int]) -> Iterator[tuple]:
-    """A held-out document, whole if nothing is shared, else its other pieces of `window` tokens or more."""
-    starts = [value in shared for value in window_hashes(tokens, window).tolist()] if shared else []
-    if not any(starts):
+def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window: int, shared: np.ndarray) -> Iterator[tuple]:
+    """A held-out document, whole if `shared` (sorted) has none of its windows, else its other pieces of that length."""
+    starts = contains(shared, window_hashes(tokens, window)) if len(shared) else np.zeros(0, dtype=bool)
+    if not starts.any():
         yield source, tokens, mask
         return
     kept = np.convolve(starts, np.ones(window)) == 0  # (T,): in none of the windows that start there
     for start, end in np.flatnonzero(np.diff(kept, prepend=False, append=False)).reshape(-1, 2):
         if end - start >= window and mask[start:end].any():
             yield source, tokens[start:end], mask[start:end]
+
+
+# ----------------------------------------------------------------------------------------------------------- preparing
+
+# Text becomes parts, files that depend on nothing but their own text and are kept until the corpus is there: any number of
+# processes writes the same ones, and a run that was killed finds them. Then one process plans and writes the corpus.
+
+PART_BYTES = 2**23  # of text in a part
+EDGES = [0, 1024, 4096, 8192, 32768, 131072, 2**62]  # document lengths in the histogram, tokens
+
+
+class Part(NamedTuple):
+    """Encoded documents: tokens uint32 (T,), mask bool (T,), and of each document length int64, content_hash uint64 and
+    source (N,)."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+    sources: list[str]
+
+    @classmethod
+    def load(cls, path: Path, with_tokens: bool = True) -> Part:
+        """A part's file; without its tokens and masks these are None."""
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys() if with_tokens or name in ("lengths", "hashes")}
+            return cls(arrays.get("tokens"), arrays.get("mask"), arrays["lengths"], arrays["hashes"],
+                       json.loads(file.metadata()["sources"]))
+
+    def documents(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(source, tokens, mask) of each document."""
+        borders = np.cumsum(self.lengths)[:-1]
+        return zip(self.sources, np.split(self.tokens, borders), np.split(self.mask, borders))
+
+
+def encode_part(raws: list[Raw], source: str, source_field: str | None, seed: int, tokenizer: Tokenizer, folder: Path,
+                identity: str) -> tuple[Path, int]:
+    """Encode documents into a part in `folder`, named by all that its content depends on (`identity`: of the tokenizer).
+
+    Returns its path and how many tokens were encoded, 0 if it was there.
+    """
+    name = hashlib.blake2b(json.dumps([identity, source, source_field, seed]).encode(), digest_size=16)
+    for raw in raws:
+        name.update(b"%d %d " % (raw.is_json, len(raw.content)) + raw.content)
+    path = folder / f"{name.hexdigest()}.safetensors"
+    if path.exists():
+        return path, 0
+    tokens, masks, hashes, sources = [], [], [], []
+    for raw in raws:
+        document, own = parse_document(raw, source_field)
+        encoded, mask = encode_document(document, tokenizer)
+        if len(encoded):
+            tokens.append(encoded)
+            masks.append(mask)
+            hashes.append(content_hash(document, seed))
+            sources.append(f"{source}/{own}" if own else source)
+    arrays = {"tokens": np.concatenate([np.zeros(0, np.uint32), *tokens]), "mask": np.concatenate([np.zeros(0, bool), *masks]),
+              "lengths": np.array(list(map(len, tokens)), np.int64), "hashes": np.array(hashes, np.uint64)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_complete(path, save(arrays, {"sources": json.dumps(sources)}))
+    return path, len(arrays["tokens"])
+
+
+def shared_windows(path: Path, training: np.ndarray, known: Path, window: int) -> np.ndarray:
+    """Which of the `known` hashes (a sorted .npy file) are windows of a part's `training` documents (bool, (N,))."""
+    hashes, found = np.load(known, mmap_mode="r"), []
+    for (_, tokens, _), mine in zip(Part.load(path).documents(), training):
+        if mine:
+            own = np.sort(window_hashes(tokens, window))  # sorted: twice as fast to search for
+            found.append(own[contains(hashes, own)])
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
+
+
+def in_order(pool: Executor, ahead: int, function: Callable, calls: Iterable[tuple]) -> Iterator:
+    """Results of function(*call) of each call, in order; `ahead` calls at most are under way, so memory stays bounded."""
+    under_way = deque()
+    try:
+        for call in calls:
+            under_way.append(pool.submit(function, *call))
+            if len(under_way) > ahead:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenExecutor:
+        raise OSError("a worker process was killed (too little memory?); run the same command again, with fewer --processes: "
+                      "it keeps what is done") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def part_calls(sources: list[tuple[str, Path]], *arguments) -> Iterator[tuple]:
+    """Calls of encode_part, a part for each PART_BYTES of a source."""
+    for source, path in sources:
+        raws, size = [], 0
+        for raw in read_raw(path):
+            raws.append(raw)
+            size += len(raw.content)
+            if size >= PART_BYTES:
+                yield raws, source, *arguments
+                raws, size = [], 0
+        if raws:
+            yield raws, source, *arguments
+
+
+def workers(processes: int) -> ProcessPoolExecutor:
+    """A pool of processes, forks of this one, which find its modules loaded."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), end_with, (os.getpid(),))
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after `parent`: a killed one leaves no worker that waits for ever."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, out_dir: str | Path, holdout: float = 0.1,
+                   holdout_window: int = 48, seed: int = 0, *, processes: int = 1, source_field: str | None = None,
+                   holdout_tokens: int = 2**24, budget: int | None = None, short: int = 4096, long: int = 8192,
+                   short_weight: float = 1.0, long_weight: float = 1.0) -> dict:
+    """Tokenise (name, path) sources, see source_path, into a corpus directory, see write_corpus; returns its meta.json.
+
+    A record's `source_field` (SlimPajama: meta.redpajama_set_name) makes it a source of its own, NAME/FIELD. A share
+    `holdout` of the documents (see is_held_out), `holdout_tokens` at most, becomes split "valid"; every run of
+    `holdout_window` tokens that a training document has too is cut out of it (0: kept), or shared boilerplate would count
+    as held-out. Training documents are drawn by length, see length_weights and draw_documents: `budget` tokens exactly
+    (None: all that the weights ask for).
+
+    The result depends on neither `processes` nor earlier runs that were stopped; what those have done is used. Memory
+    holds the held-out documents, 40 bytes a document, and a few parts a process. ValueError or OSError.
+    """
+    if not 0 <= holdout < 1 or holdout_window < 0 or holdout_tokens < 1:
+        raise ValueError(f"holdout {holdout} must be in [0, 1), holdout_window {holdout_window} not negative, holdout_tokens "
+                         f"{holdout_tokens} positive")
+    if processes < 1 or budget is not None and budget < 1:
+        raise ValueError(f"processes {processes} and tokens {budget} must be 1 or more")
+    length_weights(np.array([long + 1]), np.zeros(1), short, long, short_weight, long_weight)  # refuses bad ones now
+    if len(dict(sources)) != len(sources):
+        raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
+    out_dir, sources = Path(out_dir).absolute(), [(name, source_path(path)) for name, path in sources]
+    refuse_existing(out_dir)
+    folder = out_dir.with_name(out_dir.name + ".parts")
+
+    paths = encode_sources(sources, source_field, seed, tokenizer, folder, processes)
+    index = [Part.load(path, with_tokens=False) for path in paths]
+    lengths = np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in index)])  # (documents,), as are the next ones
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in index)])
+    names = {name: i for i, name in enumerate(dict.fromkeys(name for part in index for name in part.sources))}
+    owners = np.array([names[name] for part in index for name in part.sources], dtype=np.int64)
+    holdout = capped_holdout(lengths, hashes, holdout, holdout_tokens)
+    valid = hashes < holdout * 2**64
+    if not len(lengths) or valid.all():
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
+    weights = np.zeros(len(lengths))
+    weights[~valid] = length_weights(lengths[~valid], owners[~valid], short, long, short_weight, long_weight)
+    repeats, cut = draw_documents(lengths, owners, weights, budget, seed)
+    borders = np.cumsum([len(part.lengths) for part in index])[:-1]
+    by_part = list(zip(paths, np.split(valid, borders), np.split(repeats, borders)))
+    shared = find_shared(by_part, holdout_window, folder, processes)
+    meta = write_corpus({"train": training_documents(by_part, cut),
+                         "valid": (piece for path, held, _ in by_part for document in held_out_documents(path, held)
+                                   for piece in cut_shared_windows(*document, holdout_window, shared))}, out_dir, tokenizer,
+                        holdout=holdout, holdout_window=holdout_window, seed=seed,
+                        lengths=length_histogram(lengths, owners, list(names), ~valid, weights, repeats, cut))
+    shutil.rmtree(folder)
+    return meta
+
+
+def encode_sources(sources: list[tuple[str, Path]], source_field: str | None, seed: int, tokenizer: Tokenizer, folder: Path,
+                   processes: int) -> list[Path]:
+    """Parts of all documents, in order."""
+    identity = hashlib.sha256(repr([fingerprint(tokenizer), tokenizer.normal_form, sorted(tokenizer._special_tokens.items()),
+                                    PART_BYTES]).encode()).hexdigest()
+    paths, started, encoded = [], time.perf_counter(), 0
+    calls = part_calls(sources, source_field, seed, tokenizer, folder, identity)
+    bar = tqdm(desc="tokenise", unit=" tokens", unit_scale=True, disable=None)
+    for path, tokens in in_order(workers(processes), 2 * processes, encode_part, calls):
+        paths.append(path)
+        bar.update(tokens)
+        encoded += tokens
+    bar.close()
+    if encoded:
+        seconds = time.perf_counter() - started
+        print(f"tokenised {encoded:,} tokens in {seconds:.1f} s on {processes} processes, {encoded / seconds:,.0f} tokens/s")
+    return paths
+
+
+def capped_holdout(lengths: np.ndarray, hashes: np.ndarray, holdout: float, most: int) -> float:
+    """The largest share up to `holdout` whose documents have `most` tokens or fewer; of several, one document at least."""
+    order = np.argsort(hashes, kind="stable")
+    order = order[hashes[order] < holdout * 2**64]
+    kept = max(1, int(np.searchsorted(np.cumsum(lengths[order]), most, side="right")))
+    return holdout if kept >= len(order) else float(hashes[order[kept]]) / 2**64
+
+
+def find_shared(by_part: list[tuple], window: int, folder: Path, processes: int) -> np.ndarray:
+    """Hashes of the windows that held-out documents share with training ones, sorted."""
+    held_out = [window_hashes(tokens, window) for path, held, _ in by_part if window
+                for _, tokens, _ in held_out_documents(path, held)]
+    if not held_out:
+        return np.zeros(0, np.uint64)
+    known = folder / "held_out_windows.npy"
+    np.save(known, np.unique(np.concatenate([np.zeros(1, np.uint64), *held_out])))  # never empty: a 0 too many does no harm
+    calls = ((path, repeats > 0, known, window) for path, _, repeats in by_part)
+    bar = tqdm(in_order(workers(processes), 2 * processes, shared_windows, calls), "compare with held-out", len(by_part),
+               unit=" parts", disable=None)
+    return functools.reduce(np.union1d, bar)
+
+
+def held_out_documents(path: Path, held: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(source, tokens, mask) of the documents of a part that are held out."""
+    return itertools.compress(Part.load(path).documents(), held) if held.any() else iter(())
+
+
+def training_documents(by_part: list[tuple], cut: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(source, tokens, mask) of training documents, each as often as drawn, the very last one without its last `cut` tokens."""
+    left = sum(int(repeats.sum()) for _, _, repeats in by_part)
+    for path, _, repeats in tqdm(by_part, "write", unit=" parts", disable=None):
+        for (source, tokens, mask), count in zip(Part.load(path).documents() if repeats.any() else (), repeats):
+            for _ in range(count):
+                left -= 1
+                end = len(tokens) if left else len(tokens) - cut
+                yield source, tokens[:end], mask[:end]
+
+
+def draw_documents(lengths: np.ndarray, sources: np.ndarray, weights: np.ndarray, budget: int | None,
+                   seed: int) -> tuple[np.ndarray, int]:
+    """How often each document occurs, int64 (documents,), and how many tokens the last occurrence must lose so that all have
+    `budget` tokens.
+
+    A document of weight w occurs floor(w) or ceil(w) times, or proportionally less often for a budget below what the
+    weights ask for: systematic sampling along the documents sorted by source and length, so that each source and length
+    gets its share almost exactly. Raises ValueError for a budget beyond what the weights ask for.
+    """
+    asked, order = float(weights @ lengths), np.lexsort((lengths, sources))
+    draw = np.random.default_rng([seed, len(lengths)]).random()  # one for all
+    repeats, rate = np.zeros(len(lengths), dtype=np.int64), 1.0 if budget is None else min(1.0, budget / asked)
+    while True:
+        repeats[order] = np.diff(np.floor(np.cumsum([0, *rate * weights[order]]) + draw))
+        excess = int(repeats @ lengths) - (budget or 0)
+        if budget is None:
+            return repeats, 0
+        if excess >= 0:
+            break
+        if rate == 1:
+            raise ValueError(f"--tokens {budget} is more than these sources and weights give, {budget + excess}; ask for "
+                             "fewer: train.py goes through them as often as it needs")
+        rate = min(1.0, rate * (1 + max(1e-6, -excess / budget)))
+    for last in np.flatnonzero(repeats)[::-1]:
+        fewer = min(int(repeats[last]), excess // int(lengths[last]))
+        repeats[last] -= fewer
+        excess -= fewer * int(lengths[last])
+        if repeats[last]:
+            return repeats, excess
+    raise AssertionError("unreachable: the budget is positive")
+
+
+def length_histogram(lengths: np.ndarray, owners: np.ndarray, names: list[str], training: np.ndarray, weights: np.ndarray,
+                     repeats: np.ndarray, cut: int) -> dict:
+    """Per source and stretch of document lengths (EDGES): training documents and tokens found, tokens the weights ask for, and
+    tokens written."""
+    written = repeats * lengths
+    written[np.flatnonzero(repeats)[-1]] -= cut
+
+    def spread(mine: np.ndarray, values: np.ndarray) -> list:
+        return [round(value) for value in np.histogram(lengths[mine], EDGES, weights=values[mine])[0].tolist()]
+
+    found = {name: training & (owners == i) for i, name in enumerate(names)}
+    return {"edges": EDGES[1:-1], "sources": {name: {
+        "documents": spread(mine, np.ones(len(lengths))), "tokens": spread(mine, lengths),
+        "asked": spread(mine, weights * lengths), "written": spread(mine, written)} for name, mine in found.items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------- datasets
@@ -661,6 +959,10 @@ class PackedDataset:
         self.order = np.empty(0, dtype=np.int64)  # (n,), the documents that occur in them,
         self.bounds = np.zeros(1, dtype=np.int64)  # (n + 1,), and where in the stream each begins and the last ends
 
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of a document, uint32 (T,)."""
+        return self.tokens[self.shards[index]][self.starts[index]:][:self.lengths[index]]
+
     def plan(self, epoch: int) -> np.ndarray:
         """Documents of an epoch in order, int64 (n,)."""
         draw = np.random.default_rng([self.seed, epoch, 1]).random()  # one for all: systematic sampling
@@ -769,10 +1071,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                          help="a file or directory; stdlib is this Python's standard library")
     prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
     prepare.add_argument("--out", type=Path, required=True, help="new corpus directory")
+    prepare.add_argument("--source-field", metavar="KEY.KEY",
+                         help="where a JSON record names its source (SlimPajama: meta.redpajama_set_name)")
+    prepare.add_argument("--tokens", type=int, help="how many to write, exactly (the paper: 1000000000); default: all")
+    prepare.add_argument("--short-length", type=int, default=4096, help="tokens below which a document is short")
+    prepare.add_argument("--short-weight", type=float, default=1.0, help="how often short documents are used")
+    prepare.add_argument("--long-length", type=int, default=8192, help="tokens above which a document is long")
+    prepare.add_argument("--long-weight", type=float, default=1.0, help="how often long documents are used")
     prepare.add_argument("--holdout", type=float, default=0.1, help="share of the documents to hold out")
+    prepare.add_argument("--holdout-tokens", type=int, default=2**24, help="but no more than this")
     prepare.add_argument("--holdout-window", type=int, default=48,
                          help="cut held-out runs of this many tokens that training has too; 0: keep them")
-    prepare.add_argument("--seed", type=int, default=0, help="chooses the held-out documents")
+    prepare.add_argument("--seed", type=int, default=0, help="chooses the held-out documents, and which are drawn")
+    prepare.add_argument("--processes", type=int, default=os.cpu_count(), help="change the time only, not the result")
     return parser.parse_args(argv)
 
 
@@ -786,18 +1097,17 @@ def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
             max_bytes -= len(text.encode(errors="replace"))
 
 
-def print_corpus(directory: Path, meta: dict) -> None:
-    """Counts, and how the training tokens spread over document lengths."""
+def print_corpus(meta: dict) -> None:
+    """Counts, and how the training tokens spread over document lengths: as found, as the weights ask and as written."""
     for split, n in meta["splits"].items():
         print(f"{split}: {n['documents']:,} documents, {n['tokens']:,} tokens, {len(n['shards'])} shards")
-    offsets, owners = (np.load(directory / f"train-{name}.npy") for name in ("offsets", "sources"))
-    lengths, edges = np.diff(offsets), [0, 1024, 4096, 8192, 32768, 131072, 2**62]
-    heads = [*(f"< {edge:,}" for edge in edges[1:-1]), "longer"]
-    print("training tokens by document length" + "".join(f"{head:>10}" for head in heads))
-    for i, name in enumerate(meta["sources"]):
-        mine = lengths[owners == i]
-        shares = np.histogram(mine, edges, weights=mine)[0] / max(1, mine.sum())
-        print(f"{name:>34}" + "".join(f"{share:10.1%}" for share in shares))
+    heads = [*(f"< {edge:,}" for edge in meta["lengths"]["edges"]), "longer"]
+    print(f"{'tokens by document length':>44}" + "".join(f"{head:>10}" for head in heads) + f"{'tokens':>16}")
+    for name, rows in meta["lengths"]["sources"].items():
+        for kind in ("tokens", "asked", "written"):
+            label = f"{name}, {'found' if kind == 'tokens' else kind}"
+            shares = (f"{tokens / max(1, sum(rows[kind])):10.1%}" for tokens in rows[kind])
+            print(f"{label:>44}" + "".join(shares) + f"{sum(rows[kind]):16,}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -814,8 +1124,10 @@ def main(argv: list[str] | None = None) -> None:
             if not re.fullmatch("[^=]+=.+", text):
                 raise ValueError(f"--source {text}: write it as NAME=PATH")
         sources = [tuple(text.split("=", 1)) for text in a.source]
-        meta = prepare_corpus(sources, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window, a.seed)
-        print_corpus(a.out, meta)
+        print_corpus(prepare_corpus(
+            sources, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window, a.seed, processes=a.processes,
+            source_field=a.source_field, holdout_tokens=a.holdout_tokens, budget=a.tokens, short=a.short_length,
+            long=a.long_length, short_weight=a.short_weight, long_weight=a.long_weight))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -1,12 +1,15 @@
-"""Needle-in-a-haystack evaluation: hide a number in real text at every depth of every length, ask for it.
+"""Retrieval evaluation: hide a number in real text at every depth of every length, ask for it; score prompts of files;
+perplexity by position.
 
     python eval_niah.py MODEL_DIR --haystack CORPUS --lengths 128 256 512 --out results.json --figure heat.png
-    torchrun --standalone --nproc-per-node 8 eval_niah.py MODEL_DIR --tp 2 --cp 4 ...      # the same on eight processes
+    python eval_niah.py MODEL_DIR --jsonl ruler.jsonl --out answers.jsonl               # any file of prompts and answers
+    python eval_niah.py MODEL_DIR --perplexity --haystack CORPUS --lengths 32768 --out perplexity.json --figure curve.png
     python eval_niah.py --compare before.json stage1.json stage2.json --figure compare.png
+    torchrun --standalone --nproc-per-node 8 eval_niah.py MODEL_DIR --tp 2 --cp 4 ...      # any of them on eight processes
 
-A prompt costs one forward: the right answer is fed after the question (teacher forcing), and each of its
-tokens must be what the model would have said. The haystack is text held out from training. A prompt of length
-N has exactly N tokens.
+A needle prompt costs one forward: the right answer is fed after the question (teacher forcing), and each of its tokens
+must be what the model would have said. The haystack is text held out from training. A prompt of length N has exactly N
+tokens. Prompts that begin alike share the keys and values of what they share.
 """
 from __future__ import annotations
 
@@ -19,8 +22,11 @@ import math
 import os
 import random
 import re
+import string
 import sys
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +73,8 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
                  task: str = "passkey", chat: bool = False, distractors: int = 0, digits: int = 5) -> Prompt:
     """One prompt of exactly `length` tokens, the answer's included; a pure function of its arguments.
 
-    haystack_tokens: 1-D ids, at least `length` of them, of which a random window is used. depth in [0, 1] is
-    where in the window the fact goes, moved to a line border if one is near. Task "needle" may have
+    haystack_tokens: 1-D ids, at least `length` of them, of which the first are used: the window. depth in [0, 1]
+    is where in it the fact goes, moved to a line border if one is near. Task "needle" may have
     `distractors`: facts of other keys at random depths. Every piece is tokenised alone and joined as ids, so
     lengths add up, and the number has the same tokens in the fact and in the answer. The window holds no key
     and no number of the prompt. Raises ValueError if the length is too small, the haystack too short, or no
@@ -80,8 +86,7 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
         raise ValueError(f"distractors need keys to tell facts apart: use task needle, not {task}")
     if len(haystack_tokens) < length:
         raise ValueError(f"the haystack has {len(haystack_tokens)} tokens; length {length} needs as many")
-    offset = rng.randrange(len(haystack_tokens) - length + 1)
-    window = np.asarray(haystack_tokens[offset:offset + length]).tolist()
+    window = np.asarray(haystack_tokens[:length]).tolist()
     keys, numbers = draw_facts(rng, tokenizer.decode_bytes(window).lower(), 1 + distractors, digits, task)
 
     wording, encode = WORDING[task], tokenizer.encode_ordinary
@@ -201,36 +206,65 @@ def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[
     return right and exact_number_match(given, prompt.answer), given
 
 
+class Reader:
+    """Reads rows of tokens with a model and leaves what they share out: the tokens with which they begin like the rows
+    read before stay in the KV cache. `read` counts tokens of rows, `computed` those that went through the model.
+    """
+
+    def __init__(self, model: Llama, device: str) -> None:
+        self.model, self.device, self.rows, self.cache, self.read, self.computed = model, device, None, None, 0, 0
+
+    def begin(self, rows: torch.Tensor, most: int):
+        """The cache, truncated to what it shares with rows (B, S) int64: `most` tokens at most."""
+        if self.rows is None or len(self.rows) != len(rows):
+            self.rows, self.cache = rows, self.model.new_cache(len(rows))
+        width = min(self.rows.shape[1], most, self.cache.length)
+        other = (self.rows[:, :width] != rows[:, :width]).any(0)  # (width,)
+        self.cache.truncate(int(other.int().argmax()) if other.any() else width)
+        self.rows = rows
+        self.read, self.computed = self.read + rows.numel(), self.computed + rows[:, self.cache.length:].numel()
+        return self.cache
+
+    def counts(self) -> list[int]:
+        """`read` and `computed` of all replicas."""
+        grid = self.model.grid
+        return grid.to_host(grid.all_reduce(torch.tensor([self.read, self.computed], device=self.device), "dp"))
+
+
 @torch.inference_mode()
-def predict(model: Llama, prompts: list[Prompt], device: str) -> list[list[int]]:
+def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
     """Argmax for each answer token and the one after, of prompts of equal length, in one forward a replica.
 
     Data-parallel replicas share the prompts; every rank returns all predictions.
     """
-    grid = model.grid
+    model, grid, device = reader.model, reader.model.grid, reader.device
     widths = [len(prompt.tokens) - prompt.answer_start + 1 for prompt in prompts]
     best = torch.zeros(len(prompts), max(widths), dtype=torch.int64, device=device)
     mine = slice(grid.dp_rank, None, grid.dp)
     if prompts[mine]:
         tokens = torch.tensor([prompt.tokens for prompt in prompts[mine]], device=device)  # (B, S)
-        last = tokens.shape[1] - 1
-        places = torch.arange(last + 1 - max(widths), last + 1, device=device).expand(len(tokens), -1)  # (B, answer + 1)
-        best[mine] = model.logits(model.hidden_at(tokens, places)).argmax(dim=-1)  # the head never sees S rows
+        first = tokens.shape[1] - max(widths)  # place that predicts the first answer token
+        cache = reader.begin(tokens, first)
+        places = torch.arange(first, tokens.shape[1], device=device) - cache.length  # (answer + 1,)
+        hidden = model.hidden_at(tokens[:, cache.length:], places.expand(len(tokens), -1), cache)
+        best[mine] = model.logits(hidden).argmax(dim=-1)  # the head never sees S rows
     best = grid.to_host(grid.all_reduce(best, "dp"))
     return [row[-width:] for row, width in zip(best, widths)]
 
 
-def haystack_reach(length: int) -> int:
-    """How many haystack tokens prompts of one length draw from, whatever other lengths a run has."""
-    return max(2**20, 8 * length)
+OFFSETS = 2**20  # a window begins at one of the haystack's first places, the same for every length and depth
 
 
 def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *, seed: int,
                 task: str, chat: bool, distractors: int, digits: int) -> Prompt:
-    """Prompt number `sample` of one cell; depends on no other cell. "mixed" alternates tasks by sample."""
+    """Prompt number `sample` of one cell; depends on no other cell. "mixed" alternates tasks by sample.
+
+    A sample's window of the haystack begins at the same place in all cells, so that their prompts begin alike.
+    """
     task = list(WORDING)[sample % 2] if task == "mixed" else task
+    offset = random.Random(f"{seed} {sample}").randrange(max(1, min(OFFSETS, len(haystack_tokens) - length + 1)))
     rng = random.Random(f"{seed} {length} {depth:.6f} {sample}")
-    return build_prompt(tokenizer, haystack_tokens[:haystack_reach(length)], length, depth, rng, task, chat,
+    return build_prompt(tokenizer, haystack_tokens[offset:], length, depth, rng, task, chat,
                         distractors if task == "needle" else 0, digits)
 
 
@@ -240,35 +274,337 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
              progress: bool = False) -> dict:
     """Retrieval accuracy of every length x depth, `samples` prompts each.
 
-    Returns {"lengths", "depths", "cells", "means"}. A cell has its length, depth, accuracy in % and every
-    prompt's expected and given answer; a mean has a length's accuracy in % and binomial standard error in
-    points. Prompts of one length share forwards of up to `batch_tokens` tokens a replica; that changes no result.
+    Returns {"lengths", "depths", "cells", "means", "read", "computed"}. A cell has its length, depth, accuracy
+    in % and every prompt's expected and given answer; a mean has a length's accuracy in % and binomial standard
+    error in points. Samples of a cell share forwards of up to `batch_tokens` tokens a replica; that changes no
+    result. Cells go from the last place of the fact to the first, so that each begins like the one before and
+    only what follows its fact is computed: of `read` tokens, `computed`.
     """
     options = {"seed": seed, "task": task, "chat": chat, "distractors": distractors, "digits": digits}
-    lengths, cells, means = sorted(set(lengths)), {}, []
-    places = list(itertools.product(depths, range(samples)))
-    bar = tqdm(total=len(lengths) * len(places), unit="prompt", disable=None if progress else True)
-    for length in lengths:
-        size, correct = max(1, batch_tokens // length) * model.grid.dp, 0
-        for start in range(0, len(places), size):
-            batch = places[start:start + size]
-            prompts = [cell_prompt(tokenizer, haystack_tokens, length, *place, **options) for place in batch]
-            predictions = predict(model, prompts, device)
-            for (depth, sample), prompt, said in zip(batch, prompts, predictions, strict=True):
+    lengths, found, reader = sorted(set(lengths)), {}, Reader(model, device)
+    bar = tqdm(total=len(lengths) * len(depths) * samples, unit="prompt", disable=None if progress else True)
+    sizes = {length: min(samples, max(1, batch_tokens // length) * model.grid.dp) for length in lengths}
+    for size in sorted(set(sizes.values())):
+        cells = sorted(itertools.product([n for n in lengths if sizes[n] == size], depths),
+                       key=lambda cell: -cell[0] * cell[1])
+        for start, (length, depth) in itertools.product(range(0, samples, size), cells):
+            batch = range(start, min(start + size, samples))
+            prompts = [cell_prompt(tokenizer, haystack_tokens, length, depth, sample, **options) for sample in batch]
+            for sample, prompt, said in zip(batch, prompts, predict(reader, prompts), strict=True):
                 match, given = score(tokenizer, prompt, said)
-                cells.setdefault((length, depth), []).append({
+                found.setdefault((length, depth), []).append({
                     "sample": sample, "task": prompt.task, "key": prompt.key, "expected": prompt.answer,
                     "given": given, "correct": match, "needle_start": prompt.needle_start})
-                correct += match
             bar.update(len(batch))
-        share = correct / len(places)
-        means.append({"length": length, "prompts": len(places), "accuracy": 100 * share,
-                      "standard_error": 100 * math.sqrt(share * (1 - share) / len(places))})
     bar.close()
-    return {"lengths": lengths, "depths": list(depths), "means": means, "cells": [
-        {"length": length, "depth": depth, "prompts": prompts,
-         "accuracy": 100 * sum(p["correct"] for p in prompts) / samples}
-        for (length, depth), prompts in cells.items()]}
+    cells = [{"length": length, "depth": depth, "prompts": found[length, depth],
+              "accuracy": 100 * sum(p["correct"] for p in found[length, depth]) / samples}
+             for length, depth in itertools.product(lengths, depths)]
+    means = []
+    for length in lengths:
+        share = sum(cell["accuracy"] for cell in cells if cell["length"] == length) / 100 / len(depths)
+        prompts = len(depths) * samples
+        means.append({"length": length, "prompts": prompts, "accuracy": 100 * share,
+                      "standard_error": 100 * math.sqrt(share * (1 - share) / prompts)})
+    read, computed = reader.counts()
+    return {"lengths": lengths, "depths": list(depths), "means": means, "cells": cells, "read": read, "computed": computed}
+
+
+# ------------------------------------------------------------------------------------------- prompts of files
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt of a file, how its answer begins, right answers, the rule that scores them and what a table shows."""
+
+    text: str
+    answer_prefix: str
+    answers: list[str]
+    metric: str
+    max_new_tokens: int
+    task: str
+    length: str
+
+
+def read_questions(path: Path, metric: str | None = None, max_new_tokens: int | None = None) -> list[Question]:
+    """Questions of a .jsonl file: RULER's (input, answer_prefix, outputs, length), InfiniteBench's (context, input,
+    answer), LV-Eval's (context, input, answers), or prompt and answers.
+
+    A record may state its own task, metric and max_new_tokens; the arguments win over them, and without either they
+    are the file's name, "all" and 128. Raises ValueError naming the line.
+    """
+    questions = []
+    for place, line in data.read_lines(path):
+        try:
+            record = json.loads(line)
+            text = record["prompt"] if "prompt" in record else "\n\n".join(
+                record[key] for key in ("context", "input") if record.get(key))
+            answers = next(record[key] for key in ("outputs", "answers", "answer") if key in record)
+            answers = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
+            question = Question(text, record.get("answer_prefix", ""), answers, metric or record.get("metric", "all"),
+                                max_new_tokens or record.get("max_new_tokens", 128),
+                                str(record.get("task", path.name.split(".")[0])), str(record.get("length", "all")))
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration):
+            question = None
+        if (question is None or not isinstance(text, str) or not text or not any(answers) or question.metric not in METRICS
+                or not isinstance(question.max_new_tokens, int) or question.max_new_tokens < 1):
+            raise ValueError(f"{place}: needs a JSON object with prompt (or context and input), answers (or outputs, or "
+                             f"answer), and if stated a metric of {', '.join(METRICS)} and max_new_tokens of 1 or more")
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"--jsonl {path}: holds no prompt")
+    return questions
+
+
+def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat: bool = False,
+                  system: str | None = None) -> list[int]:
+    """What the model reads: plain text after begin-of-text, or a user's message in the chat template; then how the
+    answer begins."""
+    if chat:
+        messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
+        return data.encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
+    return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
+
+
+def words(text: str) -> list[str]:
+    """Lower case, without punctuation and articles (SQuAD's normalisation, arXiv 1606.05250)."""
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    return [word for word in kept.split() if word not in ("a", "an", "the")]
+
+
+def shared_words(text: str, answer: str) -> float:
+    """F1 of the words that prediction and answer share (arXiv 1606.05250)."""
+    said, right = Counter(words(text)), Counter(words(answer))
+    return 2 * (said & right).total() / max(1, said.total() + right.total())
+
+
+METRICS = {  # score in [0, 1] of a text against the right answers; the first two are RULER's (arXiv 2404.06654)
+    "all": lambda text, answers: sum(answer.lower() in text.lower() for answer in answers) / len(answers),
+    "any": lambda text, answers: float(any(answer.lower() in text.lower() for answer in answers)),
+    "f1": lambda text, answers: max(shared_words(text, answer) for answer in answers),
+    "exact": lambda text, answers: float(any(words(text) == words(answer) for answer in answers)),
+}
+
+
+def printable(text: str) -> str:
+    """A prediction as RULER scores it: control characters are line breaks, nothing around it."""
+    return re.sub(r"[\x00-\x1f]", "\n", text).strip()
+
+
+@torch.inference_mode()
+def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Question], pending: list[int], limit: int,
+                     chat: bool = False, system: str | None = None, batch_tokens: int = 16384) -> Iterator[tuple]:
+    """(index, tokens of the prompt, what the model says, greedily) for each `pending` index into questions.
+
+    Replicas take stretches of the questions in alphabetical order, so that a prompt begins as much as possible like
+    the one before; equal lengths share a batch of up to `batch_tokens` tokens. Prompts longer than `limit` with their
+    answer lose their middle. Every rank yields all answers.
+    """
+    grid, device, stops = reader.model.grid, reader.device, tuple(data.stop_tokens(tokenizer, None))
+    ordered = sorted(pending, key=lambda index: (questions[index].text, index))
+    share = -(-len(ordered) // grid.dp)
+    mine = deque(ordered[grid.dp_rank * share:(grid.dp_rank + 1) * share])
+
+    def tokens_of(index: int) -> list[int]:
+        question = questions[index]
+        room = limit - question.max_new_tokens
+        tokens = prompt_tokens(tokenizer, question.text, question.answer_prefix, chat, system)
+        return tokens if len(tokens) <= room else tokens[:room - room // 2] + tokens[len(tokens) - room // 2:]
+
+    ahead = None  # the tokens of mine[0], once they are known
+    while True:
+        batch, rows = [], []
+        while mine:
+            ahead = ahead or tokens_of(mine[0])
+            if rows and (len(ahead) != len(rows[0]) or (len(rows) + 1) * len(ahead) > batch_tokens
+                         or questions[mine[0]].max_new_tokens != questions[batch[0]].max_new_tokens):
+                break
+            batch, rows, ahead = [*batch, mine.popleft()], [*rows, ahead], None
+        said = torch.empty(0, 2, dtype=torch.int64, device=device)  # index, tokens of the prompt, and the answer's
+        if rows:
+            prompts = torch.tensor(rows, device=device)  # (B, S)
+            cache = reader.begin(prompts, prompts.shape[1] - 1)
+            whole = reader.model.generate(prompts, questions[batch[0]].max_new_tokens, stop_tokens=stops, cache=cache)
+            heads = torch.tensor([[index, len(rows[0])] for index in batch], device=device)
+            said = torch.cat([heads, whole[:, len(rows[0]):]], 1)
+        found = [row for rows in gather_rows(said, grid) for row in rows]
+        if not found:
+            return
+        for index, length, *answer in found:
+            end = next((i for i, token in enumerate(answer) if token in stops or token < 0), len(answer))
+            yield index, length, printable(tokenizer.decode([t for t in answer[:end] if t < tokenizer.n_vocab]))
+
+
+def gather_rows(rows: torch.Tensor, grid: Grid) -> list[list[list[int]]]:
+    """Rows of every replica, (n, m) int64 with n and m of its own, on every rank; short rows end in -1."""
+    shapes = grid.all_gather(torch.tensor(rows.shape, device=rows.device), "dp")  # (dp, 2)
+    most, widest = shapes.amax(0).tolist()
+    padded = rows.new_full((most, widest), -1)
+    padded[:rows.shape[0], :rows.shape[1]] = rows
+    gathered = grid.to_host(grid.all_gather(padded, "dp"))
+    return [part[:count] for part, count in zip(gathered, shapes[:, 0].tolist())]
+
+
+def question_settings(a: argparse.Namespace) -> dict:
+    """What decides the answers, as the first line of their file states it: results of other settings never mix."""
+    names = ("model", "prompt", "system", "metric", "max_new_tokens", "max_length", "dtype", "rope_kind", "rope_factor",
+             "original_length")
+    return {name: str(value) if isinstance(value := getattr(a, name), Path) else value for name in names} | {
+        "jsonl": data.digest(a.jsonl)}
+
+
+def read_answers(path: Path, settings: dict) -> dict[int, dict]:
+    """Answers that an earlier run wrote, by index; a line that a killed run left half-written is dropped from the file.
+
+    Raises ValueError if they were made with other settings, or the file is none of ours.
+    """
+    if not path.exists():
+        return {}
+    whole, newline, _ = path.read_bytes().rpartition(b"\n")
+    try:
+        first, *lines = map(json.loads, whole.splitlines() or [b"{}"])
+        other = {name: first["settings"].get(name) for name in settings if first["settings"].get(name) != settings[name]}
+        answers = {line["index"]: line for line in lines}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"--out {path}: exists and holds no answers of --jsonl; choose another file") from None
+    if other:
+        name = next(iter(other))
+        raise ValueError(f"--out {path}: was made with {name} {other[name]!r}, not {settings[name]!r}; choose another file")
+    return answers
+
+
+def run_questions(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
+    """Answer what `--out` does not hold yet, a line an answer as they come, and print mean scores."""
+    questions, settings = read_questions(a.jsonl, a.metric, a.max_new_tokens), question_settings(a)
+    limit = a.max_length or config.max_position_embeddings
+    least = max(question.max_new_tokens for question in questions) + 2
+    if limit < least:
+        raise ValueError(f"--max-length {limit} is too small: the answers alone take {least - 2}")
+    answers = read_answers(a.out, settings) if a.out else {}
+    grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+    missing = torch.tensor([index not in answers for index in range(len(questions))], device=a.device)
+    pending = grid.broadcast(missing.long()).nonzero()[:, 0].tolist()  # the first rank's file decides
+    counts = [0, 0]
+    if pending:
+        reader = Reader(load_model(a, config, grid), a.device)
+        with ExitStack() as files:
+            if a.out and grid.is_first:
+                lines = [json.dumps({"settings": settings}), *map(json.dumps, answers.values())]
+                data.write_complete(a.out, "".join(line + "\n" for line in lines).encode())
+                file = files.enter_context(open(a.out, "a"))
+            bar = tqdm(total=len(pending), unit="prompt", disable=None if grid.is_first else True)
+            for index, length, text in answer_questions(reader, tokenizer, questions, pending, limit, a.prompt == "chat",
+                                                        a.system, a.batch_tokens):
+                question = questions[index]
+                answers[index] = {"index": index, "task": question.task, "length": question.length, "prompt_tokens": length,
+                                  "prediction": text, "answers": question.answers, "metric": question.metric,
+                                  "score": METRICS[question.metric](text, question.answers)}
+                if a.out and grid.is_first:
+                    file.write(json.dumps(answers[index]) + "\n")
+                    file.flush()
+                bar.update()
+            bar.close()
+        counts = reader.counts()
+    print_once(score_table(answers))
+    print_saved(*counts)
+    grid.close()
+
+
+def score_table(answers: dict[int, dict]) -> str:
+    """Mean score in % of each task and length, the number of prompts, and the mean of tasks."""
+    lengths = sorted({answer["length"] for answer in answers.values()}, key=lambda text: (len(text), text))
+    scores = {}
+    for answer in answers.values():
+        scores.setdefault(answer["task"], {}).setdefault(answer["length"], []).append(100 * answer["score"])
+    width = max(4, *map(len, scores))
+    shown = [short_length(int(length)) if length.isdigit() else length for length in lengths]
+    lines = [f"{'task':<{width}}" + "".join(f"{text:>8}" for text in shown) + f"{'prompts':>9}"]
+    for task, row in scores.items():
+        means = (f"{np.mean(row[length]):8.1f}" if length in row else f"{'-':>8}" for length in lengths)
+        lines.append(f"{task:<{width}}" + "".join(means) + f"{sum(map(len, row.values())):>9}")
+    if len(scores) > 1:
+        means = (np.mean([np.mean(row[length]) for row in scores.values() if length in row]) for length in lengths)
+        lines.append(f"{'mean':<{width}}" + "".join(f"{mean:8.1f}" for mean in means) + f"{len(answers):>9}")
+    return "\n".join(lines)
+
+
+def print_saved(read: int, computed: int) -> None:
+    """How much of the prompts went through the model, the rest being shared."""
+    if read:
+        print_once(f"{computed:,} of the prompts' {read:,} tokens computed ({computed / read:.2f}), the others shared")
+
+
+# ---------------------------------------------------------------------------------------- perplexity by position
+
+
+def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:
+    """The first length + 1 tokens of the first `count` documents that have them, (count, length + 1) int64: of a corpus's
+    held-out split, or of text files. Raises ValueError if there are fewer."""
+    if (path / "meta.json").is_file():
+        held_out = data.PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
+        documents = map(held_out.document, range(len(held_out.lengths)))
+    else:
+        documents = (np.array(tokenizer.encode_ordinary(document.get("text", ""))) for document in data.read_documents(path))
+    found, longest = [], 0
+    for tokens in documents:
+        longest = max(longest, len(tokens))
+        if len(tokens) > length:
+            found.append(tokens[:length + 1].astype(np.int64))
+        if len(found) == count:
+            return np.stack(found)
+    raise ValueError(f"--haystack {path}: {len(found)} documents have more than {length} tokens (the longest {longest}); "
+                     f"--samples asks for {count}: lower it or --lengths, or take longer documents")
+
+
+@torch.inference_mode()
+def perplexity_by_position(model: Llama, documents: np.ndarray, buckets: int, device: str) -> dict:
+    """Mean loss of the tokens at each stretch of positions, over documents (N, S + 1), one at a time a replica.
+
+    Returns "edges" (buckets + 1 positions), "loss" (nats a token, buckets) and "standard_error" over the documents.
+    """
+    grid, length = model.grid, documents.shape[1] - 1
+    edges = [round(i * length / buckets) for i in range(buckets + 1)]
+    sums = torch.zeros(len(documents), buckets, dtype=torch.float64, device=device)
+    for row in range(grid.dp_rank, len(documents), grid.dp):
+        tokens = torch.from_numpy(documents[row:row + 1]).to(device)
+        losses = model.token_losses(tokens[:, :-1].contiguous(), tokens[:, 1:])[0].double()  # (S,)
+        sums[row] = torch.stack([part.mean() for part in losses.tensor_split(edges[1:-1])])
+    sums = torch.tensor(grid.to_host(grid.all_reduce(sums, "dp")), dtype=torch.float64)  # (N, buckets)
+    error = sums.std(0) / len(sums) ** 0.5 if len(sums) > 1 else torch.zeros(buckets)
+    return {"edges": edges, "loss": sums.mean(0).tolist(), "standard_error": error.tolist(), "documents": len(sums)}
+
+
+def perplexity_table(runs: list[dict], labels: list[str]) -> str:
+    """Perplexity of each run, a column, at each stretch of positions, a row; a line where the old window ends."""
+    width = max(10, *(len(label) + 2 for label in labels))
+    lines = [f"{'positions':>17}" + "".join(f"{label:>{width}}" for label in labels)]
+    edges = runs[0]["edges"]
+    for i, (start, end) in enumerate(itertools.pairwise(edges)):
+        if i and start >= runs[0]["window"] > edges[i - 1]:
+            lines.append(f"{'old window ends':>17}")
+        lines.append(f"{f'{start:,}-{end:,}':>17}" + "".join(f"{math.exp(run['loss'][i]):>{width}.3f}" for run in runs))
+    return "\n".join(lines)
+
+
+def draw_perplexity(runs: list[dict], labels: list[str]) -> bytes:
+    """PNG of perplexity over positions, a curve a run, a line where the old window ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained", facecolor="white")
+    panel = figure.subplots()
+    for results, label, colour in zip(runs, labels, itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))):
+        middles = [(start + end) / 2 for start, end in itertools.pairwise(results["edges"])]
+        panel.plot(middles, np.exp(results["loss"]), color=colour, linewidth=2, marker="o", markersize=4, label=label)
+    panel.axvline(runs[0]["window"], color="#222222", linewidth=2, linestyle=(0, (4, 2)))
+    panel.text(runs[0]["window"], 1.01, f"old window: {short_length(runs[0]['window'])}", fontsize=10, ha="center", va="bottom",
+               color="#222222", transform=panel.get_xaxis_transform())
+    panel.set_yscale("log")
+    panel.set_xlim(0, runs[0]["edges"][-1])
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel("position in the document (tokens)", fontsize=12)
+    panel.set_ylabel("perplexity", fontsize=12)
+    panel.legend(frameon=False)
+    return png(figure)
 
 
 # ---------------------------------------------------------------------------------------------------- output
@@ -346,13 +682,18 @@ def draw_figure(runs: list[dict], labels: list[str]) -> bytes:
                        ha="left" if left else "right", va="bottom", color="#222222")
     panels[0].set_ylabel("depth of the fact", fontsize=12)
     figure.colorbar(image, ax=list(panels), pad=0.015, aspect=30).set_label("exact match (%)", fontsize=12)
+    return png(figure)
+
+
+def png(figure) -> bytes:
+    """A matplotlib figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def show_comparison(a: argparse.Namespace) -> None:
-    """Print mean accuracy of runs x lengths, and draw their heat maps side by side."""
+    """Print runs x lengths, or curves of perplexity, and draw them side by side."""
     runs, labels = [], a.labels or [path.stem for path in a.compare]
     if len(labels) != len(a.compare):
         raise ValueError(f"--labels has {len(labels)} names for {len(a.compare)} results")
@@ -360,9 +701,15 @@ def show_comparison(a: argparse.Namespace) -> None:
         try:
             results = json.loads(path.read_text())
             runs.append(results | {"window": a.window or results["window"]})
-            terminal_map(runs[-1], colour=False)  # whatever is missing shows here
+            check = perplexity_table(runs[-1:], [""]) if "edges" in results else terminal_map(runs[-1], colour=False)
+            assert check  # whatever is missing has shown by now
         except (ValueError, LookupError, TypeError, ArithmeticError):
             raise ValueError(f"--compare {path}: not results that eval_niah.py --out has written") from None
+    if len({str(results.get("edges")) for results in runs}) > 1:
+        raise ValueError("--compare: these are not all of needles, or all of perplexity at the same positions")
+    if "edges" in runs[0]:
+        print(perplexity_table(runs, labels))
+        return data.write_complete(a.figure, draw_perplexity(runs, labels)) if a.figure else None
     lengths = sorted({length for results in runs for length in results["lengths"]})
     width = max(map(len, labels))
     print(" " * width + "".join(f"{short_length(length):>8}" for length in lengths))
@@ -403,19 +750,30 @@ def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Needle-in-a-haystack retrieval over lengths and depths.",
+    parser = argparse.ArgumentParser(description="Needles over lengths and depths, prompts of files, perplexity by position.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="Hugging Face model directory")
+    what = parser.add_argument_group("what to do (default: needles)")
+    what.add_argument("--jsonl", type=Path, help="answer and score the prompts of a .jsonl file instead")
+    what.add_argument("--perplexity", action="store_true", help="perplexity by position instead, in documents of one --lengths")
+    what.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="only show earlier results")
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--haystack", type=Path, help="text that was not trained on: a corpus directory (of "
-                         "which the held-out split is used), or a directory, .txt or .jsonl of text")
+    prompts.add_argument("--haystack", type=Path, help="text that was not trained on: a corpus directory (of which "
+                         "the held-out split is used), or a directory, .txt or .jsonl of text")
     prompts.add_argument("--lengths", type=int, nargs="+", help="tokens, the answer's included")
     prompts.add_argument("--depths", type=int, default=10, help="how many, evenly from 0 to 1")
-    prompts.add_argument("--samples", type=int, default=5, help="prompts a cell")
+    prompts.add_argument("--samples", type=int, default=5, help="prompts a cell; documents of --perplexity")
     prompts.add_argument("--task", choices=(*WORDING, "mixed"), default="passkey")
-    prompts.add_argument("--prompt", choices=("plain", "chat"), default="plain")
+    prompts.add_argument("--prompt", choices=("plain", "chat"), help="default: plain for needles; for --jsonl chat where the "
+                         "tokenizer has chat tokens")
+    prompts.add_argument("--system", help="a system message before each chat prompt of --jsonl")
     prompts.add_argument("--distractors", type=int, default=0, help="facts of other keys (task needle)")
     prompts.add_argument("--digits", type=int, default=5, help="length of the numbers")
+    prompts.add_argument("--metric", choices=METRICS, help="of --jsonl; default: the record's, else all")
+    prompts.add_argument("--max-new-tokens", type=int, help="of --jsonl; default: the record's, else 128")
+    prompts.add_argument("--max-length", type=int, help="of --jsonl: longer prompts lose their middle; default: "
+                         "the model's window")
+    prompts.add_argument("--buckets", type=int, default=16, help="stretches of positions of --perplexity")
     prompts.add_argument("--seed", type=int, default=1234)
     compute = parser.add_argument_group("compute")
     compute.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -425,10 +783,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_grid_arguments(parser)
     add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="results, JSON")
-    output.add_argument("--figure", type=Path, help="heat map, PNG (needs matplotlib)")
+    output.add_argument("--out", type=Path, help="results, JSON; of --jsonl a line an answer, and a stopped run goes on")
+    output.add_argument("--figure", type=Path, help="heat map or curve, PNG (needs matplotlib)")
     output.add_argument("--window", type=int, help="old window to mark (default: before extension)")
-    output.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="only show earlier results")
     output.add_argument("--labels", nargs="+", help="names of the compared runs (default: the files')")
     return parse_once(parser, argv)
 
@@ -440,13 +797,20 @@ def check_arguments(a: argparse.Namespace) -> None:
     for path in a.compare or ():
         if not path.is_file():
             raise FileNotFoundError(f"--compare {path}: no such file")
-    if a.model and not (a.haystack and a.lengths):
-        raise ValueError("an evaluation needs --haystack and --lengths")
-    smallest = {"depths": 1, "samples": 1, "distractors": 0, "digits": 1, "batch_tokens": 1, "window": 1}
+    if a.jsonl and (a.perplexity or a.haystack or a.lengths or a.figure):
+        raise ValueError("--jsonl brings its own prompts: it goes without --perplexity, --haystack, --lengths and --figure")
+    if a.model and not a.jsonl and not (a.haystack and a.lengths):
+        raise ValueError("an evaluation needs --haystack and --lengths, or --jsonl")
+    if a.perplexity and len(a.lengths) > 1:
+        raise ValueError(f"--perplexity takes one of --lengths, not {len(a.lengths)}")
+    smallest = {"depths": 1, "samples": 1, "distractors": 0, "digits": 1, "batch_tokens": 1, "window": 1, "buckets": 1,
+                "max_new_tokens": 1, "max_length": 2}
     for name, least in smallest.items():
         value = getattr(a, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} is too small; the least is {least}")
+    if a.perplexity and min(a.lengths) < a.buckets:
+        raise ValueError(f"--lengths {a.lengths[0]} is too small for --buckets {a.buckets}")
     if a.distractors and a.task == "passkey":
         raise ValueError("--distractors need keys to tell facts apart: use --task needle or mixed")
     scaling_from_arguments(a)
@@ -457,47 +821,84 @@ def check_arguments(a: argparse.Namespace) -> None:
         if path and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
             raise OSError(f"{option} {path}: cannot be written; give a file in a directory that exists")
     if a.figure and a.figure.suffix != ".png":
-        raise ValueError(f"--figure {a.figure}: the heat map is a PNG; give a name that ends in .png")
+        raise ValueError(f"--figure {a.figure}: the figure is a PNG; give a name that ends in .png")
     if a.figure and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
 
 
+def load_model(a: argparse.Namespace, config, grid: Grid) -> Llama:
+    """The checkpoint on this grid, with the scaling that the arguments name."""
+    scaling = config.rope_scaling if a.rope_kind else None
+    return Llama.from_pretrained(a.model, grid, getattr(torch, a.dtype), a.device, scaling)
+
+
+def old_window(a: argparse.Namespace, config) -> int:
+    """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
+    scaling = config.rope_scaling
+    extended = scaling.original_max_position if scaling.kind not in ("default", "llama3") else None
+    return a.window or extended or config.max_position_embeddings
+
+
+def run_needles(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
+    """Build the shortest prompts, load the model, evaluate, show and write."""
+    longest = max(a.lengths)
+    haystack = load_haystack(a.haystack, tokenizer, OFFSETS + longest)
+    if len(haystack) < longest:
+        raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; length {longest} needs as many")
+    depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
+    options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "distractors": a.distractors, "digits": a.digits}
+    for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
+        cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
+    grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+    results = {"settings": json.loads(json.dumps(vars(a), default=str)), "window": old_window(a, config)}
+    results |= evaluate(load_model(a, config, grid), tokenizer, haystack, a.lengths, depths, a.samples,
+                        batch_tokens=a.batch_tokens, device=a.device, progress=grid.is_first, **options)
+    if grid.is_first:
+        print(terminal_map(results, sys.stdout.isatty()))
+        print_saved(results["read"], results["computed"])
+        write_results(a, results, lambda label: draw_figure([results], [label]))
+    grid.close()
+
+
+def run_perplexity(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
+    """Read long documents, load the model, measure, show and write."""
+    documents = load_long_documents(a.haystack, tokenizer, a.lengths[0], a.samples)
+    grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+    results = {"settings": json.loads(json.dumps(vars(a), default=str)), "window": old_window(a, config)}
+    results |= perplexity_by_position(load_model(a, config, grid), documents, a.buckets, a.device)
+    if grid.is_first:
+        print(perplexity_table([results], [a.model.name]))
+        write_results(a, results, lambda label: draw_perplexity([results], [label]))
+    grid.close()
+
+
+def write_results(a: argparse.Namespace, results: dict, draw: Callable[[str], bytes]) -> None:
+    """--out and --figure, complete or not at all."""
+    if a.out:
+        data.write_complete(a.out, (json.dumps(results, indent=1) + "\n").encode())
+    if a.figure:
+        data.write_complete(a.figure, draw(a.labels[0] if a.labels else a.model.name))
+
+
 def run(a: argparse.Namespace) -> None:
-    """Check everything, build the shortest prompts, load the model, evaluate, show and write."""
+    """Check everything that can be checked without the weights, then do what was asked."""
     check_arguments(a)
     if a.compare:
         return show_comparison(a) if launched()[0] == 0 else None
     config, tokenizer = rescale(read_config(a.model), scaling_from_arguments(a)), data.load_tokenizer(a.model)
     check_grid(a.tp, a.cp, launched()[1], config.shards())
     attention_kernel(a.device, getattr(torch, a.dtype), config.head_dim)
-    longest = max(a.lengths)
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"{a.model}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
-    haystack = load_haystack(a.haystack, tokenizer, haystack_reach(longest))
-    if len(haystack) < longest:
-        raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; length {longest} needs as many")
-    depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
-    options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "distractors": a.distractors,
-               "digits": a.digits}
-    for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
-        cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
-    if longest > config.max_position_embeddings:
+    if a.lengths and max(a.lengths) > config.max_position_embeddings:
         print_once(f"note: lengths above {config.max_position_embeddings} lie beyond this model's window")
-    scaling = config.rope_scaling  # Llama 3.1's own is part of its window, the other kinds extend one
-    extended = scaling.original_max_position if scaling.kind not in ("default", "llama3") else None
-    grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-    model = Llama.from_pretrained(a.model, grid, getattr(torch, a.dtype), a.device, scaling if a.rope_kind else None)
-    results = {"settings": json.loads(json.dumps(vars(a), default=str)),
-               "window": a.window or extended or config.max_position_embeddings}
-    results |= evaluate(model, tokenizer, haystack, a.lengths, depths, a.samples, batch_tokens=a.batch_tokens,
-                        device=a.device, progress=grid.is_first, **options)
-    if grid.is_first:
-        print(terminal_map(results, sys.stdout.isatty()))
-        if a.out:
-            data.write_complete(a.out, (json.dumps(results, indent=1) + "\n").encode())
-        if a.figure:
-            data.write_complete(a.figure, draw_figure([results], [a.labels[0] if a.labels else a.model.name]))
-    grid.close()
+    if a.jsonl:
+        a.prompt = a.prompt or ("chat" if data.has_chat_tokens(tokenizer) else "plain")
+        run_questions(a, config, tokenizer)
+    elif a.perplexity:
+        run_perplexity(a, config, tokenizer)
+    else:
+        run_needles(a, config, tokenizer)
 
 
 def main(argv: list[str] | None = None) -> None:
