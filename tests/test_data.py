@@ -475,6 +475,130 @@ def test_measured_token_shares_follow_the_weights(tmp_path, tokenizer):
         assert np.allclose([share[100 * s + kind] for kind in range(3)], expected * (s + 1) / 3, rtol=0.06)
 
 
+@pytest.fixture(scope="module")
+def web(tmp_path_factory):
+    """Two JSON-lines files of 700 documents, sources "web" and "books" by a field, lengths from 20 to 20,000 characters."""
+    place, rng = tmp_path_factory.mktemp("web"), random.Random(5)
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        lines = []
+        for _ in range(350):
+            source = rng.choice(["web", "web", "books"])
+            words = int(2 ** rng.uniform(2, 9.5 if source == "books" else 8))
+            text = " ".join(f"{rng.randrange(10**4)}" for _ in range(words))
+            lines.append(json.dumps({"text": text, "meta": {"set": {"name": source}}}))
+        content = "\n".join(lines).encode()
+        (place / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return place
+
+
+UPSAMPLED = {"source_field": "meta.set.name", "holdout_window": 16, "short": 100, "long": 500, "short_weight": 0.4, "long_weight": 2.5}
+
+
+def prepared(web, tokenizer, out, **options):
+    return data.prepare_corpus([("slim", web)], tokenizer, out, **UPSAMPLED | options)
+
+
+def content(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_token_shares_by_length_and_source_are_what_the_weights_ask(web, tokenizer, tmp_path, monkeypatch):
+    """Up-sampling by the documents drawn, not their tokens; a budget filled from the head of the files; sources that drift."""
+    monkeypatch.setattr(data, "EDGES", [0, 100, 500, 2**62])
+    everything = prepared(web, tokenizer, tmp_path / "all", short_weight=1.0, long_weight=1.0)["splits"]["train"]["tokens"]
+    for budget in (everything // 3, everything // 9 * 8, None):
+        meta = prepared(web, tokenizer, tmp_path / str(budget), budget=budget)
+        written = meta["splits"]["train"]["tokens"]
+        assert written == budget or budget is None and abs(written / everything - 1) < 0.01
+        sources = meta["lengths"]["sources"]
+        assert set(sources) == {"slim/web", "slim/books"}
+        for rows in sources.values():
+            assert sum(rows["asked"]) == pytest.approx(sum(rows["tokens"]), rel=1e-4)  # proportions of sources are kept
+            expected = np.array(rows["tokens"]) * [0.4, 1, 2.5]
+            for measured, asked, own in zip(rows["written"], rows["asked"], expected / expected.sum()):
+                assert abs(asked / sum(rows["asked"]) - own) < 1e-4
+                assert abs(measured / written - own * sum(rows["tokens"]) / everything) < 0.01
+
+
+def test_no_document_occurs_more_often_than_its_weight(web, tokenizer, tmp_path):
+    once = prepared(web, tokenizer, tmp_path / "once", short_weight=1.0, long_weight=1.0, holdout=0)
+    assert once["splits"]["train"]["documents"] == 700
+    meta = prepared(web, tokenizer, tmp_path / "out", holdout=0)
+    dataset = data.PackedDataset(tmp_path / "once", "train", 8, 0, "none")
+    weights = data.length_weights(dataset.lengths, np.load(tmp_path / "once" / "train-sources.npy"), 100, 500, 0.4, 2.5)
+    whole = [tokens.tobytes() for tokens, _ in read_back(tmp_path / "once", "train", tokenizer)]
+    count = Counter(tokens.tobytes() for tokens, _ in read_back(tmp_path / "out", "train", tokenizer))
+    assert set(count) <= set(whole) and len(set(whole)) == 700 and weights.max() > 1.2
+    for tokens, weight in zip(whole, weights):
+        assert int(weight) <= count[tokens] <= np.ceil(weight)
+    most = meta["splits"]["train"]["tokens"]
+    with pytest.raises(ValueError, match=rf"--tokens {2 * most} is more than .* give, \d+"):
+        prepared(web, tokenizer, tmp_path / "more", holdout=0, budget=2 * most)
+
+
+def test_any_number_of_processes_writes_the_same_bytes(web, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PART_BYTES", 10_000)
+    for processes in (1, 4):
+        prepared(web, tokenizer, tmp_path / str(processes), processes=processes, budget=100_000, seed=3)
+    assert content(tmp_path / "1") == content(tmp_path / "4")
+    other = prepared(web, tokenizer, tmp_path / "other", budget=100_000, seed=4)
+    assert other["splits"]["train"]["tokens"] == 100_000 and content(tmp_path / "other") != content(tmp_path / "1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4", "other"]  # no parts are left
+
+
+def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp_path):
+    """Killed in the middle of tokenising, comparing and writing, and every time after a few parts more."""
+    code = ("import data, os, signal, sys\n"
+            "data.PART_BYTES, left, read_raw, load = 10_000, int(sys.argv[1]), data.read_raw, data.Part.load\n"
+            "def count():\n"
+            "    global left\n"
+            "    left -= 1\n"
+            "    if left < 0:\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "def dying_read(path):\n"
+            "    for raw in read_raw(path):\n"
+            "        count()\n"
+            "        yield raw\n"
+            "def dying_load(*arguments, **options):\n"
+            "    count()\n"
+            "    return load(*arguments, **options)\n"
+            "data.read_raw, data.Part.load = dying_read, dying_load\n"
+            f"data.prepare_corpus([('slim', {str(web)!r})], data.load_tokenizer(sys.argv[2]), 'out', budget=100_000, processes=2, "
+            f"**{UPSAMPLED!r})\n")
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(data, "PART_BYTES", 10_000)
+    prepared(web, tokenizer, tmp_path / "whole", budget=100_000)
+    monkey.undo()
+    counts = []
+    for calls in (700, 1300, 1415, 1475, 10**9):  # 1,400 reads, 29 parts
+        done = subprocess.run([sys.executable, "-c", code, str(calls), str(tokenizer.path)], cwd=tmp_path, capture_output=True,
+                              env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}, text=True,
+                              timeout=60)
+        assert done.returncode == (0 if calls == 10**9 else -signal.SIGKILL), done.stderr
+        counts.append(len(list(tmp_path.glob("out.parts/*.safetensors"))))
+        assert (tmp_path / "out").exists() == (calls == 10**9)
+    assert 0 < counts[0] < counts[1] <= counts[2] == counts[3] == 29 and counts[4] == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_held_out_tokens_are_capped_and_still_chosen_by_content(web, tokenizer, tmp_path):
+    wide, narrow = (prepared(web, tokenizer, tmp_path / str(most), holdout=0.3, holdout_window=0, holdout_tokens=most)
+                    for most in (10**9, 20_000))
+    sides = [[{t.tobytes() for t, _ in read_back(tmp_path / str(most), split, tokenizer)} for split in ("train", "valid")]
+             for most in (10**9, 20_000)]
+    assert wide["splits"]["valid"]["tokens"] > 40_000 and 10_000 < narrow["splits"]["valid"]["tokens"] <= 20_000
+    assert sides[1][1] < sides[0][1] and not sides[1][0] & sides[1][1] and narrow["holdout"] < wide["holdout"] == 0.3
+
+
+def test_a_bad_line_keeps_the_parts_that_are_done(web, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PART_BYTES", 10_000)
+    bad = tmp_path / "z.jsonl"
+    bad.write_text('{"txt": 1}')
+    with pytest.raises(ValueError, match="z.jsonl, line 1: needs an object"):
+        data.prepare_corpus([("slim", web), ("bad", bad)], tokenizer, tmp_path / "out", source_field="meta.set.name", processes=2)
+    assert len(list((tmp_path / "out.parts").iterdir())) > 3 and not (tmp_path / "out").exists()
+
+
 # --------------------------------------------------------------------------------------------------------- packing
 
 
