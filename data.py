@@ -992,13 +992,14 @@ class PackedDataset:
 
 
 class ChatDataset:
-    """Chat samples, one a row, right-padded without loss, shuffled each epoch by (seed, epoch).
+    """Chat samples in rows, right-padded without loss, shuffled each epoch by (seed, epoch).
 
-    Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` has the others.
+    A row has one sample, or with `pack` as many as fit in their order, each under an id of its own for the cross-document
+    mask. Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` has the others.
     """
 
     def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding, sequence_length: int,
-                 seed: int) -> None:
+                 seed: int, pack: bool = False) -> None:
         """samples: a .jsonl or .jsonl.gz file of {"messages": [...]}, or lists of messages. Raises ValueError."""
         name = samples if isinstance(samples, (str, Path)) else "samples"
         documents = list(read_documents(samples)) if name is samples else [{"messages": m} for m in samples]
@@ -1009,18 +1010,31 @@ class ChatDataset:
         self.dropped = len(rows) - len(self.rows)
         if not self.rows:
             raise ValueError(f"{name}: none of {len(rows)} samples has {sequence_length} tokens or fewer")
-        self.sequence_length, self.seed, self.padding = sequence_length, seed, end_of_turn(tokenizer)
-        self.epoch, self.order = -1, np.empty(0)  # the newest one's order of rows
+        self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
+        self.sequence_length, self.seed, self.pack, self.padding = sequence_length, seed, pack, end_of_turn(tokenizer)
+        self.order, self.starts, self.epochs = np.empty(0, dtype=np.int64), [], 0  # samples of the epochs planned so far, rows
+
+    def plan(self) -> None:
+        """Put the samples of the next epoch into rows, which begin at `starts` in `order`."""
+        order, room = shuffled(len(self.rows), self.seed, self.epochs), 0
+        for place, length in enumerate(self.lengths[order].tolist(), len(self.order)):
+            if length > room or not self.pack:
+                self.starts.append(place)
+                room = self.sequence_length
+            room -= length
+        self.order, self.epochs = np.append(self.order, order), self.epochs + 1
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, loss mask bool, document ids int64 (all `index`), each (S + 1,)."""
-        size, (epoch, place) = self.sequence_length + 1, divmod(index, len(self.rows))
-        if self.epoch != epoch:
-            self.epoch, self.order = epoch, shuffled(len(self.rows), self.seed, epoch)
-        row, row_mask = self.rows[self.order[place]]
+        """Tokens int64, loss mask bool, document ids int64 (a number for each sample of the stream), each (S + 1,)."""
+        while index >= len(self.starts):
+            self.plan()
+        first, end = [*self.starts[index:index + 2], len(self.order)][:2]
+        size, parts = self.sequence_length + 1, [self.rows[sample] for sample in self.order[first:end]]
         tokens, mask = np.full(size, self.padding, dtype=np.int64), np.zeros(size, dtype=bool)
-        tokens[:len(row)], mask[:len(row)] = row, row_mask
-        return tokens, mask, np.full(size, index, dtype=np.int64)
+        filled = sum(len(row) for row, _ in parts)
+        tokens[:filled], mask[:filled] = (np.concatenate(arrays) for arrays in zip(*parts))
+        ids = np.repeat(np.arange(first, end), [len(row) for row, _ in parts])
+        return tokens, mask, np.pad(ids, (0, size - filled), mode="edge")  # padding belongs to the last sample
 
 
 class Blend:

@@ -22,15 +22,17 @@ def stage2_parser() -> argparse.ArgumentParser:
     group.add_argument("--data", nargs="+", action="extend", metavar="FILE[=WEIGHT]",
                        help="JSON lines with messages; each sample comes from one file, by weight")
     group.add_argument("--sequence-length", type=int, default=8192, help="longer samples are dropped and counted")
+    group.add_argument("--pack", dest="cross_document_mask", action="store_true",
+                       help="as many samples a row as fit, which do not see each other; --batch-size counts rows")
     group.add_argument("--validation-data", help="held-out chat samples; without them there is no validation")
-    parser.set_defaults(batch_size=128, micro_batch_size=1, learning_rate=5e-6, cross_document_mask=False)
+    parser.set_defaults(batch_size=128, micro_batch_size=1, learning_rate=5e-6)
     return parser
 
 
 def stage2_datasets(a: argparse.Namespace, tokenizer: data.Tokenizer):
-    """(training, validation) datasets of chat samples, one a row; validation is None without held-out samples."""
+    """(training, validation) datasets of chat samples; validation is None without held-out samples."""
     def samples(path) -> data.ChatDataset:
-        dataset = data.ChatDataset(path, tokenizer, a.sequence_length, a.seed)
+        dataset = data.ChatDataset(path, tokenizer, a.sequence_length, a.seed, pack=a.cross_document_mask)
         print_once(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than {a.sequence_length} tokens")
         return dataset
 

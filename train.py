@@ -177,7 +177,8 @@ def check_arguments(a: argparse.Namespace) -> None:
         of_batch = f"--batch-size {a.batch_size}" + (f" / {replicas} data-parallel replicas" if replicas > 1 else "")
         raise ValueError(f"--micro-batch-size {a.micro_batch_size} does not divide {of_batch}")
     if a.cross_document_mask and a.cp > 1:
-        raise ValueError("--cross-document-mask works on whole sequences: use --cp 1 (and --tp), or leave it out")
+        raise ValueError("--cross-document-mask (and sft.py --pack) works on whole sequences: use --cp 1 (and --tp), or "
+                         "leave it out")
     if a.out and a.out.is_file():
         raise ValueError(f"--out {a.out}: is a file; choose a directory")
     if a.dry_run not in DEVICES:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import data
+from model import Llama, ModelConfig
 
 SCRIPTS = ["Plain English, don't I'LL we'Ve 1234 5", "Ελληνικό κείμενο 12", "Русский текст 3,4", "العربية ١٢٣ نص",
            "עברית טקסט", "हिन्दी पाठ १२३", "中文文本一二三", "日本語のテキスト", "한국어 텍스트", "ภาษาไทย ๑๒๓", "தமிழ் உரை", "ქართული",
@@ -749,6 +750,31 @@ def test_chat_order_is_a_pure_function_of_seed_and_epoch(tokenizer):
         return [tokenizer.decode(dataset.sequence(i)[0].tolist()) for i in range(24)]
     assert order(0) == order(0) != order(1)
     assert sorted(order(0)[:12]) == sorted(order(0)[12:]) and order(0)[:12] != order(0)[12:]
+
+
+def test_packed_chat_rows_hold_every_sample_once_and_give_its_own_loss(tokenizer):
+    """A sample lost between epochs, rows that overflow, samples that see each other or predict the next one's first token."""
+    config = ModelConfig(vocab_size=tokenizer.n_vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
+    model = Llama(config).initialise(0).double()
+    samples = [conversation(i, words=1 + 5 * i % 23) for i in range(30)]
+    single, packed = (data.ChatDataset(samples, tokenizer, 250, 0, pack) for pack in (False, True))
+
+    def loss(dataset, count, masked):
+        tokens, targets, ids = data.batch(dataset, 0, count)
+        total, number = model.loss(tokens, targets, ids if masked else None)
+        return total.item(), number.item()
+
+    packed.sequence(0)
+    rows = len(packed.starts)
+    assert 30 * 250 / 2 > rows * 250 >= packed.lengths.sum() and packed.lengths.sum() / rows / 250 > 0.7
+    alone, together = loss(single, 30, False), loss(packed, rows, True)
+    assert together[1] == alone[1] and together[0] == pytest.approx(alone[0], rel=1e-9)
+    assert loss(packed, rows, False)[0] != pytest.approx(alone[0], rel=1e-5)
+    numbers = [np.unique(packed.sequence(i)[2]).tolist() for i in range(3 * rows)]
+    assert [n for row in numbers for n in row][:90] == list(range(90))  # whole epochs, one after the other
+    fresh = data.ChatDataset(samples, tokenizer, 250, 0, True)
+    assert all(np.array_equal(x, y) for i in (2 * rows, 1) for x, y in zip(fresh.sequence(i), packed.sequence(i)))
 
 
 class Counting:
