@@ -582,7 +582,7 @@ def perplexity_table(runs: list[dict], labels: list[str]) -> str:
     for i, (start, end) in enumerate(itertools.pairwise(edges)):
         if i and start >= runs[0]["window"] > edges[i - 1]:
             lines.append(f"{'old window ends':>17}")
-        lines.append(f"{f'{start:,}-{end:,}':>17}" + "".join(f"{math.exp(run['loss'][i]):>{width}.3f}" for run in runs))
+        lines.append(f"{f'{start:,}-{end:,}':>17}" + "".join(f"{math.exp(run['loss'][i]):>{width}.4g}" for run in runs))
     return "\n".join(lines)
 
 

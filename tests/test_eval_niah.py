@@ -498,3 +498,171 @@ def test_comparison_shows_runs_side_by_side(model_directory, text_file, tmp_path
     for options in (["--labels", "A"], ["--compare", str(text_file)]):
         with pytest.raises(SystemExit, match="--labels has 1 names|not results that"):
             eval_niah.main(["--compare", *files, *options])
+
+
+# ----------------------------------------------------------------------------------------------- shared beginnings
+
+
+def test_cells_share_the_haystack_before_their_fact(model_directory):
+    """Ten depths cost little more than half of cell by cell, over lengths too, and every answer stays what it was."""
+    model, tokenizer = Llama.from_pretrained(model_directory), data.load_tokenizer(model_directory)
+    haystack = np.resize(np.array(tokenizer.encode_ordinary(TEXT)), 30_000)
+    depths = [i / 9 for i in range(10)]
+    results = evaluate(model, tokenizer, haystack, [512, 1024, 2048], depths, 1, batch_tokens=1)
+    assert results["read"] == 10 * 3584 and 0.5 < results["computed"] / results["read"] <= 0.6
+    for cell in results["cells"]:
+        prompt = cell_prompt(tokenizer, haystack, cell["length"], cell["depth"], 0, seed=1234, task="passkey", chat=False,
+                             distractors=0, digits=5)
+        with torch.no_grad():
+            said = model(torch.tensor([prompt.tokens]))[0, prompt.answer_start - 1:].argmax(1).tolist()
+        assert eval_niah.score(tokenizer, prompt, said)[1] == cell["prompts"][0]["given"]
+
+
+# --------------------------------------------------------------------------------------------- prompts of files
+
+
+@pytest.mark.parametrize("metric, prediction, answers, score", [
+    # RULER: case does not matter, the answer may stand anywhere, even in a longer number; a share of several
+    ("all", "The magic numbers are 1234567 and 7654321.", ["1234567", "7654321"], 1.0),
+    ("all", "1234567", ["1234567", "7654321"], 0.5), ("all", "none of them", ["1234567", "7654321"], 0.0),
+    ("all", "12345678", ["1234567"], 1.0), ("all", "123 4567", ["1234567"], 0.0), ("all", "", ["a"], 0.0),
+    ("all", "VAR ABC, and def", ["abc", "DEF", "ghi"], 2 / 3), ("all", "1,234,567", ["1234567"], 0.0),
+    ("any", "It is Paris or so", ["london", "paris"], 1.0), ("any", "Rome", ["london", "paris"], 0.0),
+    ("f1", "The cat sat, there.", ["a cat sat"], 0.8), ("f1", "the", ["cat"], 0.0), ("f1", "dog", ["cat", "dog"], 1.0),
+    ("f1", "cat cat", ["cat"], 2 / 3), ("f1", "", ["cat"], 0.0),
+    ("exact", "The Cat!", ["cat"], 1.0), ("exact", "cat sat", ["cat"], 0.0), ("exact", "b", ["a b", "b"], 1.0)])
+def test_scores_of_texts(metric, prediction, answers, score):
+    assert eval_niah.METRICS[metric](eval_niah.printable(prediction), answers) == pytest.approx(score)
+
+
+def ruler_rules(prediction, references):
+    """RULER's own lines, as its scripts/eval has them: the mean over references of whether each is a substring."""
+    prediction = re.sub(r"[\x00-\x1f]", "\n", prediction).strip()
+    return sum(1.0 if r.lower() in prediction.lower() else 0.0 for r in references) / len(references)
+
+
+def test_random_texts_score_as_rulers_rules_say():
+    rng = random.Random(0)
+    for _ in range(500):
+        text = "".join(rng.choice("aB1 \x07\n9,") for _ in range(rng.randrange(12)))
+        answers = ["".join(rng.choice("Ab19 ") for _ in range(rng.randrange(1, 4))) for _ in range(rng.randrange(1, 4))]
+        assert eval_niah.METRICS["all"](eval_niah.printable(text), answers) == ruler_rules(text, answers)
+
+
+def test_questions_of_every_format_are_read(tmp_path):
+    lines = [{"index": 0, "input": "I", "outputs": ["1", "2"], "length": 4096, "answer_prefix": " A:", "task": "vt",
+              "max_new_tokens": 30, "metric": "any"},
+             {"context": "C", "input": "I", "answer": ["x"], "id": 3}, {"context": "C", "input": "I", "answers": ["x", "y"]},
+             {"prompt": "P", "answer": 7}]
+    path = tmp_path / "set.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = [(q.text, q.answer_prefix, q.answers, q.metric, q.max_new_tokens, q.task, q.length)
+             for q in eval_niah.read_questions(path)]
+    assert found == [("I", " A:", ["1", "2"], "any", 30, "vt", "4096"), ("C\n\nI", "", ["x"], "all", 128, "set", "all"),
+                     ("C\n\nI", "", ["x", "y"], "all", 128, "set", "all"), ("P", "", ["7"], "all", 128, "set", "all")]
+    assert {(q.metric, q.max_new_tokens) for q in eval_niah.read_questions(path, "f1", 5)} == {("f1", 5)}
+    for bad in ("{", "[]", '{"input": "x"}', '{"outputs": ["x"]}', '{"input": 5, "outputs": ["x"]}', '{"input": "x", "outputs": []}',
+                '{"input": "x", "outputs": ["y"], "metric": "bleu"}', '{"input": "x", "outputs": ["y"], "max_new_tokens": 0}'):
+        path.write_text('{"input": "x", "outputs": ["y"]}\n' + bad)
+        with pytest.raises(ValueError, match="set.jsonl, line 2: needs a JSON object with prompt"):
+            eval_niah.read_questions(path)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Twelve questions of three lengths; four begin alike."""
+    path, rng = tmp_path / "set.jsonl", random.Random(2)
+    starts = [TEXT[:300]] * 4 + [TEXT[a:a + rng.choice([200, 300])] for a in range(100, 900, 100)]
+    path.write_text("\n".join(json.dumps({"input": f"{start} {i % 3}", "outputs": ["e", "th"], "task": f"task {i % 2}",
+                                          "length": 100 * (1 + i % 2), "max_new_tokens": 6 + i % 2, "answer_prefix": " So:"})
+                              for i, start in enumerate(starts)))
+    return path
+
+
+def answers_of(path):
+    return {line["index"]: line for line in map(json.loads, path.read_text().splitlines()[1:])}
+
+
+@pytest.mark.parametrize("chat", ["plain", "chat"])
+def test_answers_are_what_each_prompt_alone_gives_whatever_the_batch(model_directory, questions, tmp_path, chat, capsys):
+    """Rows mixed up in a batch, keys and values of another prompt, an answer cut by another row's stop."""
+    for name, batch_tokens in (("one", 1), ("many", 10**6)):
+        eval_niah.main([str(model_directory), "--jsonl", str(questions), "--prompt", chat, "--batch-tokens", str(batch_tokens),
+                        "--max-length", "1000", "--out", str(tmp_path / name)])
+    assert answers_of(tmp_path / "one") == answers_of(tmp_path / "many")
+    shown = capsys.readouterr().out
+    assert shown.count("task 0") == 2 and "shared" in shown and len(answers_of(tmp_path / "one")) == 12
+    model, tokenizer = Llama.from_pretrained(model_directory), data.load_tokenizer(model_directory)
+    for index, question in enumerate(eval_niah.read_questions(questions)):
+        tokens = torch.tensor([eval_niah.prompt_tokens(tokenizer, question.text, " So:", chat == "chat")])
+        alone = model.generate(tokens, 6 + index % 2, stop_tokens=tuple(data.stop_tokens(tokenizer, None)))[0, tokens.shape[1]:]
+        text = tokenizer.decode([t for t in alone.tolist() if t not in data.stop_tokens(tokenizer, None)])
+        answer = answers_of(tmp_path / "one")[index]
+        assert answer["prediction"] == eval_niah.printable(text) and answer["prompt_tokens"] == tokens.shape[1]
+        assert answer["score"] == ruler_rules(text, ["e", "th"])
+
+
+def test_a_stopped_run_of_questions_goes_on_and_never_mixes_settings(model_directory, questions, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "answers.jsonl"
+    command = [str(model_directory), "--jsonl", str(questions), "--out", str(out), "--max-length", "1000"]
+    eval_niah.main(command)
+    whole, table = answers_of(out), capsys.readouterr().out.splitlines()[:4]
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:5]) + lines[5][:20])  # killed while it wrote the fifth answer
+    asked, answer = [], eval_niah.answer_questions
+    monkeypatch.setattr(eval_niah, "answer_questions", lambda *a, **o: asked.extend(a[3]) or answer(*a, **o))
+    eval_niah.main(command)
+    assert answers_of(out) == whole and len(asked) == 8 and capsys.readouterr().out.splitlines()[:4] == table
+    monkeypatch.setattr(Llama, "from_pretrained", None)
+    eval_niah.main(command)  # nothing is left to do: the model is not even loaded
+    assert capsys.readouterr().out.splitlines()[:4] == table and answers_of(out) == whole
+    for more, message in ((["--max-new-tokens", "3"], "was made with max_new_tokens None, not 3"),
+                          (["--out", str(questions)], "holds no answers")):
+        with pytest.raises(SystemExit, match=message):
+            eval_niah.main([*command, *more])
+    assert answers_of(out) == whole
+
+
+def test_prompts_beyond_the_window_lose_their_middle(model_directory, questions, tmp_path):
+    eval_niah.main([str(model_directory), "--jsonl", str(questions), "--prompt", "plain", "--max-length", "100",
+                    "--out", str(tmp_path / "a")])
+    assert {line["prompt_tokens"] for line in answers_of(tmp_path / "a").values()} == {93, 94}
+    tokenizer, model = data.load_tokenizer(model_directory), Llama.from_pretrained(model_directory)
+    question = eval_niah.read_questions(questions)[0]
+    tokens = eval_niah.prompt_tokens(tokenizer, question.text, question.answer_prefix)
+    alone = model.generate(torch.tensor([tokens[:47] + tokens[-47:]]), 6)[0, 94:].tolist()
+    assert answers_of(tmp_path / "a")[0]["prediction"] == eval_niah.printable(tokenizer.decode(alone))
+
+
+# --------------------------------------------------------------------------------------- perplexity by position
+
+
+def test_perplexity_is_the_mean_loss_at_each_stretch_of_positions(model_directory, tmp_path, capsys):
+    """A bucket shifted by one, a mean over documents of other lengths, short documents joined to a long one."""
+    pytest.importorskip("matplotlib")
+    lines = [{"text": TEXT[a:a + n]} for a, n in ((0, 900), (50, 60), (300, 1200), (17, 1000))]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [str(model_directory), "--perplexity", "--haystack", str(tmp_path / "long.jsonl"), "--lengths", "301", "--samples",
+               "2", "--buckets", "3", "--out", str(tmp_path / "p.json"), "--figure", str(tmp_path / "p.png")]
+    eval_niah.main(command)
+    results, shown = json.loads((tmp_path / "p.json").read_text()), capsys.readouterr().out
+    model, tokenizer = Llama.from_pretrained(model_directory), data.load_tokenizer(model_directory)
+    rows = torch.tensor([tokenizer.encode_ordinary(lines[i]["text"])[:302] for i in (0, 2)])
+    losses = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(2, 301)
+    expected = [losses[:, a:b].mean().item() for a, b in ((0, 100), (100, 201), (201, 301))]
+    assert results["edges"] == [0, 100, 201, 301] and results["loss"] == pytest.approx(expected, rel=1e-4)
+    assert results["documents"] == 2 and min(results["standard_error"]) > 0 and results["window"] == 256
+    assert f"{np.exp(expected[1]):.4g}" in shown and (tmp_path / "p.png").stat().st_size > 5000
+    eval_niah.main(["--compare", str(tmp_path / "p.json"), str(tmp_path / "p.json"), "--labels", "A", "B", "--window", "100"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].split() == ["positions", "A", "B"] and rows[2].split() == ["old", "window", "ends"] and len(rows) == 5
+    with pytest.raises(SystemExit, match="3 documents have more than 400 tokens .*--samples asks for 4"):
+        eval_niah.main([*command, "--lengths", "400", "--samples", "4"])
+
+
+def test_perplexity_of_a_corpus_reads_its_held_out_documents(model_directory, tmp_path):
+    tokenizer = data.load_tokenizer(model_directory)
+    documents = [("x", [i] * n, None) for i, n in enumerate((30, 90, 10, 80))]
+    data.write_corpus({"train": documents[:1], "valid": documents}, tmp_path / "corpus", tokenizer, shard_tokens=100)
+    found = eval_niah.load_long_documents(tmp_path / "corpus", tokenizer, 79, 2)
+    assert found.tolist() == [[1] * 80, [3] * 80]
