@@ -286,11 +286,13 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
 
     parts = [([special("<|begin_of_text|>")] if llama else [], False)]  # (tokens, whether they carry loss)
     for message in messages:
-        role, content = message["role"], message["content"].strip() if llama else message["content"]  # as the templates
-        if role == "assistant" or llama:
-            parts += [(header(role), False), ([*text(content), end], role == "assistant")]
+        role, opening = message["role"], header(message["role"])
+        if llama:
+            whole = [*opening, *text(message["content"].strip()), end]  # stripped as Hugging Face's templates do
         else:  # one text: white space that begins a content joins ChatML's line break before it
-            parts.append(([special("<|im_start|>"), *text(f"{role}\n{content}"), end], False))
+            whole = [special("<|im_start|>"), *text(f"{role}\n{message['content']}"), end]
+        own = next((i for i, (a, b) in enumerate(zip(opening, whole)) if a != b), len(opening))  # where the content begins
+        parts += [(whole[:own], False), (whole[own:], role == "assistant")]
         parts.append(([] if llama else text("\n"), False))
     if add_generation_prompt:
         parts.append((header("assistant"), False))
