@@ -762,7 +762,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                          "the held-out split is used), or a directory, .txt or .jsonl of text")
     prompts.add_argument("--lengths", type=int, nargs="+", help="tokens, the answer's included")
     prompts.add_argument("--depths", type=int, default=10, help="how many, evenly from 0 to 1")
-    prompts.add_argument("--samples", type=int, default=5, help="prompts a cell; documents of --perplexity")
+    prompts.add_argument("--samples", type=int, default=5, help="prompts a cell, shared by the data-parallel replicas; documents "
+                         "of --perplexity")
     prompts.add_argument("--task", choices=(*WORDING, "mixed"), default="passkey")
     prompts.add_argument("--prompt", choices=("plain", "chat"), help="default: plain for needles; for --jsonl chat where the "
                          "tokenizer has chat tokens")
