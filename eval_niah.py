@@ -268,6 +268,14 @@ def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float,
                         distractors if task == "needle" else 0, digits)
 
 
+def standard_error(right: np.ndarray) -> float:
+    """Of the mean of (depths, samples): over samples, since prompts of one share their text and fail together; binomial for
+    a single sample."""
+    if right.shape[1] == 1:
+        return float((right.mean() * (1 - right.mean()) / right.size) ** 0.5)
+    return float(right.mean(0).std(ddof=1) / right.shape[1] ** 0.5)
+
+
 def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int], depths: list[float],
              samples: int, seed: int = 1234, *, task: str = "passkey", chat: bool = False,
              distractors: int = 0, digits: int = 5, batch_tokens: int = 16384, device: str = "cpu",
@@ -275,8 +283,7 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
     """Retrieval accuracy of every length x depth, `samples` prompts each.
 
     Returns {"lengths", "depths", "cells", "means", "read", "computed"}. A cell has its length, depth, accuracy
-    in % and every prompt's expected and given answer; a mean has a length's accuracy in % and binomial standard
-    error in points. Samples of a cell share forwards of up to `batch_tokens` tokens a replica; that changes no
+    in % and every prompt's expected and given answer; a mean has a length's accuracy in % and standard error in points. Samples of a cell share forwards of up to `batch_tokens` tokens a replica; that changes no
     result. Cells go from the last place of the fact to the first, so that each begins like the one before and
     only what follows its fact is computed: of `read` tokens, `computed`.
     """
@@ -302,10 +309,9 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
              for length, depth in itertools.product(lengths, depths)]
     means = []
     for length in lengths:
-        share = sum(cell["accuracy"] for cell in cells if cell["length"] == length) / 100 / len(depths)
-        prompts = len(depths) * samples
-        means.append({"length": length, "prompts": prompts, "accuracy": 100 * share,
-                      "standard_error": 100 * math.sqrt(share * (1 - share) / prompts)})
+        right = np.array([[p["correct"] for p in cell["prompts"]] for cell in cells if cell["length"] == length])  # (depths, samples)
+        means.append({"length": length, "prompts": right.size, "accuracy": 100 * float(right.mean()),
+                      "standard_error": 100 * standard_error(right)})
     read, computed = reader.counts()
     return {"lengths": lengths, "depths": list(depths), "means": means, "cells": cells, "read": read, "computed": computed}
 
@@ -762,8 +768,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                          "the held-out split is used), or a directory, .txt or .jsonl of text")
     prompts.add_argument("--lengths", type=int, nargs="+", help="tokens, the answer's included")
     prompts.add_argument("--depths", type=int, default=10, help="how many, evenly from 0 to 1")
-    prompts.add_argument("--samples", type=int, default=5, help="prompts a cell, shared by the data-parallel replicas; documents "
-                         "of --perplexity")
+    prompts.add_argument("--samples", type=int, default=5, help="prompts a cell, shared by data-parallel replicas; "
+                         "documents of --perplexity")
     prompts.add_argument("--task", choices=(*WORDING, "mixed"), default="passkey")
     prompts.add_argument("--prompt", choices=("plain", "chat"), help="default: plain for needles; for --jsonl chat where the "
                          "tokenizer has chat tokens")

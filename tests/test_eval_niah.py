@@ -474,12 +474,14 @@ def test_terminal_map_and_standard_error(tokenizer, haystack):
 
     results = evaluate(Half(tokenizer), tokenizer, haystack, [600, 300], [0.0, 1.0], 5) | {"window": 300}
     assert eval_niah.accuracy_grid(results) == [[100.0, 100.0], [100.0, 0.0]]
-    assert results["means"][1] == {"length": 600, "prompts": 10, "accuracy": 50.0,
-                                   "standard_error": pytest.approx(100 * (0.25 / 10) ** 0.5)}
+    assert results["means"][1] == {"length": 600, "prompts": 10, "accuracy": 50.0, "standard_error": 0.0}  # by every sample
+    right = np.array([[1, 1, 0, 1], [0, 1, 0, 1]])  # samples of 50, 100, 0 and 100 %
+    assert eval_niah.standard_error(right) == pytest.approx(np.std([0.5, 1, 0, 1], ddof=1) / 2)
+    assert eval_niah.standard_error(right[:, :1]) == pytest.approx(0.125 ** 0.5)
     plain = eval_niah.terminal_map(results, colour=False)
     assert [line.split() for line in plain.splitlines()] == [
         ["depth", "300", "|", "600"], ["0", "%", "100", "|", "100"], ["100", "%", "100", "|", "0"],
-        ["mean", "100.0", "|", "50.0"], ["±", "0.0", "|", "15.8"]]
+        ["mean", "100.0", "|", "50.0"], ["±", "0.0", "|", "0.0"]]
     colour = eval_niah.terminal_map(results, colour=True)
     assert re.sub(r"\033\[[\d;]*m", "", colour) == plain != colour
 
