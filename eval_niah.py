@@ -282,10 +282,11 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
              progress: bool = False) -> dict:
     """Retrieval accuracy of every length x depth, `samples` prompts each.
 
-    Returns {"lengths", "depths", "cells", "means", "read", "computed"}. A cell has its length, depth, accuracy
-    in % and every prompt's expected and given answer; a mean has a length's accuracy in % and standard error in points. Samples of a cell share forwards of up to `batch_tokens` tokens a replica; that changes no
-    result. Cells go from the last place of the fact to the first, so that each begins like the one before and
-    only what follows its fact is computed: of `read` tokens, `computed`.
+    Returns {"lengths", "depths", "cells", "means", "read", "computed"}. A cell has its length, depth, accuracy in % and
+    every prompt's expected and given answer; a mean has a length's accuracy in % and standard error in points. Samples of a
+    cell share forwards of up to `batch_tokens` tokens a replica; that changes no result. Cells go from the last place of the
+    fact to the first, so that each begins like the one before and only what follows its fact is computed: of `read` tokens,
+    `computed`.
     """
     options = {"seed": seed, "task": task, "chat": chat, "distractors": distractors, "digits": digits}
     lengths, found, reader = sorted(set(lengths)), {}, Reader(model, device)
@@ -309,7 +310,8 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
              for length, depth in itertools.product(lengths, depths)]
     means = []
     for length in lengths:
-        right = np.array([[p["correct"] for p in cell["prompts"]] for cell in cells if cell["length"] == length])  # (depths, samples)
+        right = [[p["correct"] for p in cell["prompts"]] for cell in cells if cell["length"] == length]
+        right = np.array(right)  # (depths, samples)
         means.append({"length": length, "prompts": right.size, "accuracy": 100 * float(right.mean()),
                       "standard_error": 100 * standard_error(right)})
     read, computed = reader.counts()
