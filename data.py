@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -21,6 +22,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sysconfig
 import threading
 import time
@@ -36,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 from tqdm import tqdm
@@ -375,8 +377,8 @@ def parse_document(raw: Raw, source_field: str | None = None) -> tuple[dict, str
             return {key: record[key] for key in keys}, source
     except UnicodeDecodeError as error:
         raise ValueError(f"{raw.place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except ValueError as error:
-        reason = f"not valid JSON ({error})" if isinstance(error, json.JSONDecodeError) else error
+    except (ValueError, RecursionError) as error:
+        reason = f"not valid JSON ({error})" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
         raise ValueError(f"{raw.place}: {reason}") from None
     except (KeyError, TypeError):
         pass  # the message below says what is needed
@@ -427,7 +429,7 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
 
 def write_complete(path: Path, content: bytes) -> None:
     """Write a file so that it is there complete or not at all."""
-    aside = path.with_name(path.name + ".partial")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         aside.write_bytes(content)
         sync(aside)
@@ -436,6 +438,20 @@ def write_complete(path: Path, content: bytes) -> None:
         raise OSError(f"{path}: not written ({error.strerror or error})") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file that is there only meanwhile. Raises ValueError if another process has it."""
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forks do not inherit it
+        except OSError:
+            raise ValueError(f"{path}: another process is at work on it; wait for it to end, or choose another place") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -517,8 +533,11 @@ def read_meta(directory: str | Path) -> dict:
 
 def digest(path: str | Path) -> str:
     """Identifies the data at a path: what a corpus's meta.json, or a file of samples, holds."""
-    file = Path(path) / "meta.json" if Path(path).is_dir() else Path(path)
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    found = hashlib.sha256()
+    with open(Path(path) / "meta.json" if Path(path).is_dir() else path, "rb") as file:
+        while piece := file.read(2**24):
+            found.update(piece)
+    return found.hexdigest()[:16]
 
 
 def content_hash(document: dict, seed: int) -> int:
@@ -582,36 +601,37 @@ def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window
 # processes writes the same ones, and a run that was killed finds them. Then one process plans and writes the corpus.
 
 PART_BYTES = 2**23  # of text in a part
+MOST_SOURCES = 1000
 EDGES = [0, 1024, 4096, 8192, 32768, 131072, 2**62]  # document lengths in the histogram, tokens
 
 
 class Part(NamedTuple):
-    """Encoded documents: tokens uint32 (T,), mask bool (T,), and of each document length int64, content_hash uint64 and
-    source (N,)."""
+    """Encoded documents: tokens uint32 (T,), mask bool (T,), of each document length int64, content_hash uint64 and source, an
+    index int32 into `names` (N,)."""
 
-    tokens: np.ndarray
-    mask: np.ndarray
+    tokens: np.ndarray | None
+    mask: np.ndarray | None
     lengths: np.ndarray
     hashes: np.ndarray
-    sources: list[str]
+    sources: np.ndarray
+    names: list[str]
 
     @classmethod
     def load(cls, path: Path, with_tokens: bool = True) -> Part:
         """A part's file; without its tokens and masks these are None."""
         with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys() if with_tokens or name in ("lengths", "hashes")}
-            return cls(arrays.get("tokens"), arrays.get("mask"), arrays["lengths"], arrays["hashes"],
-                       json.loads(file.metadata()["sources"]))
+            arrays = {name: file.get_tensor(name) for name in file.keys() if with_tokens or name not in ("tokens", "mask")}
+            return cls(*map(arrays.get, cls._fields[:5]), json.loads(file.metadata()["names"]))
 
     def documents(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """(source, tokens, mask) of each document."""
         borders = np.cumsum(self.lengths)[:-1]
-        return zip(self.sources, np.split(self.tokens, borders), np.split(self.mask, borders))
+        return zip((self.names[i] for i in self.sources), np.split(self.tokens, borders), np.split(self.mask, borders))
 
 
 def encode_part(raws: list[Raw], source: str, source_field: str | None, seed: int, tokenizer: Tokenizer, folder: Path,
                 identity: str) -> tuple[Path, int]:
-    """Encode documents into a part in `folder`, named by all that its content depends on (`identity`: of the tokenizer).
+    """Encode documents into a part in `folder`, named by all that its content depends on (`identity`: of tokenizer and code).
 
     Returns its path and how many tokens were encoded, 0 if it was there.
     """
@@ -619,7 +639,8 @@ def encode_part(raws: list[Raw], source: str, source_field: str | None, seed: in
     for raw in raws:
         name.update(b"%d %d " % (raw.is_json, len(raw.content)) + raw.content)
     path = folder / f"{name.hexdigest()}.safetensors"
-    if path.exists():
+    with suppress(OSError, SafetensorError):  # not there, or damaged: encode it
+        Part.load(path, with_tokens=False)
         return path, 0
     tokens, masks, hashes, sources = [], [], [], []
     for raw in raws:
@@ -630,10 +651,11 @@ def encode_part(raws: list[Raw], source: str, source_field: str | None, seed: in
             masks.append(mask)
             hashes.append(content_hash(document, seed))
             sources.append(f"{source}/{own}" if own else source)
+    names = list(dict.fromkeys(sources))
     arrays = {"tokens": np.concatenate([np.zeros(0, np.uint32), *tokens]), "mask": np.concatenate([np.zeros(0, bool), *masks]),
-              "lengths": np.array(list(map(len, tokens)), np.int64), "hashes": np.array(hashes, np.uint64)}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_complete(path, save(arrays, {"sources": json.dumps(sources)}))
+              "lengths": np.array(list(map(len, tokens)), np.int64), "hashes": np.array(hashes, np.uint64),
+              "sources": np.array(list(map({name: i for i, name in enumerate(names)}.get, sources)), np.int32)}
+    write_complete(path, save(arrays, {"names": json.dumps(names)}))
     return path, len(arrays["tokens"])
 
 
@@ -684,7 +706,9 @@ def workers(processes: int) -> ProcessPoolExecutor:
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after `parent`: a killed one leaves no worker that waits for ever."""
+    """End this process soon after `parent`, which alone heeds Ctrl-C: a killed one leaves no worker that waits for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -706,51 +730,78 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, 
     (None: all that the weights ask for).
 
     The result depends on neither `processes` nor earlier runs that were stopped; what those have done is used. Memory
-    holds the held-out documents, 40 bytes a document, and a few parts a process. ValueError or OSError.
+    holds the held-out documents, about 80 bytes a document, and a few parts a process. ValueError or OSError.
     """
     if not 0 <= holdout < 1 or holdout_window < 0 or holdout_tokens < 1:
         raise ValueError(f"holdout {holdout} must be in [0, 1), holdout_window {holdout_window} not negative, holdout_tokens "
                          f"{holdout_tokens} positive")
-    if processes < 1 or budget is not None and budget < 1:
-        raise ValueError(f"processes {processes} and tokens {budget} must be 1 or more")
+    if not 1 <= processes <= 8 * os.cpu_count() or budget is not None and budget < 1 or seed < 0:
+        raise ValueError(f"processes {processes} must be 1 to {8 * os.cpu_count()}, tokens {budget} 1 or more, seed {seed} not "
+                         "negative")
     length_weights(np.array([long + 1]), np.zeros(1), short, long, short_weight, long_weight)  # refuses bad ones now
     if len(dict(sources)) != len(sources):
         raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
     out_dir, sources = Path(out_dir).absolute(), [(name, source_path(path)) for name, path in sources]
     refuse_existing(out_dir)
-    folder = out_dir.with_name(out_dir.name + ".parts")
+    with parts_folder(out_dir.with_name(out_dir.name + ".parts")) as folder:
+        paths = encode_sources(sources, source_field, seed, tokenizer, folder, processes)
+        lengths, hashes, owners, names, borders = index_parts(paths)  # of all documents, (documents,) each
+        if source_field and not set(names) - {name for name, _ in sources} or len(names) > MOST_SOURCES:
+            raise ValueError(f"--source-field {source_field}: gives {len(names)} sources; it must be in the records, keys "
+                             "joined by dots, and name a few sources, not each document")
+        holdout = capped_holdout(lengths, hashes, holdout, holdout_tokens)
+        valid = hashes < holdout * 2**64
+        if not len(lengths) or valid.all():
+            raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
+        weights = np.zeros(len(lengths))
+        weights[~valid] = length_weights(lengths[~valid], owners[~valid], short, long, short_weight, long_weight)
+        repeats, cut = draw_documents(lengths, owners, weights, budget, seed)
+        by_part = list(zip(paths, np.split(valid, borders), np.split(repeats, borders)))
+        shared = find_shared(by_part, holdout_window, folder, processes)
+        held_out = (piece for path, held, _ in by_part for document in held_out_documents(path, held)
+                    for piece in cut_shared_windows(*document, holdout_window, shared))
+        return write_corpus({"train": training_documents(by_part, cut), "valid": held_out}, out_dir, tokenizer,
+                            holdout=holdout, holdout_window=holdout_window, seed=seed,
+                            lengths=length_histogram(lengths, owners, names, ~valid, weights, repeats, cut))
 
-    paths = encode_sources(sources, source_field, seed, tokenizer, folder, processes)
-    index = [Part.load(path, with_tokens=False) for path in paths]
-    lengths = np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in index)])  # (documents,), as are the next ones
-    hashes = np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in index)])
-    names = {name: i for i, name in enumerate(dict.fromkeys(name for part in index for name in part.sources))}
-    owners = np.array([names[name] for part in index for name in part.sources], dtype=np.int64)
-    holdout = capped_holdout(lengths, hashes, holdout, holdout_tokens)
-    valid = hashes < holdout * 2**64
-    if not len(lengths) or valid.all():
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
-    weights = np.zeros(len(lengths))
-    weights[~valid] = length_weights(lengths[~valid], owners[~valid], short, long, short_weight, long_weight)
-    repeats, cut = draw_documents(lengths, owners, weights, budget, seed)
-    borders = np.cumsum([len(part.lengths) for part in index])[:-1]
-    by_part = list(zip(paths, np.split(valid, borders), np.split(repeats, borders)))
-    shared = find_shared(by_part, holdout_window, folder, processes)
-    meta = write_corpus({"train": training_documents(by_part, cut),
-                         "valid": (piece for path, held, _ in by_part for document in held_out_documents(path, held)
-                                   for piece in cut_shared_windows(*document, holdout_window, shared))}, out_dir, tokenizer,
-                        holdout=holdout, holdout_window=holdout_window, seed=seed,
-                        lengths=length_histogram(lengths, owners, list(names), ~valid, weights, repeats, cut))
-    shutil.rmtree(folder)
-    return meta
+
+@contextmanager
+def parts_folder(folder: Path) -> Iterator[Path]:
+    """A folder for parts, of this process alone, which is removed at the end, and on an error if it has none.
+
+    Raises ValueError if there are other files in it, or another process uses it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = re.compile(r"lock|[0-9a-f]{32}\.safetensors(\.\d+\.partial)?|held_out_windows\.npy")
+    for path in folder.iterdir():
+        if not ours.fullmatch(path.name):
+            raise ValueError(f"{folder}: has {path.name}, which prepare did not write; move that away: its parts go there")
+    with locked(folder / "lock"):
+        try:
+            yield folder
+        except BaseException:
+            if not list(folder.glob("*.safetensors")):
+                shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+def index_parts(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], np.ndarray]:
+    """Of all documents of these parts: lengths int64, hashes uint64, sources int64 into the names that follow, and at which
+    document each part but the first begins."""
+    parts = [Part.load(path, with_tokens=False) for path in paths]
+    names = list(dict.fromkeys(name for part in parts for name in part.names))
+    owners = (np.array([names.index(name) for name in part.names], np.int64)[part.sources] for part in parts)
+    return (np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)]),
+            np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in parts)]),
+            np.concatenate([np.zeros(0, np.int64), *owners]), names, np.cumsum([len(part.lengths) for part in parts])[:-1])
 
 
 def encode_sources(sources: list[tuple[str, Path]], source_field: str | None, seed: int, tokenizer: Tokenizer, folder: Path,
                    processes: int) -> list[Path]:
     """Parts of all documents, in order."""
-    identity = hashlib.sha256(repr([fingerprint(tokenizer), tokenizer.normal_form, sorted(tokenizer._special_tokens.items()),
-                                    PART_BYTES]).encode()).hexdigest()
+    identity = hashlib.sha256(repr([fingerprint(tokenizer), tokenizer._pat_str, tokenizer.normal_form,
+                                    sorted(tokenizer._special_tokens.items()), digest(__file__)]).encode()).hexdigest()
     paths, started, encoded = [], time.perf_counter(), 0
     calls = part_calls(sources, source_field, seed, tokenizer, folder, identity)
     bar = tqdm(desc="tokenise", unit=" tokens", unit_scale=True, disable=None)
@@ -767,10 +818,10 @@ def encode_sources(sources: list[tuple[str, Path]], source_field: str | None, se
 
 def capped_holdout(lengths: np.ndarray, hashes: np.ndarray, holdout: float, most: int) -> float:
     """The largest share up to `holdout` whose documents have `most` tokens or fewer; of several, one document at least."""
-    order = np.argsort(hashes, kind="stable")
-    order = order[hashes[order] < holdout * 2**64]
-    kept = max(1, int(np.searchsorted(np.cumsum(lengths[order]), most, side="right")))
-    return holdout if kept >= len(order) else float(hashes[order[kept]]) / 2**64
+    mine = hashes < holdout * 2**64
+    values, copies = np.unique(hashes[mine], return_inverse=True)
+    kept = max(1, int(np.searchsorted(np.cumsum(np.bincount(copies, lengths[mine])), most, side="right")))
+    return holdout if kept >= len(values) else float(values[kept]) / 2**64
 
 
 def find_shared(by_part: list[tuple], window: int, folder: Path, processes: int) -> np.ndarray:
@@ -810,7 +861,8 @@ def draw_documents(lengths: np.ndarray, sources: np.ndarray, weights: np.ndarray
 
     A document of weight w occurs floor(w) or ceil(w) times, or proportionally less often for a budget below what the
     weights ask for: systematic sampling along the documents sorted by source and length, so that each source and length
-    gets its share almost exactly. Raises ValueError for a budget beyond what the weights ask for.
+    gets its share almost exactly. Raises ValueError for a budget beyond what the weights give (up to a document less than they
+    ask for: a draw is whole documents).
     """
     asked, order = float(weights @ lengths), np.lexsort((lengths, sources))
     draw = np.random.default_rng([seed, len(lengths)]).random()  # one for all
@@ -890,7 +942,8 @@ def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, 
         mine = sources == source
         kept = weights[mine] @ lengths[mine]
         if not kept:
-            raise ValueError(f"source {source}: every document has weight 0; raise short_weight")
+            raise ValueError(f"source number {int(source) + 1}: every document has weight 0; raise --short-weight or "
+                             "--long-weight")
         weights[mine] *= lengths[mine].sum() / kept
     return weights
 
@@ -1146,6 +1199,8 @@ def main(argv: list[str] | None = None) -> None:
             long=a.long_length, short_weight=a.short_weight, long_weight=a.long_weight))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None
 
 
 if __name__ == "__main__":

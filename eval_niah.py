@@ -14,6 +14,7 @@ tokens. Prompts that begin alike share the keys and values of what they share.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -187,6 +188,17 @@ def exact_number_match(text: str, number: str) -> bool:
     return found is not None and found.group() == number
 
 
+def text_of(tokenizer: Encoding, tokens: list[int]) -> str:
+    """What tokens spell."""
+    said = b""
+    for token in tokens:
+        try:
+            said += tokenizer.decode_single_token_bytes(token)
+        except KeyError:  # an id that only pads the model's vocabulary
+            said += "\ufffd".encode()
+    return said.decode("utf-8", errors="replace")
+
+
 def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[bool, str]:
     """(exact match, what the model said), from its argmax for each answer token and for the one after.
 
@@ -195,13 +207,7 @@ def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[
     spell it too (Llama 3: 482|13). A model that would say the same digits in another split (48|213) counts as
     wrong: the score may be too low for it, never too high.
     """
-    said = b""
-    for token in predictions:
-        try:
-            said += tokenizer.decode_single_token_bytes(token)
-        except KeyError:  # an id that only pads the model's vocabulary
-            said += "\ufffd".encode()
-    given = said.decode("utf-8", errors="replace")
+    given = text_of(tokenizer, predictions)
     right = predictions[:-1] == prompt.tokens[prompt.answer_start:]
     return right and exact_number_match(given, prompt.answer), given
 
@@ -221,6 +227,9 @@ class Reader:
         width = min(self.rows.shape[1], most, self.cache.length)
         other = (self.rows[:, :width] != rows[:, :width]).any(0)  # (width,)
         self.cache.truncate(int(other.int().argmax()) if other.any() else width)
+        cp, new = self.model.grid.cp, rows.shape[1] - self.cache.length
+        if self.cache.fullest() * cp + new > 1.5 * rows.shape[1]:  # one rank of the ring would hold and do too much
+            self.cache.truncate(0)
         self.rows = rows
         self.read, self.computed = self.read + rows.numel(), self.computed + rows[:, self.cache.length:].numel()
         return self.cache
@@ -284,9 +293,9 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
 
     Returns {"lengths", "depths", "cells", "means", "read", "computed"}. A cell has its length, depth, accuracy in % and
     every prompt's expected and given answer; a mean has a length's accuracy in % and standard error in points. Samples of a
-    cell share forwards of up to `batch_tokens` tokens a replica; that changes no result. Cells go from the last place of the
-    fact to the first, so that each begins like the one before and only what follows its fact is computed: of `read` tokens,
-    `computed`.
+    cell share forwards of up to `batch_tokens` tokens a replica; that changes no result, but by rounding. Cells go from the
+    last place of the fact to the first, so that each begins like the one before and only what follows its fact is computed:
+    of `read` tokens, `computed`.
     """
     options = {"seed": seed, "task": task, "chat": chat, "distractors": distractors, "digits": digits}
     lengths, found, reader = sorted(set(lengths)), {}, Reader(model, device)
@@ -323,7 +332,8 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt of a file, how its answer begins, right answers, the rule that scores them and what a table shows."""
+    """A prompt of a file, how its answer begins, right answers, the rule that scores them, what a table shows, and the template
+    and system message that it was made for, if the file says so."""
 
     text: str
     answer_prefix: str
@@ -332,6 +342,7 @@ class Question:
     max_new_tokens: int
     task: str
     length: str
+    made_for: tuple[str | None, str | None] = (None, None)
 
 
 def read_questions(path: Path, metric: str | None = None, max_new_tokens: int | None = None) -> list[Question]:
@@ -344,18 +355,21 @@ def read_questions(path: Path, metric: str | None = None, max_new_tokens: int | 
     questions = []
     for place, line in data.read_lines(path):
         try:
-            record = json.loads(line)
+            record, text_or_number = json.loads(line), (str, int, float)
             text = record["prompt"] if "prompt" in record else "\n\n".join(
                 record[key] for key in ("context", "input") if record.get(key))
             answers = next(record[key] for key in ("outputs", "answers", "answer") if key in record)
-            answers = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
-            question = Question(text, record.get("answer_prefix", ""), answers, metric or record.get("metric", "all"),
-                                max_new_tokens or record.get("max_new_tokens", 128),
-                                str(record.get("task", path.name.split(".")[0])), str(record.get("length", "all")))
-        except (ValueError, TypeError, KeyError, AttributeError, StopIteration):
-            question = None
-        if (question is None or not isinstance(text, str) or not text or not any(answers) or question.metric not in METRICS
-                or not isinstance(question.max_new_tokens, int) or question.max_new_tokens < 1):
+            answers = answers if isinstance(answers, list) else [answers]
+            question = Question(text, record.get("answer_prefix", ""), [str(answer) for answer in answers],
+                                metric or record.get("metric", "all"), max_new_tokens or record.get("max_new_tokens", 128),
+                                str(record.get("task", path.name.split(".")[0])), str(record.get("length", "all")),
+                                (record.get("template"), record.get("system")))
+            good = (isinstance(text, str) and text and isinstance(question.answer_prefix, str) and question.metric in [*METRICS]
+                    and answers and all(isinstance(answer, text_or_number) and str(answer) for answer in answers)
+                    and isinstance(question.max_new_tokens, int) and question.max_new_tokens >= 1)
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
+            good = False
+        if not good:
             raise ValueError(f"{place}: needs a JSON object with prompt (or context and input), answers (or outputs, or "
                              f"answer), and if stated a metric of {', '.join(METRICS)} and max_new_tokens of 1 or more")
         questions.append(question)
@@ -402,63 +416,76 @@ def printable(text: str) -> str:
 @torch.inference_mode()
 def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Question], pending: list[int], limit: int,
                      chat: bool = False, system: str | None = None, batch_tokens: int = 16384) -> Iterator[tuple]:
-    """(index, tokens of the prompt, what the model says, greedily) for each `pending` index into questions.
+    """(index, tokens of the prompt, how many of them are read, what the model says, greedily) for each `pending` index into
+    questions.
 
     Replicas take stretches of the questions in alphabetical order, so that a prompt begins as much as possible like
     the one before; equal lengths share a batch of up to `batch_tokens` tokens. Prompts longer than `limit` with their
-    answer lose their middle. Every rank yields all answers.
+    answer lose their middle. Every rank yields all answers, those of a few batches at a time.
     """
     grid, device, stops = reader.model.grid, reader.device, tuple(data.stop_tokens(tokenizer, None))
     ordered = sorted(pending, key=lambda index: (questions[index].text, index))
     share = -(-len(ordered) // grid.dp)
     mine = deque(ordered[grid.dp_rank * share:(grid.dp_rank + 1) * share])
 
-    def tokens_of(index: int) -> list[int]:
+    def tokens_of(index: int) -> tuple[list[int], int]:
         question = questions[index]
         room = limit - question.max_new_tokens
         tokens = prompt_tokens(tokenizer, question.text, question.answer_prefix, chat, system)
-        return tokens if len(tokens) <= room else tokens[:room - room // 2] + tokens[len(tokens) - room // 2:]
+        read = tokens if len(tokens) <= room else tokens[:room - room // 2] + tokens[len(tokens) - room // 2:]
+        return read, len(tokens)
 
-    ahead = None  # the tokens of mine[0], once they are known
-    while True:
-        batch, rows = [], []
+    def next_batch() -> tuple[list[int], list[list[int]], list[int]]:
+        """Indices, tokens to read and whole lengths of questions that are read together."""
+        nonlocal ahead
+        batch, rows, lengths = [], [], []
         while mine:
             ahead = ahead or tokens_of(mine[0])
-            if rows and (len(ahead) != len(rows[0]) or (len(rows) + 1) * len(ahead) > batch_tokens
+            if rows and (len(ahead[0]) != len(rows[0]) or (len(rows) + 1) * len(rows[0]) > batch_tokens
                          or questions[mine[0]].max_new_tokens != questions[batch[0]].max_new_tokens):
                 break
-            batch, rows, ahead = [*batch, mine.popleft()], [*rows, ahead], None
-        said = torch.empty(0, 2, dtype=torch.int64, device=device)  # index, tokens of the prompt, and the answer's
-        if rows:
-            prompts = torch.tensor(rows, device=device)  # (B, S)
-            cache = reader.begin(prompts, prompts.shape[1] - 1)
-            whole = reader.model.generate(prompts, questions[batch[0]].max_new_tokens, stop_tokens=stops, cache=cache)
-            heads = torch.tensor([[index, len(rows[0])] for index in batch], device=device)
-            said = torch.cat([heads, whole[:, len(rows[0]):]], 1)
-        found = [row for rows in gather_rows(said, grid) for row in rows]
+            for items, item in zip((batch, rows, lengths), (mine.popleft(), *ahead)):
+                items.append(item)
+            ahead = None
+        return batch, rows, lengths
+
+    ahead = None  # what tokens_of(mine[0]) gives, once it is known
+    while True:
+        said = []  # index, length of the prompt, how much of it is read, answer
+        for _ in range(1 if grid.dp == 1 else 8):  # replicas that meet seldom wait less for the longest prompts
+            batch, rows, lengths = next_batch()
+            if batch:
+                prompts = torch.tensor(rows, device=device)  # (B, S)
+                cache = reader.begin(prompts, prompts.shape[1] - 1)
+                whole = reader.model.generate(prompts, questions[batch[0]].max_new_tokens, stop_tokens=stops, cache=cache)
+                said += [[index, length, len(row), *new] for index, length, row, new in
+                         zip(batch, lengths, rows, grid.to_host(whole[:, len(rows[0]):]))]
+        found = gather_rows(said, grid, device)
         if not found:
             return
-        for index, length, *answer in found:
+        for index, length, read, *answer in found:
             end = next((i for i, token in enumerate(answer) if token in stops or token < 0), len(answer))
-            yield index, length, printable(tokenizer.decode([t for t in answer[:end] if t < tokenizer.n_vocab]))
+            yield index, length, read, printable(text_of(tokenizer, answer[:end]))
 
 
-def gather_rows(rows: torch.Tensor, grid: Grid) -> list[list[list[int]]]:
-    """Rows of every replica, (n, m) int64 with n and m of its own, on every rank; short rows end in -1."""
-    shapes = grid.all_gather(torch.tensor(rows.shape, device=rows.device), "dp")  # (dp, 2)
-    most, widest = shapes.amax(0).tolist()
-    padded = rows.new_full((most, widest), -1)
-    padded[:rows.shape[0], :rows.shape[1]] = rows
-    gathered = grid.to_host(grid.all_gather(padded, "dp"))
-    return [part[:count] for part, count in zip(gathered, shapes[:, 0].tolist())]
+def gather_rows(rows: list[list[int]], grid: Grid, device: str) -> list[list[int]]:
+    """Rows of numbers, not negative, of every replica, on every rank; short ones end in -1."""
+    shapes = grid.all_gather(torch.tensor([len(rows), max(map(len, rows), default=0)], device=device), "dp")  # (dp, 2)
+    most, widest = grid.to_host(shapes.amax(0))
+    padded = torch.full((most, widest), -1, device=device)
+    for place, row in enumerate(rows):
+        padded[place, :len(row)] = torch.tensor(row, device=device)
+    gathered = grid.to_host(grid.all_gather(padded, "dp"))  # (dp, most, widest)
+    return [row for part, count in zip(gathered, grid.to_host(shapes[:, 0])) for row in part[:count]]
 
 
-def question_settings(a: argparse.Namespace) -> dict:
+def question_settings(a: argparse.Namespace, config) -> dict:
     """What decides the answers, as the first line of their file states it: results of other settings never mix."""
-    names = ("model", "prompt", "system", "metric", "max_new_tokens", "max_length", "dtype", "rope_kind", "rope_factor",
-             "original_length")
-    return {name: str(value) if isinstance(value := getattr(a, name), Path) else value for name in names} | {
-        "jsonl": data.digest(a.jsonl)}
+    names = ("prompt", "system", "metric", "max_new_tokens", "max_length", "dtype")
+    weights = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in a.model.glob("*.safetensors"))
+    weights = hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
+    stated = {name: getattr(a, name) for name in names}
+    return stated | {"jsonl": data.digest(a.jsonl), "model": config.to_hf(), "weights": weights}
 
 
 def read_answers(path: Path, settings: dict) -> dict[int, dict]:
@@ -483,7 +510,16 @@ def read_answers(path: Path, settings: dict) -> dict[int, dict]:
 
 def run_questions(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
     """Answer what `--out` does not hold yet, a line an answer as they come, and print mean scores."""
-    questions, settings = read_questions(a.jsonl, a.metric, a.max_new_tokens), question_settings(a)
+    questions = read_questions(a.jsonl, a.metric, a.max_new_tokens)
+    made_for = {question.made_for for question in questions} - {(None, None)}
+    if len(made_for) == 1 and a.prompt is None:
+        a.prompt, a.system = next(iter(made_for))
+    a.prompt = a.prompt or ("chat" if data.has_chat_tokens(tokenizer) else "plain")
+    if made_for - {(a.prompt, a.system)}:
+        template, system = next(iter(made_for - {(a.prompt, a.system)}))
+        raise ValueError(f"--jsonl {a.jsonl}: has prompts made for --prompt {template} and --system {system!r}, not for "
+                         f"{a.prompt} and {a.system!r}: their lengths would be wrong; leave both options out")
+    settings = question_settings(a, config)
     limit = a.max_length or config.max_position_embeddings
     least = max(question.max_new_tokens for question in questions) + 2
     if limit < least:
@@ -497,15 +533,16 @@ def run_questions(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
         reader = Reader(load_model(a, config, grid), a.device)
         with ExitStack() as files:
             if a.out and grid.is_first:
+                files.enter_context(data.locked(a.out.with_name(a.out.name + ".lock")))
                 lines = [json.dumps({"settings": settings}), *map(json.dumps, answers.values())]
                 data.write_complete(a.out, "".join(line + "\n" for line in lines).encode())
                 file = files.enter_context(open(a.out, "a"))
             bar = tqdm(total=len(pending), unit="prompt", disable=None if grid.is_first else True)
-            for index, length, text in answer_questions(reader, tokenizer, questions, pending, limit, a.prompt == "chat",
+            for index, length, read, text in answer_questions(reader, tokenizer, questions, pending, limit, a.prompt == "chat",
                                                         a.system, a.batch_tokens):
                 question = questions[index]
                 answers[index] = {"index": index, "task": question.task, "length": question.length, "prompt_tokens": length,
-                                  "prediction": text, "answers": question.answers, "metric": question.metric,
+                                  "read": read, "prediction": text, "answers": question.answers, "metric": question.metric,
                                   "score": METRICS[question.metric](text, question.answers)}
                 if a.out and grid.is_first:
                     file.write(json.dumps(answers[index]) + "\n")
@@ -514,6 +551,8 @@ def run_questions(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
             bar.close()
         counts = reader.counts()
     print_once(score_table(answers))
+    if cut := sum(answer["read"] < answer["prompt_tokens"] for answer in answers.values()):
+        print_once(f"note: {cut} of {len(answers)} prompts do not fit into {limit} tokens with their answer: middle cut")
     print_saved(*counts)
     grid.close()
 
@@ -525,7 +564,7 @@ def score_table(answers: dict[int, dict]) -> str:
     for answer in answers.values():
         scores.setdefault(answer["task"], {}).setdefault(answer["length"], []).append(100 * answer["score"])
     width = max(4, *map(len, scores))
-    shown = [short_length(int(length)) if length.isdigit() else length for length in lengths]
+    shown = [short_length(int(length)) if length.isdecimal() else length for length in lengths]
     lines = [f"{'task':<{width}}" + "".join(f"{text:>8}" for text in shown) + f"{'prompts':>9}"]
     for task, row in scores.items():
         means = (f"{np.mean(row[length]):8.1f}" if length in row else f"{'-':>8}" for length in lengths)
@@ -546,18 +585,18 @@ def print_saved(read: int, computed: int) -> None:
 
 
 def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:
-    """The first length + 1 tokens of the first `count` documents that have them, (count, length + 1) int64: of a corpus's
-    held-out split, or of text files. Raises ValueError if there are fewer."""
+    """The first length + 1 tokens of the first `count` documents that have them, (count, length + 1) int64, begin-of-text where
+    there is one included: of a corpus's held-out split, or of text files. Raises ValueError if there are fewer."""
     if (path / "meta.json").is_file():
         held_out = data.PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
         documents = map(held_out.document, range(len(held_out.lengths)))
     else:
         documents = (np.array(tokenizer.encode_ordinary(document.get("text", ""))) for document in data.read_documents(path))
     found, longest = [], 0
-    for tokens in documents:
+    for tokens in (np.concatenate([np.array(begin_of_text(tokenizer), np.int64), tokens]) for tokens in documents):
         longest = max(longest, len(tokens))
         if len(tokens) > length:
-            found.append(tokens[:length + 1].astype(np.int64))
+            found.append(tokens[:length + 1])
         if len(found) == count:
             return np.stack(found)
     raise ValueError(f"--haystack {path}: {len(found)} documents have more than {length} tokens (the longest {longest}); "
@@ -603,9 +642,10 @@ def draw_perplexity(runs: list[dict], labels: list[str]) -> bytes:
     for results, label, colour in zip(runs, labels, itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))):
         middles = [(start + end) / 2 for start, end in itertools.pairwise(results["edges"])]
         panel.plot(middles, np.exp(results["loss"]), color=colour, linewidth=2, marker="o", markersize=4, label=label)
-    panel.axvline(runs[0]["window"], color="#222222", linewidth=2, linestyle=(0, (4, 2)))
-    panel.text(runs[0]["window"], 1.01, f"old window: {short_length(runs[0]['window'])}", fontsize=10, ha="center", va="bottom",
-               color="#222222", transform=panel.get_xaxis_transform())
+    if runs[0]["window"] < runs[0]["edges"][-1]:
+        panel.axvline(runs[0]["window"], color="#222222", linewidth=2, linestyle=(0, (4, 2)))
+        panel.text(runs[0]["window"], 1.01, f"old window: {short_length(runs[0]['window'])}", fontsize=10, ha="center",
+                   va="bottom", color="#222222", transform=panel.get_xaxis_transform())
     panel.set_yscale("log")
     panel.set_xlim(0, runs[0]["edges"][-1])
     panel.spines[["top", "right"]].set_visible(False)
@@ -810,6 +850,11 @@ def check_arguments(a: argparse.Namespace) -> None:
         raise ValueError("--jsonl brings its own prompts: it goes without --perplexity, --haystack, --lengths and --figure")
     if a.model and not a.jsonl and not (a.haystack and a.lengths):
         raise ValueError("an evaluation needs --haystack and --lengths, or --jsonl")
+    for name in ("metric", "max_new_tokens", "max_length", "system"):
+        if getattr(a, name) is not None and not a.jsonl:
+            raise ValueError(f"--{name.replace('_', '-')} is for --jsonl only")
+    if a.system is not None and a.prompt == "plain":
+        raise ValueError("--system: a plain prompt has no system message; use --prompt chat")
     if a.perplexity and len(a.lengths) > 1:
         raise ValueError(f"--perplexity takes one of --lengths, not {len(a.lengths)}")
     smallest = {"depths": 1, "samples": 1, "distractors": 0, "digits": 1, "batch_tokens": 1, "window": 1, "buckets": 1,
@@ -899,10 +944,9 @@ def run(a: argparse.Namespace) -> None:
     attention_kernel(a.device, getattr(torch, a.dtype), config.head_dim)
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"{a.model}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
-    if a.lengths and max(a.lengths) > config.max_position_embeddings:
+    if max(a.lengths or [a.max_length or 0]) > config.max_position_embeddings:
         print_once(f"note: lengths above {config.max_position_embeddings} lie beyond this model's window")
     if a.jsonl:
-        a.prompt = a.prompt or ("chat" if data.has_chat_tokens(tokenizer) else "plain")
         run_questions(a, config, tokenizer)
     elif a.perplexity:
         run_perplexity(a, config, tokenizer)

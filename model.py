@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -444,17 +445,23 @@ class KVCache:
         self.length = 0  # tokens in all
 
     def reserve(self, more: int) -> None:
-        """Make room for `more` tokens on this rank."""
+        """Make room for `more` tokens on this rank, and a little over, so that as many again need no other buffer."""
         held, shape = len(self.positions), list(self.keys_values.shape)
         if held + more > shape[4]:
-            shape[4] = held + more
-            larger = self.keys_values.new_empty(shape)
-            larger[..., :held, :] = self.keys_values[..., :held, :]
-            self.keys_values = larger
+            shape[4] = held + more + (held + more) // 64
+            kept = self.keys_values[..., :held, :].clone()  # what is held, never two whole buffers
+            self.keys_values = self.keys_values.new_empty(0)
+            self.keys_values = kept.new_empty(shape)
+            self.keys_values[..., :held, :] = kept
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         self.positions, self.length = self.positions[self.positions < length], min(length, self.length)
+
+    def fullest(self) -> int:
+        """How many tokens the rank of the ring holds that holds most: what was truncated may have lain on some ranks only."""
+        held = torch.tensor(len(self.positions), device=self.keys_values.device)
+        return self.grid.to_host(self.grid.all_reduce(held, "cp", dist.ReduceOp.MAX))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kept: int) -> Tensor:
         """Store the first `kept` of the new k, v (B, Hkv / tp, s, D); out (B, H / tp, s, D) of q over all tokens so far."""

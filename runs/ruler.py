@@ -305,7 +305,8 @@ def make_record(tokenizer: Encoding, haystack: str, task: str, length: int, samp
             draft = found and fill(tokenizer, count, *found, budget)
             if draft and all((draft.before + draft.after).count(text) == n for text, n in draft.occurrences.items()):
                 notes = {"depths": draft.depths} if draft.depths else {}
-                return {"task": task, "length": length, "sample": sample, "input": draft.before + draft.after,
+                return {"task": task, "length": length, "sample": sample, "template": "chat" if chat else "plain",
+                        "system": system, "input": draft.before + draft.after,
                         "answer_prefix": draft.answer_prefix, "outputs": draft.outputs, "metric": "all",
                         "max_new_tokens": length - budget, **notes}
     raise ValueError(f"{task}, length {length}, sample {sample}: no draw of five has exactly as many tokens and one answer")
@@ -354,7 +355,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def write_records(a: argparse.Namespace) -> int:
     """Check everything, make all records and write each as it is made; the file appears complete. Returns how many."""
-    tasks = [*TASKS] if a.tasks == ["all"] else list(dict.fromkeys(a.tasks))
+    tasks = [*TASKS] if "all" in a.tasks else list(dict.fromkeys(a.tasks))
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"--tasks {unknown[0]}: unknown; give all, or some of {', '.join(TASKS)}")
     if a.samples < 1:

@@ -51,6 +51,9 @@ python train.py --dry-run "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE1[@]
 python sft.py --dry-run "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE2[@]}"
 [ "$*" != --plan ] || exit 0
 mkdir -p "$OUT"
+SETTINGS="WINDOW $WINDOW STEPS $STEPS SAMPLES $SAMPLES BATCH $BATCH ROWS $ROWS LR1 $LR1 LR2 $LR2 DTYPE $DTYPE"
+[ "$(cat "$OUT/settings" 2>/dev/null || echo "$SETTINGS")" = "$SETTINGS" ] || fail "$OUT: has results of $(cat "$OUT/settings")"
+echo "$SETTINGS" > "$OUT/settings"    # results of other settings never stand beside each other
 
 echo "== 2. data: files under 4K tokens drawn half as often, those above 8K twice (our choice), a tenth held out"
 PACKAGES=$(echo .venv/lib/python3*/site-packages)
@@ -101,7 +104,7 @@ echo "== 5. side by side: exact match in % by length, then perplexity by positio
 LABELS=("before" "YaRN, untrained" "after stage 1" "after stage 2")
 python eval_niah.py --compare "$OUT"/needles-{base,untrained,stage1,stage2}.json \
   --labels "${LABELS[@]}" --figure "$OUT/needles.png"
-[ ! -e "$OUT/perplexity-stage2.json" ] || python eval_niah.py --compare "$OUT"/perplexity-{base,untrained,stage1,stage2}.json \
+[ "$(ls "$OUT"/perplexity-*.json 2>/dev/null | wc -l)" != 4 ] || python eval_niah.py --compare "$OUT"/perplexity-{base,untrained,stage1,stage2}.json \
   --labels "${LABELS[@]}" --figure "$OUT/perplexity.png"
 
 echo "== 6. $OUT/stage2/final is a Hugging Face directory: serve it with transformers, or chat with it here"

@@ -20,9 +20,9 @@ BATCH=2 STEPS=150                     # 8M tokens a step, 1.258B in all
 LENGTHS="131072 262144 524288 1048576 2097152"  # of the evaluation
 WAIT=${WAIT:-28800}                   # seconds without a word from a rank that are no fault: more than a step
 GPU=${GPU:-H100-80} GPUS=${GPUS:-8}   # what is planned for: H100-80, H200, A100-80 or measured; and how many
-# Keys and values of 4M tokens take 64 GiB on each of 8 GPUs, and half as much again while the cache grows
-[ "$GPUS" -le 8 ] && [ "$GPU" != H200 ] || LENGTHS+=" 4194304"
 TP=${TP:-8} CP=${CP:-1}               # tp shares weights and gradients too, but needs the links in a node; then cp
+# Keys and values of 4M tokens take 512 GiB / (tp x cp) a GPU: beside the model too much for an H100 with tp x cp = 8
+[ $((TP * CP)) -le 8 ] && [ "$GPU" != H200 ] || LENGTHS+=" 4194304"
 MEMORY=${MEMORY:---recompute block --offload}  # mlp would keep 258 GiB on the host a GPU: attention runs twice, for 128 GiB
 SAMPLES=${SAMPLES:-5}                 # of RULER, a task and length (RULER itself: 500)
 LAUNCH=${LAUNCH:-torchrun --standalone --nproc-per-node $GPUS --shutdown-timeout $WAIT}

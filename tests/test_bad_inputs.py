@@ -89,6 +89,7 @@ CASES = [
     ("packed samples on a ring", "sft.py", f"--model good --data chat.jsonl {CHAT} --pack --cp 2 --dry-run --processes 2", "sft.py --pack"),
     ("prompts without answers", "eval_niah.py", "good --jsonl shape.jsonl", "shape.jsonl, line 1: needs a JSON object with prompt"),
     ("prompts of a file and a haystack", "eval_niah.py", "good --jsonl shape.jsonl --haystack text.txt", "--jsonl brings its own"),
+    ("options of --jsonl without it", "eval_niah.py", f"{NIAH} --metric f1", "--metric is for --jsonl only"),
     ("perplexity at several lengths", "eval_niah.py", "good --perplexity --haystack text.txt --lengths 20 30", "one of --lengths"),
     ("documents shorter than the length", "eval_niah.py", "good --perplexity --haystack text.txt --lengths 9999 --samples 1",
      "0 documents have more than 9999 tokens"),

@@ -583,6 +583,57 @@ def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_copies_at_the_border_of_the_cap_are_held_out_together():
+    lengths = np.array([100, 100, 50, 50])
+    for hashes, most, kept in (([5, 5, 2**60, 2**62], 10, 2), ([5, 5, 5, 5], 120, 4), ([5, 9, 9, 9], 160, 1), ([1, 2, 3, 4], 260, 3)):
+        hashes = np.array(hashes, np.uint64)
+        share = data.capped_holdout(lengths, hashes, 0.5, most)
+        assert (hashes < share * 2**64).sum() == kept
+
+
+def test_a_part_is_used_again_only_for_the_same_tokenizer_and_if_it_is_whole(tmp_path, tokenizer):
+    """Equal ranks cut by another pattern; a file that a crash left short."""
+    raws = [data.Raw("x", b"12345 and more text", False)]
+    arguments = ["x", None, 0]
+    path, encoded = data.encode_part(raws, *arguments, tokenizer, tmp_path, "a")
+    assert encoded and data.encode_part(raws, *arguments, tokenizer, tmp_path, "a") == (path, 0)
+    os.truncate(path, 100)
+    assert data.encode_part(raws, *arguments, tokenizer, tmp_path, "a") == (path, encoded)
+    other = data.Tokenizer("other", data.LLAMA3.replace("{1,3}", ""), tokenizer._mergeable_ranks, tokenizer._special_tokens,
+                           path=tokenizer.path)
+    (tmp_path / "d.txt").write_text("12345 and more text")
+    made = [data.encode_sources([("x", tmp_path / "d.txt")], None, 0, each, tmp_path, 1)[0] for each in (tokenizer, other)]
+    assert made[0] != made[1]
+
+
+def test_prepare_touches_no_folder_but_its_own_and_works_alone(web, tokenizer, tmp_path):
+    (tmp_path / "out.parts").mkdir()
+    (tmp_path / "out.parts" / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="has notes.txt, which prepare did not write"):
+        prepared(web, tokenizer, tmp_path / "out")
+    assert (tmp_path / "out.parts" / "notes.txt").read_text() == "precious"
+    (tmp_path / "more.parts").mkdir()
+    hold = ("import data, sys, time\nwith data.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(30)\n")
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "more.parts" / "lock"], stdout=subprocess.PIPE,
+                             env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)})
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process is at work"):
+            prepared(web, tokenizer, tmp_path / "more")
+    finally:
+        other.kill()
+        other.wait()
+    assert prepared(web, tokenizer, tmp_path / "more")["splits"]["train"]["documents"]
+
+
+@pytest.mark.parametrize("field", ["meta.sett.name", "meta", "text"])
+def test_a_source_field_that_names_no_sources_is_refused(web, tokenizer, tmp_path, field, monkeypatch):
+    if field == "text":  # one a document
+        monkeypatch.setattr(data, "MOST_SOURCES", 100)
+    with pytest.raises(ValueError, match=f"--source-field {field}: gives"):
+        prepared(web, tokenizer, tmp_path / "out", source_field=field)
+
+
 def test_held_out_tokens_are_capped_and_still_chosen_by_content(web, tokenizer, tmp_path):
     wide, narrow = (prepared(web, tokenizer, tmp_path / str(most), holdout=0.3, holdout_window=0, holdout_tokens=most)
                     for most in (10**9, 20_000))

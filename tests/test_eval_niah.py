@@ -63,6 +63,9 @@ class Remembered:
     def truncate(self, length):
         self.tokens = self.tokens[:, :length]
 
+    def fullest(self):
+        return self.length
+
 
 class Oracle:
     """Reads the fact and the question, and continues the lead with `change(number)`. Its hidden states are
@@ -564,7 +567,9 @@ def test_questions_of_every_format_are_read(tmp_path):
                      ("C\n\nI", "", ["x", "y"], "all", 128, "set", "all"), ("P", "", ["7"], "all", 128, "set", "all")]
     assert {(q.metric, q.max_new_tokens) for q in eval_niah.read_questions(path, "f1", 5)} == {("f1", 5)}
     for bad in ("{", "[]", '{"input": "x"}', '{"outputs": ["x"]}', '{"input": 5, "outputs": ["x"]}', '{"input": "x", "outputs": []}',
-                '{"input": "x", "outputs": ["y"], "metric": "bleu"}', '{"input": "x", "outputs": ["y"], "max_new_tokens": 0}'):
+                '{"input": "x", "outputs": [""]}', '{"input": "x", "outputs": [null]}', '{"input": "x", "answer": null}',
+                '{"input": "x", "outputs": ["y"], "answer_prefix": null}', '{"input": "x", "outputs": ["y"], "metric": ["all"]}',
+                "[" * 100_000, '{"input": "x", "outputs": ["y"], "metric": "bleu"}', '{"input": "x", "outputs": ["y"], "max_new_tokens": 0}'):
         path.write_text('{"input": "x", "outputs": ["y"]}\n' + bad)
         with pytest.raises(ValueError, match="set.jsonl, line 2: needs a JSON object with prompt"):
             eval_niah.read_questions(path)
@@ -618,17 +623,38 @@ def test_a_stopped_run_of_questions_goes_on_and_never_mixes_settings(model_direc
     monkeypatch.setattr(Llama, "from_pretrained", None)
     eval_niah.main(command)  # nothing is left to do: the model is not even loaded
     assert capsys.readouterr().out.splitlines()[:4] == table and answers_of(out) == whole
+    weights = next(model_directory.glob("*.safetensors"))
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    with pytest.raises(SystemExit, match="was made with weights"):
+        eval_niah.main(command)
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns - 1))
     for more, message in ((["--max-new-tokens", "3"], "was made with max_new_tokens None, not 3"),
+                          (["--rope-kind", "linear", "--rope-factor", "2"], "was made with model"),
                           (["--out", str(questions)], "holds no answers")):
         with pytest.raises(SystemExit, match=message):
             eval_niah.main([*command, *more])
     assert answers_of(out) == whole
 
 
-def test_prompts_beyond_the_window_lose_their_middle(model_directory, questions, tmp_path):
+def test_prompts_of_stated_length_are_read_as_they_were_made(model_directory, tmp_path, capsys):
+    """RULER prompts counted in one template and read in another have another length than their label."""
+    path = tmp_path / "made.jsonl"
+    record = {"input": "x y", "outputs": ["z"], "max_new_tokens": 2, "template": "chat", "system": "Be brief."}
+    path.write_text(json.dumps(record))
+    tokenizer, out = data.load_tokenizer(model_directory), tmp_path / "a"
+    eval_niah.main([str(model_directory), "--jsonl", str(path), "--out", str(out)])
+    assert answers_of(out)[0]["read"] == len(eval_niah.prompt_tokens(tokenizer, "x y", chat=True, system="Be brief."))
+    for more in (["--prompt", "plain"], ["--prompt", "chat"], ["--prompt", "chat", "--system", "Be long."]):
+        with pytest.raises(SystemExit, match="made for --prompt chat and --system 'Be brief.'"):
+            eval_niah.main([str(model_directory), "--jsonl", str(path), *more])
+
+
+def test_prompts_beyond_the_window_lose_their_middle(model_directory, questions, tmp_path, capsys):
     eval_niah.main([str(model_directory), "--jsonl", str(questions), "--prompt", "plain", "--max-length", "100",
                     "--out", str(tmp_path / "a")])
-    assert {line["prompt_tokens"] for line in answers_of(tmp_path / "a").values()} == {93, 94}
+    assert {line["read"] for line in answers_of(tmp_path / "a").values()} == {93, 94}
+    assert min(line["prompt_tokens"] for line in answers_of(tmp_path / "a").values()) > 150
+    assert "note: 12 of 12 prompts do not fit into 100 tokens" in capsys.readouterr().out
     tokenizer, model = data.load_tokenizer(model_directory), Llama.from_pretrained(model_directory)
     question = eval_niah.read_questions(questions)[0]
     tokens = eval_niah.prompt_tokens(tokenizer, question.text, question.answer_prefix)
@@ -649,7 +675,7 @@ def test_perplexity_is_the_mean_loss_at_each_stretch_of_positions(model_director
     eval_niah.main(command)
     results, shown = json.loads((tmp_path / "p.json").read_text()), capsys.readouterr().out
     model, tokenizer = Llama.from_pretrained(model_directory), data.load_tokenizer(model_directory)
-    rows = torch.tensor([tokenizer.encode_ordinary(lines[i]["text"])[:302] for i in (0, 2)])
+    rows = torch.tensor([eval_niah.prompt_tokens(tokenizer, lines[i]["text"])[:302] for i in (0, 2)])
     losses = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(2, 301)
     expected = [losses[:, a:b].mean().item() for a, b in ((0, 100), (100, 201), (201, 301))]
     assert results["edges"] == [0, 100, 201, 301] and results["loss"] == pytest.approx(expected, rel=1e-4)
@@ -666,5 +692,6 @@ def test_perplexity_of_a_corpus_reads_its_held_out_documents(model_directory, tm
     tokenizer = data.load_tokenizer(model_directory)
     documents = [("x", [i] * n, None) for i, n in enumerate((30, 90, 10, 80))]
     data.write_corpus({"train": documents[:1], "valid": documents}, tmp_path / "corpus", tokenizer, shard_tokens=100)
-    found = eval_niah.load_long_documents(tmp_path / "corpus", tokenizer, 79, 2)
-    assert found.tolist() == [[1] * 80, [3] * 80]
+    found = eval_niah.load_long_documents(tmp_path / "corpus", tokenizer, 80, 2)
+    start = tokenizer.encode_single_token("<|begin_of_text|>")
+    assert found.tolist() == [[start] + [1] * 80, [start] + [3] * 80]

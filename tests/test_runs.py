@@ -272,8 +272,11 @@ def test_commands_of_large_recipes(record, monkeypatch, recipe):
 def test_4m_are_evaluated_where_the_cache_fits(record):
     _, commands = record("runs/ultralong_4m.sh", "model", "text", "chat", "out")
     assert "2097152" in of(commands, "runs/ruler.py")[0] and "4194304" not in of(commands, "runs/ruler.py")[0]
-    _, commands = record("runs/ultralong_4m.sh", "model", "text", "chat", "other", GPU="H200")
-    assert "4194304" in of(commands, "runs/ruler.py")[0]
+    for out, variables in (("other", {"GPU": "H200"}), ("third", {"GPUS": "16", "CP": "2"})):
+        _, commands = record("runs/ultralong_4m.sh", "model", "text", "chat", out, **variables)
+        assert "4194304" in of(commands, "runs/ruler.py")[0]
+    _, commands = record("runs/ultralong_4m.sh", "model", "text", "chat", "fourth", GPUS="16")  # two replicas, each with a cache
+    assert "4194304" not in of(commands, "runs/ruler.py")[0]
 
 
 @pytest.mark.parametrize("program, words", [("train.py", "stage 1 was stopped"), ("sft.py", "stage 2 was stopped")])
