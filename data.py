@@ -331,6 +331,8 @@ def read_raw(path: str | Path) -> Iterator[Raw]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
+    if (path / "meta.json").is_file() and (path / "train-offsets.npy").is_file():
+        raise ValueError(f"{path}: is a corpus that data.py prepare wrote, not text")
     if path.name.endswith(JSON_LINES) and path.is_file():
         yield from (Raw(place, line, True) for place, line in read_lines(path))
     elif path.is_file():
@@ -385,11 +387,11 @@ def parse_document(raw: Raw, source_field: str | None = None) -> tuple[dict, str
     raise ValueError(f"{raw.place}: needs an object with text, with prompt and completion (strings), or messages")
 
 
-def source_path(source: str | Path) -> Path:
+def source_path(source: str | Path, option: str = "--source") -> Path:
     """The path that a --source names; "stdlib" is the running Python's library. Raises FileNotFoundError."""
-    path = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
+    path = Path(sysconfig.get_path("stdlib") if str(source) == "stdlib" else source)
     if not path.exists():
-        raise FileNotFoundError(f"--source {source}: no such file or directory")
+        raise FileNotFoundError(f"{option} {source}: no such file or directory")
     return path
 
 
@@ -755,14 +757,16 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, 
             raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
         weights = np.zeros(len(lengths))
         weights[~valid] = length_weights(lengths[~valid], owners[~valid], short, long, short_weight, long_weight)
-        repeats, cut = draw_documents(lengths, owners, weights, budget, seed)
+        repeats, cuts = draw_documents(lengths, owners, weights, budget, seed)
+        asked = weights * lengths * (budget / (weights @ lengths) if budget else 1)
         by_part = list(zip(paths, np.split(valid, borders), np.split(repeats, borders)))
         shared = find_shared(by_part, holdout_window, folder, processes)
         held_out = (piece for path, held, _ in by_part for document in held_out_documents(path, held)
                     for piece in cut_shared_windows(*document, holdout_window, shared))
-        return write_corpus({"train": training_documents(by_part, cut), "valid": held_out}, out_dir, tokenizer,
-                            holdout=holdout, holdout_window=holdout_window, seed=seed,
-                            lengths=length_histogram(lengths, owners, names, ~valid, weights, repeats, cut))
+        training = training_documents(by_part, dict(zip(names, cuts)))
+        return write_corpus({"train": training, "valid": held_out}, out_dir, tokenizer, holdout=holdout,
+                            holdout_window=holdout_window, seed=seed, lengths=length_histogram(
+                                lengths, owners, names, ~valid, asked, repeats, cuts))
 
 
 @contextmanager
@@ -843,56 +847,74 @@ def held_out_documents(path: Path, held: np.ndarray) -> Iterator[tuple[str, np.n
     return itertools.compress(Part.load(path).documents(), held) if held.any() else iter(())
 
 
-def training_documents(by_part: list[tuple], cut: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(source, tokens, mask) of training documents, each as often as drawn, the very last one without its last `cut` tokens."""
-    left = sum(int(repeats.sum()) for _, _, repeats in by_part)
+def training_documents(by_part: list[tuple], cuts: dict[str, int]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(source, tokens, mask) of training documents, each as often as drawn, the very last one of a source without its last
+    `cuts` tokens."""
+    left = Counter()
+    for path, _, repeats in by_part:
+        part = Part.load(path, with_tokens=False)
+        for source, count in zip(part.sources.tolist(), repeats.tolist()):
+            left[part.names[source]] += count
     for path, _, repeats in tqdm(by_part, "write", unit=" parts", disable=None):
         for (source, tokens, mask), count in zip(Part.load(path).documents() if repeats.any() else (), repeats):
             for _ in range(count):
-                left -= 1
-                end = len(tokens) if left else len(tokens) - cut
+                left[source] -= 1
+                end = len(tokens) - (0 if left[source] else cuts[source])
                 yield source, tokens[:end], mask[:end]
 
 
-def draw_documents(lengths: np.ndarray, sources: np.ndarray, weights: np.ndarray, budget: int | None,
-                   seed: int) -> tuple[np.ndarray, int]:
-    """How often each document occurs, int64 (documents,), and how many tokens the last occurrence must lose so that all have
-    `budget` tokens.
+def draw_documents(lengths: np.ndarray, owners: np.ndarray, weights: np.ndarray, budget: int | None,
+                   seed: int) -> tuple[np.ndarray, list[int]]:
+    """How often each document occurs, int64 (documents,), and how many tokens the last occurrence in each source must lose.
 
-    A document of weight w occurs floor(w) or ceil(w) times, or proportionally less often for a budget below what the
-    weights ask for: systematic sampling along the documents sorted by source and length, so that each source and length
-    gets its share almost exactly. Raises ValueError for a budget beyond what the weights give (up to a document less than they
-    ask for: a draw is whole documents).
+    Each source gets its share of the `budget` to the token, and all of it `budget` tokens (None: what the weights ask for,
+    to within a document a source). A document of weight w occurs floor(w) or ceil(w) times, or proportionally less often for
+    a budget below what the weights ask for: systematic sampling along the documents sorted by length, so that each length
+    gets its share almost exactly. Raises ValueError for a budget beyond what the weights give.
     """
-    asked, order = float(weights @ lengths), np.lexsort((lengths, sources))
-    draw = np.random.default_rng([seed, len(lengths)]).random()  # one for all
-    repeats, rate = np.zeros(len(lengths), dtype=np.int64), 1.0 if budget is None else min(1.0, budget / asked)
-    while True:
-        repeats[order] = np.diff(np.floor(np.cumsum([0, *rate * weights[order]]) + draw))
-        excess = int(repeats @ lengths) - (budget or 0)
-        if budget is None:
-            return repeats, 0
-        if excess >= 0:
-            break
-        if rate == 1:
-            raise ValueError(f"--tokens {budget} is more than these sources and weights give, {budget + excess}; ask for "
+    asked = np.bincount(owners, weights * lengths)  # tokens of each source
+    ends = None if budget is None else np.floor(np.cumsum(asked) / asked.sum() * budget + 0.5).astype(np.int64)
+    budgets = [None] * len(asked) if budget is None else np.diff(ends, prepend=0).tolist()
+    repeats, cuts = np.zeros(len(lengths), dtype=np.int64), []
+    draws = np.random.default_rng([seed, len(lengths)]).random(len(asked))
+    for source, (own, draw) in enumerate(zip(budgets, draws)):
+        mine = np.flatnonzero(owners == source)
+        mine = mine[np.argsort(lengths[mine], kind="stable")]
+        repeats[mine], cut = draw_source(lengths[mine], weights[mine], own, draw)
+        if cut < 0:
+            raise ValueError(f"--tokens {budget} is more than these sources and weights give, {budget + cut} at most; ask for "
                              "fewer: train.py goes through them as often as it needs")
-        rate = min(1.0, rate * (1 + max(1e-6, -excess / budget)))
-    for last in np.flatnonzero(repeats)[::-1]:
-        fewer = min(int(repeats[last]), excess // int(lengths[last]))
-        repeats[last] -= fewer
-        excess -= fewer * int(lengths[last])
-        if repeats[last]:
+        in_order = np.sort(mine)
+        for last in in_order[np.flatnonzero(repeats[in_order])][::-1]:
+            fewer = min(int(repeats[last]), cut // int(lengths[last]))
+            repeats[last] -= fewer
+            cut -= fewer * int(lengths[last])
+            if repeats[last]:
+                break
+        cuts.append(cut)
+    return repeats, cuts
+
+
+def draw_source(lengths: np.ndarray, weights: np.ndarray, budget: int | None, draw: float) -> tuple[np.ndarray, int]:
+    """How often each document of one source, sorted by length, occurs, and how many tokens that is above `budget` (None: 0),
+    as little as possible; below it, negative, if all that the weights ask for is too little."""
+    rate = 1.0 if budget is None else min(1.0, budget / max(1.0, float(weights @ lengths)))
+    while True:
+        repeats = np.diff(np.floor(np.cumsum([0, *rate * weights]) + draw)).astype(np.int64)
+        excess = 0 if budget is None else int(repeats @ lengths) - budget
+        if excess >= 0 or rate == 1:
             return repeats, excess
-    raise AssertionError("unreachable: the budget is positive")
+        rate = min(1.0, rate * (1 + max(1e-6, -excess / budget)))
 
 
-def length_histogram(lengths: np.ndarray, owners: np.ndarray, names: list[str], training: np.ndarray, weights: np.ndarray,
-                     repeats: np.ndarray, cut: int) -> dict:
-    """Per source and stretch of document lengths (EDGES): training documents and tokens found, tokens the weights ask for, and
-    tokens written."""
+def length_histogram(lengths: np.ndarray, owners: np.ndarray, names: list[str], training: np.ndarray, asked: np.ndarray,
+                     repeats: np.ndarray, cuts: list[int]) -> dict:
+    """Per source and stretch of document lengths (EDGES): training documents and tokens found, `asked` for (by weights and budget)
+    and written."""
     written = repeats * lengths
-    written[np.flatnonzero(repeats)[-1]] -= cut
+    for source, cut in enumerate(cuts):
+        if cut:
+            written[np.flatnonzero((owners == source) & (repeats > 0))[-1]] -= cut
 
     def spread(mine: np.ndarray, values: np.ndarray) -> list:
         return [round(value) for value in np.histogram(lengths[mine], EDGES, weights=values[mine])[0].tolist()]
@@ -900,7 +922,7 @@ def length_histogram(lengths: np.ndarray, owners: np.ndarray, names: list[str], 
     found = {name: training & (owners == i) for i, name in enumerate(names)}
     return {"edges": EDGES[1:-1], "sources": {name: {
         "documents": spread(mine, np.ones(len(lengths))), "tokens": spread(mine, lengths),
-        "asked": spread(mine, weights * lengths), "written": spread(mine, written)} for name, mine in found.items()}}
+        "asked": spread(mine, asked), "written": spread(mine, written)} for name, mine in found.items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------- datasets
@@ -1171,12 +1193,15 @@ def print_corpus(meta: dict) -> None:
     for split, n in meta["splits"].items():
         print(f"{split}: {n['documents']:,} documents, {n['tokens']:,} tokens, {len(n['shards'])} shards")
     heads = [*(f"< {edge:,}" for edge in meta["lengths"]["edges"]), "longer"]
-    print(f"{'tokens by document length':>44}" + "".join(f"{head:>10}" for head in heads) + f"{'tokens':>16}")
+    print(f"{'tokens by document length':>44}" + "".join(f"{head:>10}" for head in heads) + f"{'tokens':>16}{'of all':>9}")
+    totals = Counter()
+    for rows in meta["lengths"]["sources"].values():
+        totals.update({kind: sum(tokens) for kind, tokens in rows.items()})
     for name, rows in meta["lengths"]["sources"].items():
         for kind in ("tokens", "asked", "written"):
             label = f"{name}, {'found' if kind == 'tokens' else kind}"
             shares = (f"{tokens / max(1, sum(rows[kind])):10.1%}" for tokens in rows[kind])
-            print(f"{label:>44}" + "".join(shares) + f"{sum(rows[kind]):16,}")
+            print(f"{label:>44}" + "".join(shares) + f"{sum(rows[kind]):16,}{sum(rows[kind]) / max(1, totals[kind]):9.1%}")
 
 
 def main(argv: list[str] | None = None) -> None:

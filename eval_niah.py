@@ -71,7 +71,8 @@ class Prompt:
 
 
 def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, rng: random.Random,
-                 task: str = "passkey", chat: bool = False, distractors: int = 0, digits: int = 5) -> Prompt:
+                 task: str = "passkey", chat: bool = False, distractors: int = 0, digits: int = 5,
+                 system: str | None = None) -> Prompt:
     """One prompt of exactly `length` tokens, the answer's included; a pure function of its arguments.
 
     haystack_tokens: 1-D ids, at least `length` of them, of which the first are used: the window. depth in [0, 1]
@@ -96,7 +97,7 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
              for key, number in zip(keys, numbers, strict=True)]
     question, lead = wording["question"].format(key=keys[0]), wording["lead"].format(key=keys[0])
     if chat:
-        head, turn = chat_frame(tokenizer)
+        head, turn = chat_frame(tokenizer, system)
         tail = encode(question) + turn + encode(lead)
     else:
         head, tail = begin_of_text(tokenizer), encode(f"{question} {lead}")
@@ -140,10 +141,9 @@ def begin_of_text(tokenizer: Encoding) -> list[int]:
     return [tokenizer.encode_single_token(name)] if name in tokenizer.special_tokens_set else []
 
 
-def chat_frame(tokenizer: Encoding) -> tuple[list[int], list[int]]:
+def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int], list[int]]:
     """What the chat template puts before and after a user's message, up to the assistant's first token."""
-    messages = ([{"role": "user", "content": letter}] for letter in "xy")
-    one, other = (data.encode_chat(message, tokenizer, add_generation_prompt=True)[0] for message in messages)
+    one, other = (prompt_tokens(tokenizer, letter, chat=True, system=system) for letter in "xy")
     place = next(i for i, token in enumerate(one) if token != other[i])  # the letter: all else is template
     return one[:place], one[place + 1:]
 
@@ -265,7 +265,7 @@ OFFSETS = 2**20  # a window begins at one of the haystack's first places, the sa
 
 
 def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *, seed: int,
-                task: str, chat: bool, distractors: int, digits: int) -> Prompt:
+                task: str, chat: bool, distractors: int, digits: int, system: str | None = None) -> Prompt:
     """Prompt number `sample` of one cell; depends on no other cell. "mixed" alternates tasks by sample.
 
     A sample's window of the haystack begins at the same place in all cells, so that their prompts begin alike.
@@ -274,7 +274,7 @@ def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float,
     offset = random.Random(f"{seed} {sample}").randrange(max(1, min(OFFSETS, len(haystack_tokens) - length + 1)))
     rng = random.Random(f"{seed} {length} {depth:.6f} {sample}")
     return build_prompt(tokenizer, haystack_tokens[offset:], length, depth, rng, task, chat,
-                        distractors if task == "needle" else 0, digits)
+                        distractors if task == "needle" else 0, digits, system)
 
 
 def standard_error(right: np.ndarray) -> float:
@@ -287,8 +287,8 @@ def standard_error(right: np.ndarray) -> float:
 
 def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int], depths: list[float],
              samples: int, seed: int = 1234, *, task: str = "passkey", chat: bool = False,
-             distractors: int = 0, digits: int = 5, batch_tokens: int = 16384, device: str = "cpu",
-             progress: bool = False) -> dict:
+             distractors: int = 0, digits: int = 5, system: str | None = None, batch_tokens: int = 16384,
+             device: str = "cpu", progress: bool = False) -> dict:
     """Retrieval accuracy of every length x depth, `samples` prompts each.
 
     Returns {"lengths", "depths", "cells", "means", "read", "computed"}. A cell has its length, depth, accuracy in % and
@@ -297,7 +297,7 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
     last place of the fact to the first, so that each begins like the one before and only what follows its fact is computed:
     of `read` tokens, `computed`.
     """
-    options = {"seed": seed, "task": task, "chat": chat, "distractors": distractors, "digits": digits}
+    options = {"seed": seed, "task": task, "chat": chat, "distractors": distractors, "digits": digits, "system": system}
     lengths, found, reader = sorted(set(lengths)), {}, Reader(model, device)
     bar = tqdm(total=len(lengths) * len(depths) * samples, unit="prompt", disable=None if progress else True)
     sizes = {length: min(samples, max(1, batch_tokens // length) * model.grid.dp) for length in lengths}
@@ -529,6 +529,8 @@ def run_questions(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
     missing = torch.tensor([index not in answers for index in range(len(questions))], device=a.device)
     pending = grid.broadcast(missing.long()).nonzero()[:, 0].tolist()  # the first rank's file decides
     counts = [0, 0]
+    if answers and pending:
+        print_once(f"{a.out} has {len(answers)} of {len(questions)} answers: the others follow")
     if pending:
         reader = Reader(load_model(a, config, grid), a.device)
         with ExitStack() as files:
@@ -561,7 +563,7 @@ def score_table(answers: dict[int, dict]) -> str:
     """Mean score in % of each task and length, the number of prompts, and the mean of tasks."""
     lengths = sorted({answer["length"] for answer in answers.values()}, key=lambda text: (len(text), text))
     scores = {}
-    for answer in answers.values():
+    for _, answer in sorted(answers.items()):
         scores.setdefault(answer["task"], {}).setdefault(answer["length"], []).append(100 * answer["score"])
     width = max(4, *map(len, scores))
     shown = [short_length(int(length)) if length.isdecimal() else length for length in lengths]
@@ -752,7 +754,7 @@ def show_comparison(a: argparse.Namespace) -> None:
             check = perplexity_table(runs[-1:], [""]) if "edges" in results else terminal_map(runs[-1], colour=False)
             assert check  # whatever is missing has shown by now
         except (ValueError, LookupError, TypeError, ArithmeticError):
-            raise ValueError(f"--compare {path}: not results that eval_niah.py --out has written") from None
+            raise ValueError(f"--compare {path}: not results of needles or perplexity that --out has written") from None
     if len({str(results.get("edges")) for results in runs}) > 1:
         raise ValueError("--compare: these are not all of needles, or all of perplexity at the same positions")
     if "edges" in runs[0]:
@@ -807,7 +809,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="only show earlier results")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--haystack", type=Path, help="text that was not trained on: a corpus directory (of which "
-                         "the held-out split is used), or a directory, .txt or .jsonl of text")
+                         "the held-out split is used), a directory, .txt or .jsonl of text, or stdlib")
     prompts.add_argument("--lengths", type=int, nargs="+", help="tokens, the answer's included")
     prompts.add_argument("--depths", type=int, default=10, help="how many, evenly from 0 to 1")
     prompts.add_argument("--samples", type=int, default=5, help="prompts a cell, shared by data-parallel replicas; "
@@ -815,7 +817,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     prompts.add_argument("--task", choices=(*WORDING, "mixed"), default="passkey")
     prompts.add_argument("--prompt", choices=("plain", "chat"), help="default: plain for needles; for --jsonl chat where the "
                          "tokenizer has chat tokens")
-    prompts.add_argument("--system", help="a system message before each chat prompt of --jsonl")
+    prompts.add_argument("--system", help="a system message before each chat prompt")
     prompts.add_argument("--distractors", type=int, default=0, help="facts of other keys (task needle)")
     prompts.add_argument("--digits", type=int, default=5, help="length of the numbers")
     prompts.add_argument("--metric", choices=METRICS, help="of --jsonl; default: the record's, else all")
@@ -850,11 +852,11 @@ def check_arguments(a: argparse.Namespace) -> None:
         raise ValueError("--jsonl brings its own prompts: it goes without --perplexity, --haystack, --lengths and --figure")
     if a.model and not a.jsonl and not (a.haystack and a.lengths):
         raise ValueError("an evaluation needs --haystack and --lengths, or --jsonl")
-    for name in ("metric", "max_new_tokens", "max_length", "system"):
+    for name in ("metric", "max_new_tokens", "max_length"):
         if getattr(a, name) is not None and not a.jsonl:
             raise ValueError(f"--{name.replace('_', '-')} is for --jsonl only")
-    if a.system is not None and a.prompt == "plain":
-        raise ValueError("--system: a plain prompt has no system message; use --prompt chat")
+    if a.system is not None and (a.perplexity or a.prompt != "chat" and not (a.jsonl and a.prompt is None)):
+        raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
     if a.perplexity and len(a.lengths) > 1:
         raise ValueError(f"--perplexity takes one of --lengths, not {len(a.lengths)}")
     smallest = {"depths": 1, "samples": 1, "distractors": 0, "digits": 1, "batch_tokens": 1, "window": 1, "buckets": 1,
@@ -867,6 +869,8 @@ def check_arguments(a: argparse.Namespace) -> None:
         raise ValueError(f"--lengths {a.lengths[0]} is too small for --buckets {a.buckets}")
     if a.distractors and a.task == "passkey":
         raise ValueError("--distractors need keys to tell facts apart: use --task needle or mixed")
+    if a.haystack:
+        a.haystack = data.source_path(a.haystack, "--haystack")
     scaling_from_arguments(a)
     check_device(a.device)
     a.dtype = ("float32" if a.device == "cpu" else "bfloat16") if a.dtype == "auto" else a.dtype
@@ -900,7 +904,8 @@ def run_needles(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
     if len(haystack) < longest:
         raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; length {longest} needs as many")
     depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
-    options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "distractors": a.distractors, "digits": a.digits}
+    options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "distractors": a.distractors, "digits": a.digits,
+               "system": a.system}
     for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
         cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
     grid = Grid.create(a.tp, a.cp, a.device, a.timeout)

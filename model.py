@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -962,6 +963,9 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file; the library's own error for a full disk becomes an OSError that names the file."""
     try:
         save_file(tensors, file, metadata={"format": "pt"})
+        umask = os.umask(0)  # it can only be read by setting it
+        os.umask(umask)
+        file.chmod(0o666 & ~umask)  # as any file: the library writes one for the owner alone
     except SafetensorError as error:
         raise OSError(f"{file}: could not be written ({error})") from None
 

@@ -549,7 +549,7 @@ def print_plan(a: argparse.Namespace) -> None:
           f"dp {plan.dp} x cp {plan.cp} x tp {plan.tp} = {plan.processes} x {a.dry_run}; --recompute {plan.recompute}"
           + ", --offload" * plan.offload + ", --offload-optimizer" * plan.offload_optimizer)
     print("a rank: " + rank_shapes(config, plan.micro_batch, plan.length, plan.tp, plan.cp))
-    if plan.length > config.max_position_embeddings:
+    if plan.length > config.max_position_embeddings and not getattr(a, "rope_kind", None):
         print(f"the model's window is {config.max_position_embeddings}: training needs --rope-kind and --rope-factor")
     print_memory(plan, device)
     print_times(plan, device)

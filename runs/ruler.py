@@ -329,11 +329,15 @@ def least_length(make: Callable[[str, int, int], dict], task: str, length: int, 
     raise ValueError(f"{task}: no length up to {length} works")
 
 
-def load_haystack(source: str) -> str:
-    """The texts of a file, a directory or the standard library, as far as they are used."""
-    if source != "stdlib" and not Path(source).exists():
-        raise FileNotFoundError(f"--haystack {source}: no such file or directory")
-    haystack = "\n\n".join(data.read_texts([data.source_path(source)], HAYSTACK_BYTES))
+def load_haystack(source: str, tokenizer: data.Tokenizer) -> str:
+    """The texts of a corpus's held-out split, a file, a directory or the standard library, as far as they are used."""
+    path = data.source_path(source, "--haystack")
+    if (path / "meta.json").is_file():
+        held_out = data.PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
+        texts = (tokenizer.decode(held_out.document(i).tolist()) for i in range(len(held_out.lengths)))
+        haystack = "\n\n".join(texts)[:HAYSTACK_BYTES]
+    else:
+        haystack = "\n\n".join(data.read_texts([path], HAYSTACK_BYTES))
     if not haystack.strip():
         raise ValueError(f"--haystack {source}: holds no text")
     return haystack
@@ -345,7 +349,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens of a prompt and of the answer's room")
     parser.add_argument("--tasks", nargs="+", default=["all"], help=f"all, or some of {' '.join(TASKS)}")
     parser.add_argument("--samples", type=int, default=25, help="records of a task and length (default: 25; RULER: 500)")
-    parser.add_argument("--haystack", default="stdlib", help="text that was not trained on: file, directory or stdlib")
+    parser.add_argument("--haystack", default="stdlib", help="text that was not trained on: a corpus directory (its held-out "
+                        "split), a file, a directory, or stdlib (the default)")
     parser.add_argument("--prompt", choices=("plain", "chat"), default="plain", help="how the model will read it")
     parser.add_argument("--system", help="system message of chat prompts")
     parser.add_argument("--seed", type=int, default=42)
@@ -366,7 +371,7 @@ def write_records(a: argparse.Namespace) -> int:
         raise OSError(f"--out {a.out}: cannot be written; give a file in a directory that exists")
     tokenizer, lengths = data.load_tokenizer(a.tokenizer), sorted(set(a.lengths))
     essays = any(task in NIAH and NIAH[task].haystack == "essay" for task in tasks)
-    record = functools.partial(make_record, tokenizer, load_haystack(a.haystack) if essays else "", seed=a.seed,
+    record = functools.partial(make_record, tokenizer, load_haystack(a.haystack, tokenizer) if essays else "", seed=a.seed,
                                chat=a.prompt == "chat", system=a.system)
 
     def make(task: str, length: int, sample: int) -> dict:

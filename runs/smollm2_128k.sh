@@ -27,7 +27,8 @@ MODEL=${1:-} CHAT=${2:-} OUT=${3:-} WINDOW=${4:-131072} STEPS=${5:-40} SAMPLES=$
 if [ "$*" != --plan ]; then
   [ $# -ge 3 ] && [ $# -le 6 ] || fail "usage: bash $0 MODEL_DIR CHAT OUT [WINDOW [STEPS [SAMPLES]]], or bash $0 --plan"
   [ -f "$MODEL/config.json" ] || fail "$MODEL: no config.json there; give a Hugging Face model directory"
-  [ -f "$CHAT" ] || fail "$CHAT: no such file; give a .jsonl of messages"
+  [ ! -f "$CHAT/train.jsonl" ] || CHAT=$CHAT/train.jsonl
+  [ -f "$CHAT" ] || fail "$CHAT: no such file; give a .jsonl of messages, or a directory of runs/chat_blend.py"
   [ ! -f "$OUT" ] || fail "$OUT: is a file; give a directory"
 fi
 for n in "$WINDOW" "$STEPS" "$SAMPLES"; do
@@ -48,6 +49,7 @@ STAGE2=(--sequence-length 8192 --pack --batch-size "$ROWS" --micro-batch-size 1)
 SOURCE=(--model "$MODEL")
 [ "$*" != --plan ] || SOURCE=(--config runs/smollm2_135m.json)
 python train.py --dry-run "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE1[@]}"
+echo "-- and stage 2:"
 python sft.py --dry-run "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE2[@]}"
 [ "$*" != --plan ] || exit 0
 mkdir -p "$OUT"
@@ -61,17 +63,9 @@ PACKAGES=$(echo .venv/lib/python3*/site-packages)
   --short-length 4096 --short-weight 0.5 --long-length 8192 --long-weight 2 --holdout 0.1 --out "$OUT/corpus"
 [ -e "$OUT/chat/train.jsonl" ] || python runs/chat_blend.py --source chat="$CHAT" --tokenizer "$MODEL" --system "$SYSTEM" \
   --max-tokens 8192 --out "$OUT/chat"  # clean, no copies, the system message the model is used with
-[ -e "$OUT/held-out.txt" ] || { python - "$OUT/corpus" "$MODEL" > "$OUT/held-out.partial" <<'END'
-import sys, data
-tokenizer = data.load_tokenizer(sys.argv[2])
-held_out = data.PackedDataset(sys.argv[1], "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
-for i in range(len(held_out.lengths)):
-    print(tokenizer.decode(held_out.document(i).tolist()))
-END
-mv "$OUT/held-out.partial" "$OUT/held-out.txt"; }  # the haystack of RULER's prompts, which takes text
 [ -e "$OUT/ruler.jsonl" ] || python runs/ruler.py --tokenizer "$MODEL" --lengths $LENGTHS --samples "$SAMPLES" \
   --tasks niah_{single,multikey}_{1,2,3} niah_multivalue niah_multiquery \
-  --prompt chat --system "$SYSTEM" --haystack "$OUT/held-out.txt" --out "$OUT/ruler.jsonl"
+  --prompt chat --system "$SYSTEM" --haystack "$OUT/corpus" --out "$OUT/ruler.jsonl"
 
 YARN=(--rope-kind yarn --rope-factor "$FACTOR" --original-length 8192 --beta-slow 1 --beta-fast 4)  # alpha 1, beta 4
 evaluate() {  # NAME MODEL_DIR [OPTIONS]: needles (a heat map), RULER's needle tasks (a table), perplexity (a curve)

@@ -37,29 +37,34 @@ if [ "$NPROC" != 1 ]; then
   LAUNCH="torchrun --standalone --nproc-per-node $NPROC" CP="--cp $NPROC"
 fi
 
+train() {  # a training program and its options, --out last
+  $LAUNCH "$@"
+  [ -e "${*: -1}/final" ] || { echo "error: stopped before the end of ${*: -1}; remove $OUT and start again" >&2; exit 1; }
+}
+
 started=$SECONDS
 NEEDLES="$CP --haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((7000 + SEED))"
 COMMON="$CP --seed $SEED --dtype float32 --weight-decay 0.05 --warmup-steps 10"  # float32: any CPU gives these results
 
 echo "== base model: 64 tokens first, then its window of 128"
-$LAUNCH train.py --config runs/tiny.json --tokenizer "$OUT/tokenizer" --data "$OUT/facts-64" --separator none \
+train train.py --config runs/tiny.json --tokenizer "$OUT/tokenizer" --data "$OUT/facts-64" --separator none \
   --sequence-length 64 --batch-size 16 --steps 500 --learning-rate 1.5e-3 --final-learning-rate 0.8 \
   --validation-sequences 0 $COMMON --out "$OUT/base-64"
-$LAUNCH train.py --model "$OUT/base-64/final" --data "$OUT/facts-128" --separator none \
+train train.py --model "$OUT/base-64/final" --data "$OUT/facts-128" --separator none \
   --sequence-length 128 --batch-size 16 --steps 500 --learning-rate 1.2e-3 --final-learning-rate 0.05 \
   --validation-sequences 0 $COMMON --out "$OUT/base"
 $LAUNCH eval_niah.py "$OUT/base/final" $NEEDLES --window 128 --out "$OUT/base.json"
 $LAUNCH eval_niah.py "$OUT/base/final" $NEEDLES --rope-kind yarn --rope-factor 16 --original-length 128 --out "$OUT/untrained.json"
 
 echo "== stage 1: one step from 128 to 2,048 tokens, YaRN with s = 16, documents up-sampled by length, <s> between them"
-$LAUNCH train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --original-length 128 \
+train train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --original-length 128 \
   --data "$OUT/corpus=0.04" "$OUT/facts-long=0.46" "$OUT/facts-mixed=0.28" "$OUT/facts-short=0.22" --sequence-length 2048 \
   --short-length 1024 --short-weight 0.5 --long-length 2048 --long-weight 2 --steps 700 --learning-rate 8e-4 \
   --final-learning-rate 0.05 --validation-sequences 8 $COMMON --out "$OUT/stage1"
 $LAUNCH eval_niah.py "$OUT/stage1/final" $NEEDLES --window 128 --out "$OUT/stage1.json"
 
 echo "== stage 2: short chat samples (at most 128 tokens), loss on the assistant's words only"
-$LAUNCH sft.py --model "$OUT/stage1/final" --data "$OUT/chat.jsonl" --sequence-length 128 --batch-size 32 --micro-batch-size 32 \
+train sft.py --model "$OUT/stage1/final" --data "$OUT/chat.jsonl" --sequence-length 128 --batch-size 32 --micro-batch-size 32 \
   --steps 40 --learning-rate 1e-4 --validation-sequences 0 $COMMON --out "$OUT/stage2"
 $LAUNCH eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --out "$OUT/stage2.json"
 $LAUNCH eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --prompt chat --out "$OUT/stage2-chat.json"

@@ -43,6 +43,7 @@ STAGE2=(--tp "$TP" --sequence-length 8192 --batch-size 128 --micro-batch-size 1)
 SOURCE=(--model "$MODEL")
 [ "$*" != --plan ] || SOURCE=(--config runs/llama31_8b.json)
 python train.py --dry-run "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE1[@]}"
+echo "-- and stage 2:"
 python sft.py --dry-run "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE2[@]}"
 [ "$*" != --plan ] || exit 0
 mkdir -p "$OUT"
@@ -74,7 +75,7 @@ EVALUATE=(eval_niah.py "$OUT/stage2/final" --tp "$TP" --cp "$CP" --prompt chat -
 [ -e "$OUT/needles.json" ] || $LAUNCH "${EVALUATE[@]}" --haystack "$OUT/corpus" --task mixed --lengths $LENGTHS --depths 10 \
   --samples 2 --window 131072 --out "$OUT/needles.json" --figure "$OUT/needles.png"
 [ -e "$OUT/ruler.jsonl" ] || python runs/ruler.py --tokenizer "$OUT/stage2/final" --tasks all --prompt chat --lengths $LENGTHS \
-  --samples "$SAMPLES" --haystack stdlib --out "$OUT/ruler.jsonl"
+  --samples "$SAMPLES" --haystack "$OUT/corpus" --out "$OUT/ruler.jsonl"
 $LAUNCH "${EVALUATE[@]}" --jsonl "$OUT/ruler.jsonl" --out "$OUT/ruler-answers.jsonl"
 
 echo "== 6. $OUT/stage2/final is a Hugging Face directory: serve it with transformers, or chat with it here"

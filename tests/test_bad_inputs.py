@@ -174,7 +174,8 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare(Path(folder))
         os.chdir(folder)
         print("| what is wrong | the line it gets |\n|---|---|")
         for what, script, arguments, _ in CASES:

@@ -514,11 +514,12 @@ def test_token_shares_by_length_and_source_are_what_the_weights_ask(web, tokeniz
         assert written == budget or budget is None and abs(written / everything - 1) < 0.01
         sources = meta["lengths"]["sources"]
         assert set(sources) == {"slim/web", "slim/books"}
-        for rows in sources.values():
-            assert sum(rows["asked"]) == pytest.approx(sum(rows["tokens"]), rel=1e-4)  # proportions of sources are kept
+        for rows in sources.values():  # proportions of sources are kept
+            assert sum(rows["asked"]) == pytest.approx(sum(rows["tokens"]) / everything * (budget or everything), rel=1e-3)
+            assert abs(sum(rows["written"]) - sum(rows["asked"])) <= (3 if budget else 600)
             expected = np.array(rows["tokens"]) * [0.4, 1, 2.5]
             for measured, asked, own in zip(rows["written"], rows["asked"], expected / expected.sum()):
-                assert abs(asked / sum(rows["asked"]) - own) < 1e-4
+                assert abs(asked / sum(rows["asked"]) - own) < 1e-3
                 assert abs(measured / written - own * sum(rows["tokens"]) / everything) < 0.01
 
 
