@@ -909,8 +909,8 @@ def draw_source(lengths: np.ndarray, weights: np.ndarray, budget: int | None, dr
 
 def length_histogram(lengths: np.ndarray, owners: np.ndarray, names: list[str], training: np.ndarray, asked: np.ndarray,
                      repeats: np.ndarray, cuts: list[int]) -> dict:
-    """Per source and stretch of document lengths (EDGES): training documents and tokens found, `asked` for (by weights and budget)
-    and written."""
+    """Per source and stretch of document lengths (EDGES): training documents and tokens found, `asked` for by the weights, and
+    written."""
     written = repeats * lengths
     for source, cut in enumerate(cuts):
         if cut:
