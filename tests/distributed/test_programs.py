@@ -119,18 +119,18 @@ def test_needle_evaluation_gives_identical_answers_on_1_2_and_4_ranks(place, tmp
 
 
 def test_questions_get_identical_answers_on_several_ranks(place, tmp_path):
-    """A replica without a question, answers that only one replica knows, keys and values of another prompt on a ring."""
+    """Answers that only one replica knows, more rounds for one than for the other."""
     text, questions = (place / "haystack.txt").read_text(), tmp_path / "questions.jsonl"
     starts = [text[:400], text[:400], text[:300], text[7:90], text[:400]]
     questions.write_text("\n".join(json.dumps({"prompt": f"{start} {i}", "answers": ["e"], "max_new_tokens": 9})
                                    for i, start in enumerate(starts)))
     arguments = [place / "model", "--jsonl", questions, "--max-length", 2000, "--batch-tokens", 1, "--device", "cpu"]
     eval_niah.main([*map(str, arguments), "--out", str(tmp_path / "1.jsonl")])
-    done = torchrun(4, "eval_niah.py", *arguments, "--cp", 2, "--out", tmp_path / "4.jsonl")
+    done = torchrun(2, "eval_niah.py", *arguments, "--out", tmp_path / "2.jsonl")
     assert done.returncode == 0, done.stderr
-    one, four = (sorted(map(json.loads, (tmp_path / f"{n}.jsonl").read_text().splitlines()[1:]), key=lambda line: line["index"])
-                 for n in (1, 4))
-    assert one == four and len(one) == 5 and len({answer["prediction"] for answer in one}) > 1
+    one, two = (sorted(map(json.loads, (tmp_path / f"{n}.jsonl").read_text().splitlines()[1:]), key=lambda line: line["index"])
+                for n in (1, 2))
+    assert one == two and len(one) == 5 and len({answer["prediction"] for answer in one}) > 1
 
 
 def test_chat_is_the_same_on_several_processes(place):
