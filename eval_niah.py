@@ -25,8 +25,8 @@ import random
 import re
 import string
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -413,6 +413,9 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f]", "\n", text).strip()
 
 
+ROUND = 8  # batches between two meetings of replicas: meeting seldom, they wait less for the longest prompts
+
+
 @torch.inference_mode()
 def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Question], pending: list[int], limit: int,
                      chat: bool = False, system: str | None = None, batch_tokens: int = 16384) -> Iterator[tuple]:
@@ -426,46 +429,45 @@ def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Questi
     grid, device, stops = reader.model.grid, reader.device, tuple(data.stop_tokens(tokenizer, None))
     ordered = sorted(pending, key=lambda index: (questions[index].text, index))
     share = -(-len(ordered) // grid.dp)
-    mine = deque(ordered[grid.dp_rank * share:(grid.dp_rank + 1) * share])
 
-    def tokens_of(index: int) -> tuple[list[int], int]:
-        question = questions[index]
-        room = limit - question.max_new_tokens
+    def encode(index: int) -> tuple[list[int], int]:
+        """Tokens to read, and how many the whole prompt has."""
+        question, room = questions[index], limit - questions[index].max_new_tokens
         tokens = prompt_tokens(tokenizer, question.text, question.answer_prefix, chat, system)
-        read = tokens if len(tokens) <= room else tokens[:room - room // 2] + tokens[len(tokens) - room // 2:]
-        return read, len(tokens)
+        return tokens if len(tokens) <= room else tokens[:room - room // 2] + tokens[len(tokens) - room // 2:], len(tokens)
 
-    def next_batch() -> tuple[list[int], list[list[int]], list[int]]:
-        """Indices, tokens to read and whole lengths of questions that are read together."""
-        nonlocal ahead
-        batch, rows, lengths = [], [], []
-        while mine:
-            ahead = ahead or tokens_of(mine[0])
-            if rows and (len(ahead[0]) != len(rows[0]) or (len(rows) + 1) * len(rows[0]) > batch_tokens
-                         or questions[mine[0]].max_new_tokens != questions[batch[0]].max_new_tokens):
-                break
-            for items, item in zip((batch, rows, lengths), (mine.popleft(), *ahead)):
-                items.append(item)
-            ahead = None
-        return batch, rows, lengths
-
-    ahead = None  # what tokens_of(mine[0]) gives, once it is known
+    mine = batches(ordered[grid.dp_rank * share:(grid.dp_rank + 1) * share], questions, encode, batch_tokens)
     while True:
         said = []  # index, length of the prompt, how much of it is read, answer
-        for _ in range(1 if grid.dp == 1 else 8):  # replicas that meet seldom wait less for the longest prompts
-            batch, rows, lengths = next_batch()
-            if batch:
-                prompts = torch.tensor(rows, device=device)  # (B, S)
-                cache = reader.begin(prompts, prompts.shape[1] - 1)
-                whole = reader.model.generate(prompts, questions[batch[0]].max_new_tokens, stop_tokens=stops, cache=cache)
-                said += [[index, length, len(row), *new] for index, length, row, new in
-                         zip(batch, lengths, rows, grid.to_host(whole[:, len(rows[0]):]))]
+        for indices, rows, lengths in itertools.islice(mine, 1 if grid.dp == 1 else ROUND):
+            prompts = torch.tensor(rows, device=device)  # (B, S)
+            cache = reader.begin(prompts, prompts.shape[1] - 1)
+            whole = reader.model.generate(prompts, questions[indices[0]].max_new_tokens, stop_tokens=stops, cache=cache)
+            new = grid.to_host(whole[:, prompts.shape[1]:])
+            said += [[index, length, len(row), *answer] for index, length, row, answer in zip(indices, lengths, rows, new)]
         found = gather_rows(said, grid, device)
         if not found:
             return
         for index, length, read, *answer in found:
             end = next((i for i, token in enumerate(answer) if token in stops or token < 0), len(answer))
             yield index, length, read, printable(text_of(tokenizer, answer[:end]))
+
+
+def batches(order: list[int], questions: list[Question], encode: Callable, batch_tokens: int) -> Iterator[tuple]:
+    """(indices, rows of tokens, whole lengths) of neighbours in `order` with equal lengths and equal room for an answer, up to
+    `batch_tokens` tokens together; `encode` gives a row and its whole length."""
+    indices, rows, lengths = [], [], []
+    for index in order:
+        row, length = encode(index)
+        if rows and (len(row) != len(rows[0]) or (len(rows) + 1) * len(row) > batch_tokens
+                     or questions[index].max_new_tokens != questions[indices[0]].max_new_tokens):
+            yield indices, rows, lengths
+            indices, rows, lengths = [], [], []
+        indices.append(index)
+        rows.append(row)
+        lengths.append(length)
+    if rows:
+        yield indices, rows, lengths
 
 
 def gather_rows(rows: list[list[int]], grid: Grid, device: str) -> list[list[int]]:
@@ -508,19 +510,22 @@ def read_answers(path: Path, settings: dict) -> dict[int, dict]:
     return answers
 
 
-def run_questions(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
-    """Answer what `--out` does not hold yet, a line an answer as they come, and print mean scores."""
-    questions = read_questions(a.jsonl, a.metric, a.max_new_tokens)
+def choose_prompt(a: argparse.Namespace, questions: list[Question], tokenizer: Encoding) -> None:
+    """Set --prompt and --system, where they are not given, to what the prompts were made for. ValueError if they contradict."""
     made_for = {question.made_for for question in questions} - {(None, None)}
     if len(made_for) == 1 and a.prompt is None:
         a.prompt, a.system = next(iter(made_for))
     a.prompt = a.prompt or ("chat" if data.has_chat_tokens(tokenizer) else "plain")
-    if made_for - {(a.prompt, a.system)}:
-        template, system = next(iter(made_for - {(a.prompt, a.system)}))
+    for template, system in made_for - {(a.prompt, a.system)}:
         raise ValueError(f"--jsonl {a.jsonl}: has prompts made for --prompt {template} and --system {system!r}, not for "
                          f"{a.prompt} and {a.system!r}: their lengths would be wrong; leave both options out")
-    settings = question_settings(a, config)
-    limit = a.max_length or config.max_position_embeddings
+
+
+def run_questions(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
+    """Answer what `--out` does not hold yet, write a line an answer, and print mean scores."""
+    questions = read_questions(a.jsonl, a.metric, a.max_new_tokens)
+    choose_prompt(a, questions, tokenizer)
+    settings, limit = question_settings(a, config), a.max_length or config.max_position_embeddings
     least = max(question.max_new_tokens for question in questions) + 2
     if limit < least:
         raise ValueError(f"--max-length {limit} is too small: the answers alone take {least - 2}")
@@ -533,30 +538,34 @@ def run_questions(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
         print_once(f"{a.out} has {len(answers)} of {len(questions)} answers: the others follow")
     if pending:
         reader = Reader(load_model(a, config, grid), a.device)
-        with ExitStack() as files:
-            if a.out and grid.is_first:
-                files.enter_context(data.locked(a.out.with_name(a.out.name + ".lock")))
-                lines = [json.dumps({"settings": settings}), *map(json.dumps, answers.values())]
-                data.write_complete(a.out, "".join(line + "\n" for line in lines).encode())
-                file = files.enter_context(open(a.out, "a"))
-            bar = tqdm(total=len(pending), unit="prompt", disable=None if grid.is_first else True)
-            for index, length, read, text in answer_questions(reader, tokenizer, questions, pending, limit, a.prompt == "chat",
-                                                        a.system, a.batch_tokens):
-                question = questions[index]
-                answers[index] = {"index": index, "task": question.task, "length": question.length, "prompt_tokens": length,
-                                  "read": read, "prediction": text, "answers": question.answers, "metric": question.metric,
-                                  "score": METRICS[question.metric](text, question.answers)}
-                if a.out and grid.is_first:
-                    file.write(json.dumps(answers[index]) + "\n")
-                    file.flush()
-                bar.update()
-            bar.close()
+        found = answer_questions(reader, tokenizer, questions, pending, limit, a.prompt == "chat", a.system, a.batch_tokens)
+        write_answers(a.out if grid.is_first else None, settings, answers, questions,
+                      tqdm(found, total=len(pending), unit="prompt", disable=None if grid.is_first else True))
         counts = reader.counts()
     print_once(score_table(answers))
     if cut := sum(answer["read"] < answer["prompt_tokens"] for answer in answers.values()):
         print_once(f"note: {cut} of {len(answers)} prompts do not fit into {limit} tokens with their answer: middle cut")
     print_saved(*counts)
     grid.close()
+
+
+def write_answers(out: Path | None, settings: dict, answers: dict[int, dict], questions: list[Question],
+                  found: Iterable[tuple]) -> None:
+    """Add what answer_questions has `found` to `answers`, scored, and each at once to the file `out`."""
+    with ExitStack() as files:
+        if out:
+            files.enter_context(data.locked(out.with_name(out.name + ".lock")))
+            lines = [json.dumps({"settings": settings}), *map(json.dumps, answers.values())]
+            data.write_complete(out, "".join(line + "\n" for line in lines).encode())
+            file = files.enter_context(open(out, "a"))
+        for index, length, read, text in found:
+            question = questions[index]
+            answers[index] = {"index": index, "task": question.task, "length": question.length, "prompt_tokens": length,
+                              "read": read, "prediction": text, "answers": question.answers, "metric": question.metric,
+                              "score": METRICS[question.metric](text, question.answers)}
+            if out:
+                file.write(json.dumps(answers[index]) + "\n")
+                file.flush()
 
 
 def score_table(answers: dict[int, dict]) -> str:
