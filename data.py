@@ -334,7 +334,7 @@ def read_raw(path: str | Path) -> Iterator[Raw]:
     if (path / "meta.json").is_file() and (path / "train-offsets.npy").is_file():
         raise ValueError(f"{path}: is a corpus that data.py prepare wrote, not text")
     if path.name.endswith(JSON_LINES) and path.is_file():
-        yield from (Raw(place, line, True) for place, line in read_lines(path))
+        yield from (Raw(f"{path}, line {number}", line, True) for number, line in read_lines(path))
     elif path.is_file():
         yield Raw(str(path), path.read_bytes(), False)
     for folder, folders, names in os.walk(path):
@@ -349,11 +349,11 @@ def read_raw(path: str | Path) -> Iterator[Raw]:
                     yield Raw(str(file), content, False)
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of each line of a file, .gz or not, that is not blank. ValueError for a damaged .gz."""
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of each line of a file, .gz or not, that is not blank. ValueError for a damaged .gz."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-            yield from ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
 
@@ -1066,6 +1066,17 @@ class PackedDataset:
             source = (self.starts[documents] + offsets)[mine]
             tokens[mine], mask[mine] = self.tokens[shard][source], self.masks[shard][source]
         return tokens, mask, ids
+
+
+def is_corpus(path: Path) -> bool:
+    """Whether a directory is a corpus, not text."""
+    return (path / "meta.json").is_file()
+
+
+def held_out_split(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Tokens uint32 (T,) of each held-out document of a corpus, in order. Raises ValueError, see PackedDataset."""
+    held_out = PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
+    return map(held_out.document, range(len(held_out.lengths)))
 
 
 class ChatDataset:

@@ -223,7 +223,7 @@ class Reader:
     def begin(self, rows: torch.Tensor, most: int):
         """The cache, truncated to what it shares with rows (B, S) int64: `most` tokens at most."""
         if self.rows is None or len(self.rows) != len(rows):
-            self.rows, self.cache = rows, self.model.new_cache(len(rows))
+            self.rows, self.cache = rows, self.model.new_cache(len(rows))  # empty: nothing to compare
         width = min(self.rows.shape[1], most, self.cache.length)
         other = (self.rows[:, :width] != rows[:, :width]).any(0)  # (width,)
         self.cache.truncate(int(other.int().argmax()) if other.any() else width)
@@ -353,7 +353,7 @@ def read_questions(path: Path, metric: str | None = None, max_new_tokens: int | 
     are the file's name, "all" and 128. Raises ValueError naming the line.
     """
     questions = []
-    for place, line in data.read_lines(path):
+    for number, line in data.read_lines(path):
         try:
             record, text_or_number = json.loads(line), (str, int, float)
             text = record["prompt"] if "prompt" in record else "\n\n".join(
@@ -370,8 +370,9 @@ def read_questions(path: Path, metric: str | None = None, max_new_tokens: int | 
         except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
             good = False
         if not good:
-            raise ValueError(f"{place}: needs a JSON object with prompt (or context and input), answers (or outputs, or "
-                             f"answer), and if stated a metric of {', '.join(METRICS)} and max_new_tokens of 1 or more")
+            raise ValueError(f"{path}, line {number}: needs a JSON object with prompt (or context and input), answers (or "
+                             f"outputs, or answer), and if stated a metric of {', '.join(METRICS)} and max_new_tokens of 1 or "
+                             "more")
         questions.append(question)
     if not questions:
         raise ValueError(f"--jsonl {path}: holds no prompt")
@@ -598,9 +599,8 @@ def print_saved(read: int, computed: int) -> None:
 def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:
     """The first length + 1 tokens of the first `count` documents that have them, (count, length + 1) int64, begin-of-text where
     there is one included: of a corpus's held-out split, or of text files. Raises ValueError if there are fewer."""
-    if (path / "meta.json").is_file():
-        held_out = data.PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
-        documents = map(held_out.document, range(len(held_out.lengths)))
+    if data.is_corpus(path):
+        documents = data.held_out_split(path, tokenizer)
     else:
         documents = (np.array(tokenizer.encode_ordinary(document.get("text", ""))) for document in data.read_documents(path))
     found, longest = [], 0
@@ -760,8 +760,10 @@ def show_comparison(a: argparse.Namespace) -> None:
         try:
             results = json.loads(path.read_text())
             runs.append(results | {"window": a.window or results["window"]})
-            check = perplexity_table(runs[-1:], [""]) if "edges" in results else terminal_map(runs[-1], colour=False)
-            assert check  # whatever is missing has shown by now
+            if "edges" in results:  # whatever is missing shows here
+                perplexity_table(runs[-1:], [""])
+            else:
+                terminal_map(runs[-1], colour=False)
         except (ValueError, LookupError, TypeError, ArithmeticError):
             raise ValueError(f"--compare {path}: not results of needles or perplexity that --out has written") from None
     if len({str(results.get("edges")) for results in runs}) > 1:
@@ -787,7 +789,7 @@ def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
 
     Raises FileNotFoundError, or ValueError if the text states facts of its own in our wording.
     """
-    if (path / "meta.json").is_file():
+    if data.is_corpus(path):
         options = {"seed": 0, "separator": "none", "tokenizer": tokenizer}
         held_out = int(data.PackedDataset(path, "valid", 1, **options).lengths.sum())  # then it repeats
         stream = data.PackedDataset(path, "valid", max(1, min(held_out, needed) - 1), **options)

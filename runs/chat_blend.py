@@ -12,7 +12,6 @@ sources are named; but of two copies, the one in the source named first stays.
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import itertools
 import json
@@ -20,7 +19,6 @@ import math
 import re
 import sys
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,23 +97,23 @@ def list_files(option: str, path: Path, suffixes: tuple[str, ...]) -> list[Path]
 
 def read_records(path: Path) -> Iterator[tuple[int, object]]:
     """(number from 1, value) of a .json list, (line number, value) of other files. ValueError names file and line."""
-    number = 0
+    if path.suffix == ".json":
+        content = parse(path.read_bytes(), str(path))
+        if not isinstance(content, list):
+            raise ValueError(f"{path}: needs a list of records, not {type(content).__name__}; with a record a line, name it .jsonl")
+        yield from enumerate(content, 1)
+        return
+    for number, line in data.read_lines(path):
+        yield number, parse(line, f"{path}, line {number}", is_text=path.suffix == ".txt")
+
+
+def parse(content: bytes, place: str, is_text: bool = False) -> object:
+    """The text or JSON value of some bytes. Raises ValueError that starts with `place`."""
     try:
-        if path.suffix == ".json":
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, list):
-                raise ValueError(f"needs a list of records, not {type(content).__name__}; with a record a line, name it .jsonl")
-            yield from enumerate(content, 1)
-            return
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line.decode() if path.suffix == ".txt" else json.loads(line)
+        return content.decode() if is_text else json.loads(content)
     except (ValueError, RecursionError) as error:
         reason = f"not valid JSON ({error})" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
-        raise ValueError(f"{path}, line {number}: {reason}" if number else f"{path}: {reason}") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error})") from None
+        raise ValueError(f"{place}: {reason}") from None
 
 
 def read_turns(record: object) -> list[tuple[object, object]] | None:

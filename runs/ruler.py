@@ -332,10 +332,9 @@ def least_length(make: Callable[[str, int, int], dict], task: str, length: int, 
 def load_haystack(source: str, tokenizer: data.Tokenizer) -> str:
     """The texts of a corpus's held-out split, a file, a directory or the standard library, as far as they are used."""
     path = data.source_path(source, "--haystack")
-    if (path / "meta.json").is_file():
-        held_out = data.PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
-        texts = (tokenizer.decode(held_out.document(i).tolist()) for i in range(len(held_out.lengths)))
-        haystack = "\n\n".join(texts)[:HAYSTACK_BYTES]
+    if data.is_corpus(path):
+        documents = data.held_out_split(path, tokenizer)
+        haystack = "\n\n".join(tokenizer.decode(tokens.tolist()) for tokens in documents)[:HAYSTACK_BYTES]
     else:
         haystack = "\n\n".join(data.read_texts([path], HAYSTACK_BYTES))
     if not haystack.strip():
