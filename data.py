@@ -740,7 +740,7 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, 
     if not 1 <= processes <= 8 * os.cpu_count() or budget is not None and budget < 1 or seed < 0:
         raise ValueError(f"processes {processes} must be 1 to {8 * os.cpu_count()}, tokens {budget} 1 or more, seed {seed} not "
                          "negative")
-    length_weights(np.array([long + 1]), np.zeros(1), short, long, short_weight, long_weight)  # refuses bad ones now
+    length_weights(np.array([long, long + 1]), np.zeros(2), short, long, short_weight, long_weight)  # refuses bad ones now
     if len(dict(sources)) != len(sources):
         raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
     out_dir, sources = Path(out_dir).absolute(), [(name, source_path(path)) for name, path in sources]

@@ -523,6 +523,12 @@ def test_token_shares_by_length_and_source_are_what_the_weights_ask(web, tokeniz
                 assert abs(measured / written - own * sum(rows["tokens"]) / everything) < 0.01
 
 
+def test_long_documents_may_be_left_out(web, tokenizer, tmp_path):
+    """A check of the options that takes one weight of 0 for all."""
+    prepared(web, tokenizer, tmp_path / "out", long_weight=0.0)
+    assert np.diff(np.load(tmp_path / "out" / "train-offsets.npy")).max() <= 500  # UPSAMPLED's border of long documents
+
+
 def test_no_document_occurs_more_often_than_its_weight(web, tokenizer, tmp_path):
     once = prepared(web, tokenizer, tmp_path / "once", short_weight=1.0, long_weight=1.0, holdout=0)
     assert once["splits"]["train"]["documents"] == 700
