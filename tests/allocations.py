@@ -1,5 +1,6 @@
-"""Watches what torch allocates: the largest tensor, and the bytes that are alive at once."""
+"""Watches what torch does: which operators run and how often, the largest tensor made, the bytes that are alive at once."""
 import weakref
+from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,3 +39,15 @@ class Allocations(TorchDispatchMode):
     def freed(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.live -= size
+
+
+class Operators(TorchDispatchMode):
+    """Inside `with`: how often each operator ran, by its name without its overload ("mm"), in backward too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import eval_niah
 from eval_niah import build_prompt, cell_prompt, evaluate, exact_number_match
 from model import Llama, ModelConfig
 from parallel import Grid
+from rope_yarn import RopeScaling
 
 TEXT = "".join(f"{a} {b} went home\n    and said: {b}, {a}!\n" for a in ("Anna", "Bo", "Cyd", "Dee", "Émile")
                for b in ("quickly", "the old way", "naïvely", "again", "日本 style") for _ in range(6))
@@ -375,17 +377,18 @@ def test_command_line_writes_what_it_shows(model_directory, text_file, tmp_path,
     assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
 
 
-def test_rope_override_extends_the_window(model_directory, text_file, tmp_path, capsys, monkeypatch):
-    """YaRN can be evaluated untrained: the model must get the scaling, and the map keep the old window."""
-    models, load = [], Llama.from_pretrained
-    monkeypatch.setattr(eval_niah.Llama, "from_pretrained",
-                        lambda *args, **options: models.append(load(*args, **options)) or models[-1])
-    eval_niah.main(arguments(model_directory, text_file, "--rope-kind", "yarn", "--rope-factor", 4,
-                             "--out", tmp_path / "results.json"))
-    scaling = models[0].config.rope_scaling
-    assert (scaling.kind, scaling.factor, models[0].config.max_position_embeddings) == ("yarn", 4, 1024)
-    assert json.loads((tmp_path / "results.json").read_text())["window"] == 256
-    assert "note" not in capsys.readouterr().out
+def test_rope_override_extends_the_window(model_directory, text_file, tmp_path, capsys):
+    """YaRN can be evaluated untrained: the model answers as one saved with the scaling, and the map keeps the old window."""
+    extended = tmp_path / "extended"
+    Llama.from_pretrained(model_directory, rope_scaling=RopeScaling("yarn", 4.0)).save_pretrained(extended)
+    shutil.copy(model_directory / "tokenizer.model", extended)
+    found = []
+    for model, more in ((model_directory, ("--rope-kind", "yarn", "--rope-factor", 4)), (extended, ()), (model_directory, ())):
+        eval_niah.main(arguments(model, text_file, *more, "--out", tmp_path / "results.json"))
+        found.append(json.loads((tmp_path / "results.json").read_text()))
+    assert found[0]["cells"] == found[1]["cells"] != found[2]["cells"]
+    assert [results["window"] for results in found] == [256] * 3
+    assert capsys.readouterr().out.count("note: lengths above 256") == 1  # of the model that is not extended
 
 
 @pytest.mark.parametrize("change, message", [
@@ -396,13 +399,10 @@ def test_rope_override_extends_the_window(model_directory, text_file, tmp_path, 
     (["--rope-factor", "2"], "add --rope-kind"), (["--distractors", "2"], "--task needle"),
     (["--digits", "0"], "--digits 0"), (["--batch-tokens", "0"], "--batch-tokens 0"),
     (["--rope-kind", "yarn", "--rope-factor", "2", "--beta-fast", "0.5"], "beta_fast")])
-def test_mistakes_are_one_line_before_loading(model_directory, text_file, monkeypatch, change, message):
-    def load(*args, **options):
-        raise AssertionError("the model was loaded first")
-
-    monkeypatch.setattr(eval_niah.Llama, "from_pretrained", load)
+def test_mistakes_are_one_line_before_loading(model_directory, text_file, tmp_path, change, message):
+    shutil.copytree(model_directory, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors*"))
     with pytest.raises(SystemExit) as error:
-        eval_niah.main(arguments(model_directory, text_file, *change))
+        eval_niah.main(arguments(tmp_path / "weightless", text_file, *change))
     line = str(error.value)
     assert line.startswith("error: ") and message in line and "\n" not in line
 

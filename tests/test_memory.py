@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from allocations import Allocations
+from allocations import Allocations, Operators
 
 import train
 from data import Batch
@@ -67,16 +67,12 @@ def test_recomputation_with_the_cross_document_mask(recompute):
         assert (other.grad - plain.grad).norm() <= 1e-10 * plain.grad.norm()
 
 
-def test_mlp_mode_runs_attention_forward_once_and_block_mode_twice(monkeypatch):
-    import parallel
-
-    calls, original = [], parallel.block_forward
-    monkeypatch.setattr(parallel, "block_forward", lambda *a, **k: calls.append(1) or original(*a, **k))
-    for recompute, times in (("none", 3), ("mlp", 3), ("block", 6)):
-        calls.clear()
-        rows = batch(1, 16)
+@pytest.mark.parametrize("recompute, times", [("none", 3), ("mlp", 3), ("block", 6)])
+def test_mlp_mode_runs_attention_forward_once_and_block_mode_twice(recompute, times):
+    rows = batch(1, 16)
+    with Operators() as seen:
         build(recompute=recompute).loss(rows.tokens, rows.targets)[0].backward()
-        assert len(calls) == times, recompute
+    assert seen.count["_scaled_dot_product_flash_attention_for_cpu"] == times  # of three layers
 
 
 def test_a_step_allocates_nothing_of_the_forbidden_sizes():

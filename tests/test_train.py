@@ -1,9 +1,9 @@
 """Training: options reach their place, the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation by position."""
 import argparse
-import inspect
 import json
 import math
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import Operators
 
 import data
-import model
 import sft
 import train
-from model import Llama
+from model import Llama, read_config
 from parallel import Grid, ShardedAdamW
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,36 +84,30 @@ def test_training_learns_and_leaves_a_model(workplace, uninterrupted):
 # -------------------------------------------------------------------------------------- options reach their place
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The named arguments of every call of the model's losses, its initialisation and the optimizer in a run."""
-    found = {}
-
-    def spy(owner, name):
-        original, key = getattr(owner, name), f"{owner.__name__}.{name}"
-
-        def recorder(*args, **kwargs):
-            bound = inspect.signature(original).bind(*args, **kwargs)
-            bound.apply_defaults()
-            found.setdefault(key, []).append(bound.arguments)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, recorder)
-
-    for owner, names in ((Llama, ("initialise", "loss", "token_losses")), (ShardedAdamW, ("__init__", "step"))):
-        for name in names:
-            spy(owner, name)
-    return found
+def textbook_run(config, batches, rates, seed, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, masked=False):
+    """A training run written out the obvious way: S x V logits, whole batches, torch's AdamW. Returns losses, norms, the model."""
+    model = Llama(config).initialise(seed)
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                                  betas=betas, eps=1e-8)
+    losses, norms = [], []
+    for rows, rate in zip(batches, rates, strict=True):
+        optimizer.zero_grad()
+        loss = textbook_loss(model, rows, masked)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms, model
 
 
-def assert_saw(calls, batch, masked):
-    """These calls of a loss saw this batch's rows, up to their last target, and document ids if those were to be masked."""
-    names = ("tokens", "targets", "document_ids") if masked else ("tokens", "targets")
-    for name in names:
-        rows = [row for call in calls for row in call[name]]
-        for row, expected, targets in zip(rows, getattr(batch, name), batch.targets, strict=True):
-            assert torch.equal(row, expected[:len(row)]) and (targets[len(row):] == -100).all(), name
-    assert masked or all(call["document_ids"] is None for call in calls)
+def textbook_loss(model, rows, masked=False):
+    """Mean cross-entropy over all targets of a batch."""
+    hidden = model.hidden_states(rows.tokens, rows.document_ids if masked else None)
+    logits = model.model.norm(hidden) @ model.head_weight.T
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), ignore_index=-100)
 
 
 def test_memory_options_change_memory_alone_and_may_change_at_a_resume(workplace, tmp_path):
@@ -132,40 +126,53 @@ def test_memory_options_change_memory_alone_and_may_change_at_a_resume(workplace
     assert metrics(tmp_path / "lean") == expected
 
 
-@pytest.mark.parametrize("switches", [[], ["--cross-document-mask", "--recompute"]], ids=["plain", "switches"])
-def test_options_of_stage_1_reach_data_model_and_optimizer(switches, workplace, tmp_path, calls):
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_of_stage_1_is_the_textbooks_with_every_option_in_its_place(masked, workplace, tmp_path):
     """The classic: an option that is parsed, saved with the run and used nowhere. None has its default here."""
-    options = [*command(workplace, tmp_path / "run", steps=6, sources=("corpus=1", "prose=3")),
-               "--batch-size", "4", "--micro-batch-size", "2", "--clip", "0.25", "--weight-decay", "0.3", "--betas", "0.8", "0.9",
-               "--warmup-steps", "3", "--final-learning-rate", "0.2", "--seed", "5", "--separator", "bos_eos",
-               "--short-length", "40", "--long-length", "100", "--short-weight", "0.5", "--long-weight", "3", *switches]
-    stage1(*options)
-    (optimizer,), steps, losses = calls["ShardedAdamW.__init__"], calls["ShardedAdamW.step"], calls["Llama.loss"]
-    assert tuple(optimizer["betas"]) == (0.8, 0.9) and optimizer["weight_decay"] == 0.3
-    rates = [train.learning_rate(step, train.stage1_parser().parse_args(options)) for step in range(1, 7)]
-    assert (rates[0], rates[2], rates[5]) == pytest.approx((1e-2 / 3, 1e-2, 2e-3))
-    assert metrics(tmp_path / "run", "learning_rate") == rates
-    assert [(call["learning_rate"], call["max_norm"]) for call in steps] == [(rate, 0.25) for rate in rates]
-    assert calls["Llama.initialise"][0]["seed"] == 5
-    assert losses[0]["self"].recompute == ("block" if switches else "none")
-
+    stage1(*command(workplace, tmp_path / "run", steps=6, sources=("corpus=1", "prose=3")),
+           "--batch-size", 4, "--micro-batch-size", 2, "--clip", 0.25, "--weight-decay", 0.3, "--betas", 0.8, 0.9,
+           "--warmup-steps", 3, "--final-learning-rate", 0.2, "--seed", 5, "--separator", "bos_eos", "--short-length", 40,
+           "--long-length", 100, "--short-weight", 0.5, "--long-weight", 3, *["--cross-document-mask"] * masked)
     shared = {"sequence_length": 64, "seed": 5, "separator": "bos_eos", "short": 40, "long": 100,
               "tokenizer": data.load_tokenizer(workplace / "tokenizer")}
     parts = [data.PackedDataset(workplace / name, "train", short_weight=0.5, long_weight=3, **shared) for name in ("corpus", "prose")]
-    assert_saw(losses, data.batch(data.Blend(parts, [1, 3], 5), 0, 24), masked=bool(switches))
-    held_out = data.PackedDataset(workplace / "corpus", "valid", **shared)  # its documents as they come, by no weight
-    assert_saw(calls["Llama.token_losses"], data.batch(held_out, 0, 2), masked=bool(switches))
+    blend = data.Blend(parts, [1, 3], 5)
+    rates = [0.01 / 3, 0.02 / 3, 0.01, 0.01 * (0.2 + 0.8 * 0.75), 0.01 * (0.2 + 0.8 * 0.25), 0.002]  # cosine of 60, 120, 180 degrees
+    losses, norms, model = textbook_run(read_config(workplace / "config.json"), [data.batch(blend, 4 * i, 4) for i in range(6)], rates,
+                                        5, (0.8, 0.9), 0.3, 0.25, masked)
+    assert metrics(tmp_path / "run", "learning_rate") == pytest.approx(rates, rel=1e-12)
+    assert metrics(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
+    assert metrics(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=1e-3)
+    held_out = data.batch(data.PackedDataset(workplace / "corpus", "valid", **shared), 0, 2)  # documents as they come, by no weight
+    assert metrics(tmp_path / "run", "validation_loss") == [pytest.approx(textbook_loss(model, held_out, masked).item(), rel=1e-4)]
 
 
-def test_options_of_stage_2_reach_data_and_validation(workplace, tmp_path, calls):
+def test_a_run_of_stage_2_is_the_textbooks_on_its_files_and_held_out_chat(workplace, tmp_path):
     """Held-out chat is what --validation-data names, never the training samples; files are blended by weight and seed."""
     sft.main(sft.stage2_parser(), sft.stage2_datasets,
-             command(workplace, tmp_path / "run", "--seed", 5, "--validation-data", workplace / "held-out.jsonl", steps=6,
-                     sources=("chat.jsonl=3", "held-out.jsonl=1")))
+             command(workplace, tmp_path / "run", "--seed", 5, "--warmup-steps", 0, "--final-learning-rate", 1, "--validation-data",
+                     workplace / "held-out.jsonl", steps=6, sources=("chat.jsonl=3", "held-out.jsonl=1")))
     tokenizer = data.load_tokenizer(workplace / "tokenizer")
     chat, held_out = (data.ChatDataset(workplace / f"{name}.jsonl", tokenizer, 64, 5) for name in ("chat", "held-out"))
-    assert_saw(calls["Llama.loss"], data.batch(data.Blend([chat, held_out], [3, 1], 5), 0, 12), masked=False)
-    assert_saw(calls["Llama.token_losses"], data.batch(held_out, 0, 2), masked=False)
+    blend = data.Blend([chat, held_out], [3, 1], 5)
+    losses, norms, model = textbook_run(read_config(workplace / "config.json"), [data.batch(blend, 2 * i, 2) for i in range(6)], [0.01] * 6, 5)
+    assert metrics(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
+    assert metrics(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=1e-3)
+    found = textbook_loss(model, data.batch(held_out, 0, 2)).item()
+    assert metrics(tmp_path / "run", "validation_loss") == [pytest.approx(found, rel=1e-4)]
+
+
+def test_recomputation_and_tiles_asked_for_are_made(workplace, tmp_path):
+    """Counted in the operators that run: their results are the same, so no number would tell."""
+    counts = []
+    for name, words in (("plain", []), ("lean", ["--recompute", "block", "--tile-mib", "1", "--batch-size", "64"])):
+        with Operators() as seen:
+            stage1(*command(workplace, tmp_path / name, steps=1), "--validation-sequences", "0", *words)
+        forward, backward = (seen.count["_scaled_dot_product_flash_attention_for_cpu" + end] for end in ("", "_backward"))
+        counts.append((forward, backward, seen.count["silu"]))
+    layers = 2
+    assert counts[0] == (layers, layers, layers)
+    assert counts[1][:2] == (2 * layers, layers) and counts[1][2] > 3 * layers  # forward twice, and the MLP in several tiles
 
 
 # ------------------------------------------------------------------------------------------- interruption, failures
@@ -249,34 +256,29 @@ def test_micro_batches_give_the_whole_batch_gradient(workplace, tmp_path):
     assert metrics(tmp_path / "whole", "gradient_norm") == pytest.approx(metrics(tmp_path / "micro", "gradient_norm"), rel=1e-4)
 
 
-def test_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(workplace, tmp_path, monkeypatch):
-    original = train.training_step
-    calls = []
-
-    def broken(*arguments):
-        calls.append(1)
-        return (math.nan, 1) if len(calls) == 5 else original(*arguments)
-
-    monkeypatch.setattr(train, "training_step", broken)
-    with pytest.raises(SystemExit, match=r"step 5: the loss is nan.*checkpoint-00000004"):
-        stage1(*command(workplace, tmp_path / "nan", "--checkpoint-every", 2))
-    assert not (tmp_path / "nan" / "final").exists() and len(metrics(tmp_path / "nan")) == 4
+DIVERGES = ("--learning-rate", 1e38, "--warmup-steps", 0, "--clip", 0)  # the first update makes every weight infinite
 
 
-def test_full_disk_keeps_the_earlier_checkpoint(workplace, tmp_path, monkeypatch):
+def test_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(workplace, tmp_path):
+    with pytest.raises(SystemExit, match=r"step 2: the loss is nan; nothing was updated.*checkpoint-00000001"):
+        stage1(*command(workplace, tmp_path / "nan", "--checkpoint-every", 1), *DIVERGES)
+    assert not (tmp_path / "nan" / "final").exists() and len(metrics(tmp_path / "nan")) == 1
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(workplace, tmp_path):
     """A checkpoint that cannot be written is one line and leaves no half of itself."""
-    original = model.save_tensors
-
-    def full(file, tensors):
-        if "checkpoint-00000004" in str(file) and file.name.startswith("exp_avg"):
-            raise OSError(28, "No space left on device", str(file))
-        return original(file, tensors)
-
-    monkeypatch.setattr(model, "save_tensors", full)
-    with pytest.raises(SystemExit, match="No space left on device"):
-        stage1(*command(workplace, tmp_path / "full", "--checkpoint-every", 2))
-    assert [path.name for path in train.checkpoints(tmp_path / "full")] == ["checkpoint-00000002"]
-    assert not list((tmp_path / "full").glob("*.partial"))
+    out, limits = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
+    words = command(workplace, out, "--checkpoint-every", 2, "--resume", steps=4)
+    stage1(*words)
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoint-00000004")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # like a full disk, for this process only
+    try:
+        with pytest.raises(SystemExit, match=f"^error: {out}.*safetensors: could not be written .*File too large"):
+            stage1(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in train.checkpoints(out)] == ["checkpoint-00000002"] and not list(out.glob("*.partial"))
 
 
 def test_a_deletion_cut_short_is_no_checkpoint_and_is_finished_later(workplace, tmp_path):
@@ -288,12 +290,11 @@ def test_a_deletion_cut_short_is_no_checkpoint_and_is_finished_later(workplace, 
     assert not list(out.glob("*.partial"))
 
 
-def test_signal_handlers_are_given_back_after_a_failure(workplace, tmp_path, monkeypatch):
+def test_signal_handlers_are_given_back_after_a_failure(workplace, tmp_path):
     """A run that ends in an error must not leave a process deaf to Ctrl-C."""
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train, "training_step", lambda *_: (math.nan, 1))
-    with pytest.raises(SystemExit, match="step 1: the loss is nan"):
-        stage1(*command(workplace, tmp_path / "run"))
+    with pytest.raises(SystemExit, match="step 2: the loss is nan"):
+        stage1(*command(workplace, tmp_path / "run"), *DIVERGES)
     assert signal.getsignal(signal.SIGINT) == before
 
 
@@ -333,21 +334,15 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert rates[59] == pytest.approx(0.55) and rates[9:] == sorted(rates[9:], reverse=True)
 
 
-def test_a_failure_while_writing_final_loses_no_step(workplace, uninterrupted, tmp_path, monkeypatch):
+def test_a_failure_while_writing_final_loses_no_step(workplace, uninterrupted, tmp_path):
     """The last step has a checkpoint of its own, so a full disk or a kill during `final` costs the export only."""
-    original = train.copy_tokenizer
-
-    def full(source, target, config):
-        if "final" in str(target):
-            raise OSError(28, "No space left on device", str(target))
-        original(source, target, config)
-
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "copy_tokenizer", full)
-        with pytest.raises(SystemExit, match="No space left"):
-            stage1(*command(workplace, out))
+    out.mkdir()
+    (out / "final.partial").write_text("a file in the way")
+    with pytest.raises(SystemExit, match="final.partial"):
+        stage1(*command(workplace, out, "--resume"))
     assert not (out / "final").exists()
+    (out / "final.partial").unlink()
     stage1(*command(workplace, out, "--resume"))
     assert metrics(out) == uninterrupted and (out / "final" / "config.json").exists()
 

@@ -239,20 +239,24 @@ def test_ranks_that_find_different_checkpoints_refuse_to_train(place, four_ranks
     """Another machine with an older copy of the run: its ranks would train other weights, and nobody would see it."""
     out = tmp_path / "run"
     shutil.copytree(four_ranks, out, ignore=shutil.ignore_patterns("final"))
+    shutil.copytree(four_ranks, tmp_path / "run.1", ignore=shutil.ignore_patterns("final", "checkpoint-00000006"))
     done = torchrun(2, ROOT / "tests" / "distributed" / "stale.py", *options(place, out, "--steps", 6, "--resume"))
     assert done.returncode != 0, done.stderr
-    assert re.findall("error: the ranks have found different checkpoints in .*, of steps 3 to 6;", done.stderr) == \
+    assert re.findall("error: .*the ranks have found different checkpoints in .*, of steps 3 to 6;", done.stderr) == \
         re.findall("error: .*?;", done.stderr)
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(place, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(place, four_ranks, tmp_path):
     """The first rank alone meets it; the others must not hang or hide the cause."""
-    done = torchrun(2, ROOT / "tests" / "distributed" / "full_disk.py", *options(place, tmp_path / "run", "--steps", 4,
-                                                                             "--checkpoint-every", 2, "--cp", 2))
-    assert done.returncode != 0 and re.findall("error: .*", done.stderr)[0].endswith("exp_avg-00001-of-00001.safetensors'")
-    assert "No space left on device" in done.stderr
-    assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["checkpoint-00000002"]
-    assert not list((tmp_path / "run").glob("*.partial"))
+    out = tmp_path / "run"
+    shutil.copytree(four_ranks, out, ignore=shutil.ignore_patterns("final", "checkpoint-00000006"))
+    words = ["torchrun", "--standalone", "--nproc-per-node", 2, "train.py", *options(place, out, "--steps", 6, "--cp", 2, "--resume")]
+    ends = "ulimit -f 40; exec \"$@\""  # no file over 40 KiB, as on a disk that is full
+    done = subprocess.run(["bash", "-c", ends, "bash", sys.executable, "-m", "torch.distributed.run", *map(str, words[1:])], cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and re.findall("error: .*", done.stderr)[0].startswith(f"error: {out}"), done.stderr
+    assert "safetensors: could not be written" in done.stderr and "File too large" in done.stderr
+    assert [path.name for path in train.checkpoints(out)] == ["checkpoint-00000003"] and not list(out.glob("*.partial"))
 
 
 def test_usage_errors_and_help_are_printed_once(place):
