@@ -1,55 +1,44 @@
 """Text to training batches: tokenizers, corpora on disk, length up-sampling, packing, chat samples.
 
-    python data.py train-bpe --source stdlib --vocab-size 1024 --out out/tokenizer
-    python data.py prepare --source code=stdlib --tokenizer out/tokenizer --out out/corpus
+A corpus is a directory that `python -m tools.prepare` writes: SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a
+token), SPLIT-offsets.npy, SPLIT-sources.npy and meta.json. Chat samples are JSON lines.
 
-A dataset has `sequence_length` S and `sequence(index) -> (tokens int64, loss mask bool, document ids int64)`, each of
-S + 1 elements and a pure function of index and seed: resume anywhere, on any number of ranks. `batch` shifts the
-targets there and then, before anything is sharded: none is lost at a shard's border.
+A dataset has `sequence_length` S, `document_mask` (whether documents of a row are kept apart) and `sequence(index) ->
+(tokens int64, loss mask bool, document ids int64)`, each of S + 1 elements and a pure function of index and seed: resume
+anywhere, on any number of ranks. `batch` shifts the targets there and then, before anything is sharded: none is lost at a
+shard's border.
 """
 from __future__ import annotations
 
-import argparse
 import base64
 import fcntl
 import functools
 import gzip
 import hashlib
-import heapq
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sysconfig
-import threading
-import time
 import unicodedata
 import zlib
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
-from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------------------------- tokenizers
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-QWEN2_STDLIB = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+"
-                r"|\s+(?!\S)|\s+")  # `re` has no \p{L}: [^\W\d_] is it, and signs like ½
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are cut off before GPT-2's pattern runs, so its lookahead takes a digit for the end of the text.
 GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
@@ -173,61 +162,6 @@ def split_pattern(pre_tokenizer: dict) -> str | None:
     return None
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Train byte-level BPE, write it as a Llama-3 tokenizer.model (`path`: directory or *.model file) and load it.
-
-    vocab_size counts the 256 bytes; 256 special tokens come on top. Pieces are Llama 3's but for single digits: no
-    merge joins digits, so Llama 3's own pattern gives one token a digit. ValueError for an impossible size.
-    """
-    if vocab_size < 256:
-        raise ValueError(f"vocab_size {vocab_size} is too small: the bytes alone are 256 tokens")
-    words, pattern = Counter(), re.compile(QWEN2_STDLIB)
-    for text in texts:
-        words.update(pattern.findall(text))
-    tokens = learn_merges({word.encode(errors="replace"): n for word, n in words.items()}, vocab_size)
-    path = model_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_complete(path, b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
-    return load_tokenizer(path)
-
-
-def model_file(path: str | Path) -> Path:
-    """The tokenizer.model that a directory, or the *.model file itself, stands for."""
-    return Path(path) if Path(path).suffix == ".model" else Path(path) / "tokenizer.model"
-
-
-def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
-    """BPE (arXiv 1508.07909) over {word: frequency}: the vocabulary in order of merging, the most frequent pair first,
-    lower ids on a tie. Words are spelled as strings with a character for each token id, so that str.replace merges."""
-    tokens, frequency = [bytes([b]) for b in range(256)], list(words.values())
-    spelled, counts, where = [word.decode("latin-1") for word in words], Counter(), defaultdict(set)
-
-    def count(w: int, sign: int) -> None:
-        for pair in itertools.pairwise(spelled[w]):
-            counts[pair] += sign * frequency[w]
-            where[pair].add(w)
-
-    for w in range(len(spelled)):
-        count(w, 1)
-    heap = [(-n, pair) for pair, n in counts.items()]
-    heapq.heapify(heap)
-    while len(tokens) < vocab_size:
-        while heap and counts[heap[0][1]] < -heap[0][0]:  # counts of pairs fall as merges use their tokens up
-            heapq.heapreplace(heap, (-counts[heap[0][1]], heap[0][1]))
-        if not heap or not heap[0][0]:
-            raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} at most")
-        (first, second), joined, made = heapq.heappop(heap)[1], chr(len(tokens)), set()
-        for w in list(where[first, second]):
-            count(w, -1)
-            spelled[w] = spelled[w].replace(first + second, joined)
-            count(w, 1)
-            made.update(pair for pair in itertools.pairwise(spelled[w]) if joined in pair)
-        tokens.append(tokens[ord(first)] + tokens[ord(second)])
-        for pair in made:
-            heapq.heappush(heap, (-counts[pair], pair))
-    return tokens
-
-
 # -------------------------------------------------------------------------------------------------------------- chat
 
 
@@ -332,7 +266,7 @@ def read_raw(path: str | Path) -> Iterator[Raw]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
     if (path / "meta.json").is_file() and (path / "train-offsets.npy").is_file():
-        raise ValueError(f"{path}: is a corpus that data.py prepare wrote, not text")
+        raise ValueError(f"{path}: is a corpus that tools.prepare wrote, not text")
     if path.name.endswith(JSON_LINES) and path.is_file():
         yield from (Raw(f"{path}, line {number}", line, True) for number, line in read_lines(path))
     elif path.is_file():
@@ -422,7 +356,7 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
         sync(path.parent)
     except OSError as error:
-        if error.filename is not None or isinstance(error, ConnectionError):  # another rank was lost: no fault of the disk
+        if error.filename is not None:
             raise
         raise OSError(f"{path}: not written ({error.strerror or error})") from error
     finally:
@@ -471,61 +405,11 @@ def fingerprint(tokenizer: tiktoken.Encoding) -> str:
     return hashlib.sha256(b"".join(b"%d %d %s" % (i, len(t), t) for i, t in ranks)).hexdigest()[:16]
 
 
-def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]], out_dir: str | Path,
-                 tokenizer: tiktoken.Encoding, shard_tokens: int = 2**27, **notes) -> dict:
-    """Write documents token for token: {"train": ..., "valid": ...}, each iterable of (source, tokens, loss mask).
-
-    A mask of None is loss everywhere; documents without a token are left out. out_dir appears complete or not at all:
-    SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a token), SPLIT-offsets.npy (int64, documents + 1),
-    SPLIT-sources.npy (int64, into meta.json's sources), and meta.json, which is returned and takes `notes`. Shards hold
-    `shard_tokens` at most; a longer document has its own. ValueError without training documents.
-    """
-    with complete_or_absent(out_dir) as aside:
-        sources, counts = {}, {}
-        for split, documents in splits.items():
-            counts[split] = write_split(documents, aside / split, sources, tokenizer.n_vocab, shard_tokens)
-        if not counts.get("train", {}).get("documents"):
-            raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
-        meta = {"format": 1, "vocab_size": tokenizer.n_vocab, "tokenizer": fingerprint(tokenizer),
-                "sources": list(sources), "splits": counts, **notes}
-        (aside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    return meta
-
-
-def write_split(documents: Iterable[tuple], prefix: Path, sources: dict[str, int], vocab_size: int,
-                shard_tokens: int) -> dict:
-    """A split of write_corpus, in files `prefix`-...; adds to `sources`. Returns its entry of meta.json."""
-    lengths, owners, shards = [], [], []
-    with ExitStack() as files:
-        for source, tokens, mask in documents:
-            tokens = np.asarray(tokens, dtype=np.int64)  # (T,)
-            mask = np.ones(len(tokens), bool) if mask is None else np.asarray(mask, dtype=bool)
-            if not len(tokens):
-                continue
-            if len(mask) != len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(f"{prefix.name} document {len(lengths)} ({source}): {len(mask)} mask values for "
-                                 f"{len(tokens)} ids from {tokens.min()} to {tokens.max()}; ids must be 0 to "
-                                 f"{vocab_size - 1}, with a mask value each")
-            if not shards or shards[-1] + len(tokens) > shard_tokens:
-                files.close()
-                token_file, mask_file = (files.enter_context(open(f"{prefix}-{len(shards):05d}.{kind}", "wb"))
-                                         for kind in ("tokens", "mask"))
-                shards.append(0)
-            token_file.write(tokens.astype("<u4").tobytes())
-            mask_file.write(mask.tobytes())
-            shards[-1] += len(tokens)
-            lengths.append(len(tokens))
-            owners.append(sources.setdefault(source, len(sources)))
-    np.save(f"{prefix}-offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(f"{prefix}-sources.npy", np.array(owners, dtype=np.int64))
-    return {"documents": len(lengths), "tokens": sum(lengths), "shards": shards}
-
-
 def read_meta(directory: str | Path) -> dict:
     """meta.json of a corpus directory. Raises FileNotFoundError, or ValueError for another format."""
     path = Path(directory) / "meta.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); write one with data.py prepare")
+        raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); write one with python -m tools.prepare")
     with suppress(ValueError, TypeError, KeyError):
         meta = json.loads(path.read_text())
         if meta["format"] == 1:
@@ -540,16 +424,6 @@ def digest(path: str | Path) -> str:
         while piece := file.read(2**24):
             found.update(piece)
     return found.hexdigest()[:16]
-
-
-def content_hash(document: dict, seed: int) -> int:
-    """64 bits that depend on nothing but content and seed."""
-    return int.from_bytes(hashlib.blake2b(json.dumps([seed, document]).encode(), digest_size=8).digest(), "little")
-
-
-def is_held_out(document: dict, holdout: float, seed: int) -> bool:
-    """By a hash of seed and content: independent of order, and copies of a document fall on one side."""
-    return content_hash(document, seed) < holdout * 2**64
 
 
 def encode_document(document: dict, tokenizer: tiktoken.Encoding) -> tuple[np.ndarray, np.ndarray]:
@@ -572,368 +446,25 @@ def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.
             yield from pool.map(lambda item: (item[0], *encode_document(item[1], tokenizer)), group)
 
 
-def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
-    """Hash of each run of `window` tokens, uint64 (len - window + 1,): the sum of token k times base^(k - start)."""
-    base = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-    powers, inverses = (np.cumprod(np.full(len(tokens), b, np.uint64)) for b in (base, pow(base, -1, 2**64)))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(tokens * powers)])
-    return (sums[window:] - sums[:-window]) * inverses[:max(0, len(sums) - window)]
-
-
-def contains(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which of `values` are among the sorted `known` (one at least), bool."""
-    return known[np.searchsorted(known, values, side="right") - 1] == values
-
-
-def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window: int, shared: np.ndarray) -> Iterator[tuple]:
-    """A held-out document, whole if `shared` (sorted) has none of its windows, else its other pieces of that length."""
-    starts = contains(shared, window_hashes(tokens, window)) if len(shared) else np.zeros(0, dtype=bool)
-    if not starts.any():
-        yield source, tokens, mask
-        return
-    kept = np.convolve(starts, np.ones(window)) == 0  # (T,): in none of the windows that start there
-    for start, end in np.flatnonzero(np.diff(kept, prepend=False, append=False)).reshape(-1, 2):
-        if end - start >= window and mask[start:end].any():
-            yield source, tokens[start:end], mask[start:end]
-
-
-# ----------------------------------------------------------------------------------------------------------- preparing
-
-# Text becomes parts, files that depend on nothing but their own text and are kept until the corpus is there: any number of
-# processes writes the same ones, and a run that was killed finds them. Then one process plans and writes the corpus.
-
-PART_BYTES = 2**23  # of text in a part
-MOST_SOURCES = 1000
-EDGES = [0, 1024, 4096, 8192, 32768, 131072, 2**62]  # document lengths in the histogram, tokens
-
-
-class Part(NamedTuple):
-    """Encoded documents: tokens uint32 (T,), mask bool (T,), of each document length int64, content_hash uint64 and source, an
-    index int32 into `names` (N,)."""
-
-    tokens: np.ndarray | None
-    mask: np.ndarray | None
-    lengths: np.ndarray
-    hashes: np.ndarray
-    sources: np.ndarray
-    names: list[str]
-
-    @classmethod
-    def load(cls, path: Path, with_tokens: bool = True) -> Part:
-        """A part's file; without its tokens and masks these are None."""
-        with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys() if with_tokens or name not in ("tokens", "mask")}
-            return cls(*map(arrays.get, cls._fields[:5]), json.loads(file.metadata()["names"]))
-
-    def documents(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(source, tokens, mask) of each document."""
-        borders = np.cumsum(self.lengths)[:-1]
-        return zip((self.names[i] for i in self.sources), np.split(self.tokens, borders), np.split(self.mask, borders))
-
-
-def encode_part(raws: list[Raw], source: str, source_field: str | None, seed: int, tokenizer: Tokenizer, folder: Path,
-                identity: str) -> tuple[Path, int]:
-    """Encode documents into a part in `folder`, named by all that its content depends on (`identity`: of tokenizer and code).
-
-    Returns its path and how many tokens were encoded, 0 if it was there.
-    """
-    name = hashlib.blake2b(json.dumps([identity, source, source_field, seed]).encode(), digest_size=16)
-    for raw in raws:
-        name.update(b"%d %d " % (raw.is_json, len(raw.content)) + raw.content)
-    path = folder / f"{name.hexdigest()}.safetensors"
-    with suppress(OSError, SafetensorError):  # not there, or damaged: encode it
-        Part.load(path, with_tokens=False)
-        return path, 0
-    tokens, masks, hashes, sources = [], [], [], []
-    for raw in raws:
-        document, own = parse_document(raw, source_field)
-        encoded, mask = encode_document(document, tokenizer)
-        if len(encoded):
-            tokens.append(encoded)
-            masks.append(mask)
-            hashes.append(content_hash(document, seed))
-            sources.append(f"{source}/{own}" if own else source)
-    names = list(dict.fromkeys(sources))
-    arrays = {"tokens": np.concatenate([np.zeros(0, np.uint32), *tokens]), "mask": np.concatenate([np.zeros(0, bool), *masks]),
-              "lengths": np.array(list(map(len, tokens)), np.int64), "hashes": np.array(hashes, np.uint64),
-              "sources": np.array(list(map({name: i for i, name in enumerate(names)}.get, sources)), np.int32)}
-    write_complete(path, save(arrays, {"names": json.dumps(names)}))
-    return path, len(arrays["tokens"])
-
-
-def shared_windows(path: Path, training: np.ndarray, known: Path, window: int) -> np.ndarray:
-    """Which of the `known` hashes (a sorted .npy file) are windows of a part's `training` documents (bool, (N,))."""
-    hashes, found = np.load(known, mmap_mode="r"), []
-    for (_, tokens, _), mine in zip(Part.load(path).documents(), training):
-        if mine:
-            own = np.sort(window_hashes(tokens, window))  # sorted: twice as fast to search for
-            found.append(own[contains(hashes, own)])
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
-
-
-def in_order(pool: Executor, ahead: int, function: Callable, calls: Iterable[tuple]) -> Iterator:
-    """Results of function(*call) of each call, in order; `ahead` calls at most are under way, so memory stays bounded."""
-    under_way = deque()
-    try:
-        for call in calls:
-            under_way.append(pool.submit(function, *call))
-            if len(under_way) > ahead:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenExecutor:
-        raise OSError("a worker process was killed (too little memory?); run the same command again, with fewer --processes: "
-                      "it keeps what is done") from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def part_calls(sources: list[tuple[str, Path]], *arguments) -> Iterator[tuple]:
-    """Calls of encode_part, a part for each PART_BYTES of a source."""
-    for source, path in sources:
-        raws, size = [], 0
-        for raw in read_raw(path):
-            raws.append(raw)
-            size += len(raw.content)
-            if size >= PART_BYTES:
-                yield raws, source, *arguments
-                raws, size = [], 0
-        if raws:
-            yield raws, source, *arguments
-
-
-def workers(processes: int) -> ProcessPoolExecutor:
-    """A pool of processes, forks of this one, which find its modules loaded."""
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), end_with, (os.getpid(),))
-
-
-def end_with(parent: int) -> None:
-    """End this process soon after `parent`, which alone heeds Ctrl-C: a killed one leaves no worker that waits for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, out_dir: str | Path, holdout: float = 0.1,
-                   holdout_window: int = 48, seed: int = 0, *, processes: int = 1, source_field: str | None = None,
-                   holdout_tokens: int = 2**24, budget: int | None = None, short: int = 4096, long: int = 8192,
-                   short_weight: float = 1.0, long_weight: float = 1.0) -> dict:
-    """Tokenise (name, path) sources, see source_path, into a corpus directory, see write_corpus; returns its meta.json.
-
-    A record's `source_field` (SlimPajama: meta.redpajama_set_name) makes it a source of its own, NAME/FIELD. A share
-    `holdout` of the documents (see is_held_out), `holdout_tokens` at most, becomes split "valid"; every run of
-    `holdout_window` tokens that a training document has too is cut out of it (0: kept), or shared boilerplate would count
-    as held-out. Training documents are drawn by length, see length_weights and draw_documents: `budget` tokens exactly
-    (None: all that the weights ask for).
-
-    The result depends on neither `processes` nor earlier runs that were stopped; what those have done is used. Memory
-    holds the held-out documents, about 80 bytes a document, and a few parts a process. ValueError or OSError.
-    """
-    if not 0 <= holdout < 1 or holdout_window < 0 or holdout_tokens < 1:
-        raise ValueError(f"holdout {holdout} must be in [0, 1), holdout_window {holdout_window} not negative, holdout_tokens "
-                         f"{holdout_tokens} positive")
-    if not 1 <= processes <= 8 * os.cpu_count() or budget is not None and budget < 1 or seed < 0:
-        raise ValueError(f"processes {processes} must be 1 to {8 * os.cpu_count()}, tokens {budget} 1 or more, seed {seed} not "
-                         "negative")
-    length_weights(np.array([long, long + 1]), np.zeros(2), short, long, short_weight, long_weight)  # refuses bad ones now
-    if len(dict(sources)) != len(sources):
-        raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
-    out_dir, sources = Path(out_dir).absolute(), [(name, source_path(path)) for name, path in sources]
-    refuse_existing(out_dir)
-    with parts_folder(out_dir.with_name(out_dir.name + ".parts")) as folder:
-        paths = encode_sources(sources, source_field, seed, tokenizer, folder, processes)
-        lengths, hashes, owners, names, borders = index_parts(paths)  # of all documents, (documents,) each
-        if source_field and not set(names) - {name for name, _ in sources} or len(names) > MOST_SOURCES:
-            raise ValueError(f"--source-field {source_field}: gives {len(names)} sources; it must be in the records, keys "
-                             "joined by dots, and name a few sources, not each document")
-        holdout = capped_holdout(lengths, hashes, holdout, holdout_tokens)
-        valid = hashes < holdout * 2**64
-        if not len(lengths) or valid.all():
-            raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
-        weights = np.zeros(len(lengths))
-        weights[~valid] = length_weights(lengths[~valid], owners[~valid], short, long, short_weight, long_weight)
-        repeats, cuts = draw_documents(lengths, owners, weights, budget, seed)
-        asked = weights * lengths * (budget / (weights @ lengths) if budget else 1)
-        by_part = list(zip(paths, np.split(valid, borders), np.split(repeats, borders)))
-        shared = find_shared(by_part, holdout_window, folder, processes)
-        held_out = (piece for path, held, _ in by_part for document in held_out_documents(path, held)
-                    for piece in cut_shared_windows(*document, holdout_window, shared))
-        training = training_documents(by_part, dict(zip(names, cuts)))
-        return write_corpus({"train": training, "valid": held_out}, out_dir, tokenizer, holdout=holdout,
-                            holdout_window=holdout_window, seed=seed, lengths=length_histogram(
-                                lengths, owners, names, ~valid, asked, repeats, cuts))
-
-
-@contextmanager
-def parts_folder(folder: Path) -> Iterator[Path]:
-    """A folder for parts, of this process alone, which is removed at the end, and on an error if it has none.
-
-    Raises ValueError if there are other files in it, or another process uses it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    ours = re.compile(r"lock|[0-9a-f]{32}\.safetensors(\.\d+\.partial)?|held_out_windows\.npy")
-    for path in folder.iterdir():
-        if not ours.fullmatch(path.name):
-            raise ValueError(f"{folder}: has {path.name}, which prepare did not write; move that away: its parts go there")
-    with locked(folder / "lock"):
-        try:
-            yield folder
-        except BaseException:
-            if not list(folder.glob("*.safetensors")):
-                shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
-
-
-def index_parts(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], np.ndarray]:
-    """Of all documents of these parts: lengths int64, hashes uint64, sources int64 into the names that follow, and at which
-    document each part but the first begins."""
-    parts = [Part.load(path, with_tokens=False) for path in paths]
-    names = list(dict.fromkeys(name for part in parts for name in part.names))
-    owners = (np.array([names.index(name) for name in part.names], np.int64)[part.sources] for part in parts)
-    return (np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)]),
-            np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in parts)]),
-            np.concatenate([np.zeros(0, np.int64), *owners]), names, np.cumsum([len(part.lengths) for part in parts])[:-1])
-
-
-def encode_sources(sources: list[tuple[str, Path]], source_field: str | None, seed: int, tokenizer: Tokenizer, folder: Path,
-                   processes: int) -> list[Path]:
-    """Parts of all documents, in order."""
-    identity = hashlib.sha256(repr([fingerprint(tokenizer), tokenizer._pat_str, tokenizer.normal_form,
-                                    sorted(tokenizer._special_tokens.items()), digest(__file__)]).encode()).hexdigest()
-    paths, started, encoded = [], time.perf_counter(), 0
-    calls = part_calls(sources, source_field, seed, tokenizer, folder, identity)
-    bar = tqdm(desc="tokenise", unit=" tokens", unit_scale=True, disable=None)
-    for path, tokens in in_order(workers(processes), 2 * processes, encode_part, calls):
-        paths.append(path)
-        bar.update(tokens)
-        encoded += tokens
-    bar.close()
-    if encoded:
-        seconds = time.perf_counter() - started
-        print(f"tokenised {encoded:,} tokens in {seconds:.1f} s on {processes} processes, {encoded / seconds:,.0f} tokens/s")
-    return paths
-
-
-def capped_holdout(lengths: np.ndarray, hashes: np.ndarray, holdout: float, most: int) -> float:
-    """The largest share up to `holdout` whose documents have `most` tokens or fewer; of several, one document at least."""
-    mine = hashes < holdout * 2**64
-    values, copies = np.unique(hashes[mine], return_inverse=True)
-    kept = max(1, int(np.searchsorted(np.cumsum(np.bincount(copies, lengths[mine])), most, side="right")))
-    return holdout if kept >= len(values) else float(values[kept]) / 2**64
-
-
-def find_shared(by_part: list[tuple], window: int, folder: Path, processes: int) -> np.ndarray:
-    """Hashes of the windows that held-out documents share with training ones, sorted."""
-    held_out = [window_hashes(tokens, window) for path, held, _ in by_part if window
-                for _, tokens, _ in held_out_documents(path, held)]
-    if not held_out:
-        return np.zeros(0, np.uint64)
-    known = folder / "held_out_windows.npy"
-    np.save(known, np.unique(np.concatenate([np.zeros(1, np.uint64), *held_out])))  # never empty: a 0 too many does no harm
-    calls = ((path, repeats > 0, known, window) for path, _, repeats in by_part)
-    bar = tqdm(in_order(workers(processes), 2 * processes, shared_windows, calls), "compare with held-out", len(by_part),
-               unit=" parts", disable=None)
-    return functools.reduce(np.union1d, bar)
-
-
-def held_out_documents(path: Path, held: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(source, tokens, mask) of the documents of a part that are held out."""
-    return itertools.compress(Part.load(path).documents(), held) if held.any() else iter(())
-
-
-def training_documents(by_part: list[tuple], cuts: dict[str, int]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(source, tokens, mask) of training documents, each as often as drawn, the very last one of a source without its last
-    `cuts` tokens."""
-    left = Counter()
-    for path, _, repeats in by_part:
-        part = Part.load(path, with_tokens=False)
-        for source, count in zip(part.sources.tolist(), repeats.tolist()):
-            left[part.names[source]] += count
-    for path, _, repeats in tqdm(by_part, "write", unit=" parts", disable=None):
-        for (source, tokens, mask), count in zip(Part.load(path).documents() if repeats.any() else (), repeats):
-            for _ in range(count):
-                left[source] -= 1
-                end = len(tokens) - (0 if left[source] else cuts[source])
-                yield source, tokens[:end], mask[:end]
-
-
-def draw_documents(lengths: np.ndarray, owners: np.ndarray, weights: np.ndarray, budget: int | None,
-                   seed: int) -> tuple[np.ndarray, list[int]]:
-    """How often each document occurs, int64 (documents,), and how many tokens the last occurrence in each source must lose.
-
-    Each source gets its share of the `budget` to the token, and all of it `budget` tokens (None: what the weights ask for,
-    to within a document a source). A document of weight w occurs floor(w) or ceil(w) times, or proportionally less often for
-    a budget below what the weights ask for: systematic sampling along the documents sorted by length, so that each length
-    gets its share almost exactly. Raises ValueError for a budget beyond what the weights give.
-    """
-    asked = np.bincount(owners, weights * lengths)  # tokens of each source
-    ends = None if budget is None else np.floor(np.cumsum(asked) / asked.sum() * budget + 0.5).astype(np.int64)
-    budgets = [None] * len(asked) if budget is None else np.diff(ends, prepend=0).tolist()
-    repeats, cuts = np.zeros(len(lengths), dtype=np.int64), []
-    draws = np.random.default_rng([seed, len(lengths)]).random(len(asked))
-    for source, (own, draw) in enumerate(zip(budgets, draws)):
-        mine = np.flatnonzero(owners == source)
-        mine = mine[np.argsort(lengths[mine], kind="stable")]
-        repeats[mine], cut = draw_source(lengths[mine], weights[mine], own, draw)
-        if cut < 0:
-            raise ValueError(f"--tokens {budget} is more than these sources and weights give, {budget + cut} at most; ask for "
-                             "fewer: train.py goes through them as often as it needs")
-        in_order = np.sort(mine)
-        for last in in_order[np.flatnonzero(repeats[in_order])][::-1]:
-            fewer = min(int(repeats[last]), cut // int(lengths[last]))
-            repeats[last] -= fewer
-            cut -= fewer * int(lengths[last])
-            if repeats[last]:
-                break
-        cuts.append(cut)
-    return repeats, cuts
-
-
-def draw_source(lengths: np.ndarray, weights: np.ndarray, budget: int | None, draw: float) -> tuple[np.ndarray, int]:
-    """How often each document of one source, sorted by length, occurs, and how many tokens that is above `budget` (None: 0),
-    as little as possible; below it, negative, if all that the weights ask for is too little."""
-    rate = 1.0 if budget is None else min(1.0, budget / max(1.0, float(weights @ lengths)))
-    while True:
-        repeats = np.diff(np.floor(np.cumsum([0, *rate * weights]) + draw)).astype(np.int64)
-        excess = 0 if budget is None else int(repeats @ lengths) - budget
-        if excess >= 0 or rate == 1:
-            return repeats, excess
-        rate = min(1.0, rate * (1 + max(1e-6, -excess / budget)))
-
-
-def length_histogram(lengths: np.ndarray, owners: np.ndarray, names: list[str], training: np.ndarray, asked: np.ndarray,
-                     repeats: np.ndarray, cuts: list[int]) -> dict:
-    """Per source and stretch of document lengths (EDGES): training documents and tokens found, `asked` for by the weights, and
-    written."""
-    written = repeats * lengths
-    for source, cut in enumerate(cuts):
-        if cut:
-            written[np.flatnonzero((owners == source) & (repeats > 0))[-1]] -= cut
-
-    def spread(mine: np.ndarray, values: np.ndarray) -> list:
-        return [round(value) for value in np.histogram(lengths[mine], EDGES, weights=values[mine])[0].tolist()]
-
-    found = {name: training & (owners == i) for i, name in enumerate(names)}
-    return {"edges": EDGES[1:-1], "sources": {name: {
-        "documents": spread(mine, np.ones(len(lengths))), "tokens": spread(mine, lengths),
-        "asked": spread(mine, asked), "written": spread(mine, written)} for name, mine in found.items()}}
-
 
 # ---------------------------------------------------------------------------------------------------------- datasets
 
 
 class Batch(NamedTuple):
-    """int64 tensors (B, S). targets: the token after each of `tokens`, or -100 where that carries no loss."""
+    """int64 tensors (B, S). targets: the token after each of `tokens`, or -100 where that carries no loss; document_ids: None
+    unless documents are masked."""
 
     tokens: Tensor
     targets: Tensor
-    document_ids: Tensor
+    document_ids: Tensor | None = None
+
+    def part(self, rows: Tensor, length: int) -> Batch:
+        """Some rows, to `length`."""
+        return Batch(*(None if x is None else x[rows, :length] for x in self))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device."""
+        return Batch(*(None if x is None else x.to(device) for x in self))
 
 
 def batch(dataset, first: int, count: int) -> Batch:
@@ -941,7 +472,7 @@ def batch(dataset, first: int, count: int) -> Batch:
     sequences = [dataset.sequence(index) for index in range(first, first + count)]
     tokens, mask, ids = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*sequences, strict=True))
     targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)  # (B, S) of (B, S + 1)
-    return Batch(tokens[:, :-1].contiguous(), targets, ids[:, :-1].contiguous())
+    return Batch(tokens[:, :-1].contiguous(), targets, ids[:, :-1].contiguous() if dataset.document_mask else None)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -1012,7 +543,7 @@ class PackedDataset:
 
     def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int, separator: str = "<s>",
                  short: int = 4096, long: int = 8192, short_weight: float = 1.0, long_weight: float = 1.0,
-                 tokenizer: tiktoken.Encoding | None = None) -> None:
+                 tokenizer: tiktoken.Encoding | None = None, document_mask: bool = False) -> None:
         """tokenizer: the one the corpus was prepared with, which is checked; separator "none" needs none."""
         meta, prefix = read_meta(directory), Path(directory) / split
         if not meta["splits"].get(split, {}).get("documents"):
@@ -1030,7 +561,7 @@ class PackedDataset:
         self.shards = np.searchsorted(shard_starts, offsets[:-1], side="right") - 1
         self.starts = offsets[:-1] - shard_starts[self.shards]  # in the shard
         self.weights = length_weights(self.lengths, load_array(f"{prefix}-sources.npy"), short, long, short_weight, long_weight)
-        self.sequence_length, self.seed = sequence_length, seed
+        self.sequence_length, self.seed, self.document_mask = sequence_length, seed, document_mask
         self.separator = separator_tokens(separator, tokenizer)
         self.epochs = 0  # how many of the stream are planned so far,
         self.order = np.empty(0, dtype=np.int64)  # (n,), the documents that occur in them,
@@ -1099,14 +630,15 @@ class ChatDataset:
         if not self.rows:
             raise ValueError(f"{name}: none of {len(rows)} samples has {sequence_length} tokens or fewer")
         self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
-        self.sequence_length, self.seed, self.pack, self.padding = sequence_length, seed, pack, end_of_turn(tokenizer)
+        self.sequence_length, self.seed, self.padding = sequence_length, seed, end_of_turn(tokenizer)
+        self.document_mask = pack
         self.order, self.starts, self.epochs = np.empty(0, dtype=np.int64), [], 0  # samples of the epochs planned so far, rows
 
     def plan(self) -> None:
         """Put the samples of the next epoch into rows, which begin at `starts` in `order`."""
         order, room = shuffled(len(self.rows), self.seed, self.epochs), 0
         for place, length in enumerate(self.lengths[order].tolist(), len(self.order)):
-            if length > room or not self.pack:
+            if length > room or not self.document_mask:
                 self.starts.append(place)
                 room = self.sequence_length
             room -= length
@@ -1144,7 +676,8 @@ class Blend:
         self.counts[np.argsort(self.counts - exact)[:self.BLOCK - self.counts.sum()]] += 1  # by remainder
         if not self.counts.all():
             raise ValueError(f"weights {weights}: none may be below 1/{self.BLOCK} of their sum")
-        self.datasets, self.seed, self.sequence_length = datasets, seed, datasets[0].sequence_length
+        self.datasets, self.seed = datasets, seed
+        self.sequence_length, self.document_mask = datasets[0].sequence_length, datasets[0].document_mask
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The next sequence of the dataset whose turn `index` is."""
@@ -1154,90 +687,3 @@ class Blend:
         jitter = np.random.default_rng([self.seed, block]).random(self.BLOCK)
         turn = np.argsort((own + jitter) / self.counts[owners], kind="stable")[place]
         return self.datasets[owners[turn]].sequence(int(block * self.counts[owners[turn]] + own[turn]))
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a tokenizer; tokenise a corpus.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    bpe = commands.add_parser("train-bpe", help="train byte-level BPE, one token a digit", **options)
-    bpe.add_argument("--source", nargs="+", action="extend", required=True, metavar="PATH", help="file, directory or stdlib")
-    bpe.add_argument("--vocab-size", type=int, required=True, help="tokens, without the 256 special ones")
-    bpe.add_argument("--max-bytes", type=int, default=5_000_000, help="how much text to train on")
-    bpe.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
-    prepare = commands.add_parser("prepare", help="tokenise sources into a corpus directory", **options)
-    prepare.add_argument("--source", nargs="+", action="extend", required=True, metavar="NAME=PATH",
-                         help="a file or directory; stdlib is this Python's standard library")
-    prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
-    prepare.add_argument("--out", type=Path, required=True, help="new corpus directory")
-    prepare.add_argument("--source-field", metavar="KEY.KEY",
-                         help="where a JSON record names its source (SlimPajama: meta.redpajama_set_name)")
-    prepare.add_argument("--tokens", type=int, help="how many to write, exactly (the paper: 1000000000); default: all")
-    prepare.add_argument("--short-length", type=int, default=4096, help="tokens below which a document is short")
-    prepare.add_argument("--short-weight", type=float, default=1.0, help="how often short documents are used")
-    prepare.add_argument("--long-length", type=int, default=8192, help="tokens above which a document is long")
-    prepare.add_argument("--long-weight", type=float, default=1.0, help="how often long documents are used")
-    prepare.add_argument("--holdout", type=float, default=0.1, help="share of the documents to hold out")
-    prepare.add_argument("--holdout-tokens", type=int, default=2**24, help="but no more than this")
-    prepare.add_argument("--holdout-window", type=int, default=48,
-                         help="cut held-out runs of this many tokens that training has too; 0: keep them")
-    prepare.add_argument("--seed", type=int, default=0, help="chooses the held-out documents, and which are drawn")
-    prepare.add_argument("--processes", type=int, default=os.cpu_count(), help="change the time only, not the result")
-    return parser.parse_args(argv)
-
-
-def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
-    """Texts of all documents until `max_bytes` of UTF-8 are reached."""
-    for document in itertools.chain.from_iterable(map(read_documents, paths)):
-        for text in [message["content"] for message in document.get("messages", [])] or document.values():
-            if max_bytes <= 0:
-                return
-            yield text[:max_bytes]
-            max_bytes -= len(text.encode(errors="replace"))
-
-
-def print_corpus(meta: dict) -> None:
-    """Counts, and how the training tokens spread over document lengths: as found, as the weights ask and as written."""
-    for split, n in meta["splits"].items():
-        print(f"{split}: {n['documents']:,} documents, {n['tokens']:,} tokens, {len(n['shards'])} shards")
-    heads = [*(f"< {edge:,}" for edge in meta["lengths"]["edges"]), "longer"]
-    print(f"{'tokens by document length':>44}" + "".join(f"{head:>10}" for head in heads) + f"{'tokens':>16}{'of all':>9}")
-    totals = Counter()
-    for rows in meta["lengths"]["sources"].values():
-        totals.update({kind: sum(tokens) for kind, tokens in rows.items()})
-    for name, rows in meta["lengths"]["sources"].items():
-        for kind in ("tokens", "asked", "written"):
-            label = f"{name}, {'found' if kind == 'tokens' else kind}"
-            shares = (f"{tokens / max(1, sum(rows[kind])):10.1%}" for tokens in rows[kind])
-            print(f"{label:>44}" + "".join(shares) + f"{sum(rows[kind]):16,}{sum(rows[kind]) / max(1, totals[kind]):9.1%}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    a = parse_arguments(argv)
-    try:
-        if a.command == "train-bpe":
-            target = model_file(a.out)
-            if target.exists():
-                raise ValueError(f"--out {target}: already exists; remove it or choose another place")
-            tokenizer = train_bpe(read_texts([source_path(text) for text in a.source], a.max_bytes), a.vocab_size, target)
-            print(f"wrote {target}: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
-            return
-        for text in a.source:
-            if not re.fullmatch("[^=]+=.+", text):
-                raise ValueError(f"--source {text}: write it as NAME=PATH")
-        sources = [tuple(text.split("=", 1)) for text in a.source]
-        print_corpus(prepare_corpus(
-            sources, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window, a.seed, processes=a.processes,
-            source_field=a.source_field, holdout_tokens=a.holdout_tokens, budget=a.tokens, short=a.short_length,
-            long=a.long_length, short_weight=a.short_weight, long_weight=a.long_weight))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on") from None
-
-
-if __name__ == "__main__":
-    main()

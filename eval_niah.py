@@ -1,33 +1,24 @@
-"""Retrieval evaluation: hide a number in real text at every depth of every length, ask for it; score prompts of files;
-perplexity by position.
+"""Retrieval evaluation: hide a number in real text at every depth of every length, ask for it.
 
-    python eval_niah.py MODEL_DIR --haystack CORPUS --lengths 128 256 512 --out results.json --figure heat.png
-    python eval_niah.py MODEL_DIR --jsonl ruler.jsonl --out answers.jsonl               # any file of prompts and answers
-    python eval_niah.py MODEL_DIR --perplexity --haystack CORPUS --lengths 32768 --out perplexity.json --figure curve.png
-    python eval_niah.py --compare before.json stage1.json stage2.json --figure compare.png
-    torchrun --standalone --nproc-per-node 8 eval_niah.py MODEL_DIR --tp 2 --cp 4 ...      # any of them on eight processes
+    python eval_niah.py MODEL_DIR --haystack CORPUS --lengths 128 256 512 --out results.json
+    torchrun --standalone --nproc-per-node 8 eval_niah.py MODEL_DIR --tp 2 --cp 4 ...      # the same on eight processes
+    python -m tools.plot compare results.json --figure heat.png
 
 A needle prompt costs one forward: the right answer is fed after the question (teacher forcing), and each of its tokens
 must be what the model would have said. The haystack is text held out from training. A prompt of length N has exactly N
-tokens. Prompts that begin alike share the keys and values of what they share.
+tokens. Prompts that begin alike share the keys and values of what they share. What else measures a model stands in tools/:
+answer, ruler, perplexity.
 """
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.util
-import io
 import itertools
 import json
-import math
 import os
 import random
 import re
-import string
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +28,19 @@ from tiktoken import Encoding
 from tqdm import tqdm
 
 import data
-from model import Llama, check_device, read_config, rescale
-from parallel import Grid, add_grid_arguments, attention_kernel, check_grid, finish, launched, parse_once, print_once
-from rope_yarn import add_scaling_arguments, scaling_from_arguments
+from model import Llama, ModelConfig, check_device, read_config, rescale
+from parallel import (
+    Grid,
+    add_grid_arguments,
+    attention_kernel,
+    check_grid,
+    check_least,
+    finish,
+    launched,
+    parse_once,
+    print_once,
+)
+from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
 WORDING = {
@@ -141,6 +142,16 @@ def begin_of_text(tokenizer: Encoding) -> list[int]:
     return [tokenizer.encode_single_token(name)] if name in tokenizer.special_tokens_set else []
 
 
+def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat: bool = False,
+                  system: str | None = None) -> list[int]:
+    """What the model reads: plain text after begin-of-text, or a user's message in the chat template; then how the
+    answer begins."""
+    if chat:
+        messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
+        return data.encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
+    return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
+
+
 def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int], list[int]]:
     """What the chat template puts before and after a user's message, up to the assistant's first token."""
     one, other = (prompt_tokens(tokenizer, letter, chat=True, system=system) for letter in "xy")
@@ -237,7 +248,7 @@ class Reader:
     def counts(self) -> list[int]:
         """`read` and `computed` of all replicas."""
         grid = self.model.grid
-        return grid.to_host(grid.all_reduce(torch.tensor([self.read, self.computed], device=self.device), "dp"))
+        return grid.all_reduce(torch.tensor([self.read, self.computed], device=self.device), "dp").tolist()
 
 
 @torch.inference_mode()
@@ -247,6 +258,7 @@ def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
     Data-parallel replicas share the prompts; every rank returns all predictions.
     """
     model, grid, device = reader.model, reader.model.grid, reader.device
+    grid.restart_timer()
     widths = [len(prompt.tokens) - prompt.answer_start + 1 for prompt in prompts]
     best = torch.zeros(len(prompts), max(widths), dtype=torch.int64, device=device)
     mine = slice(grid.dp_rank, None, grid.dp)
@@ -257,7 +269,7 @@ def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
         places = torch.arange(first, tokens.shape[1], device=device) - cache.length  # (answer + 1,)
         hidden = model.hidden_at(tokens[:, cache.length:], places.expand(len(tokens), -1), cache)
         best[mine] = model.logits(hidden).argmax(dim=-1)  # the head never sees S rows
-    best = grid.to_host(grid.all_reduce(best, "dp"))
+    best = grid.all_reduce(best, "dp").tolist()
     return [row[-width:] for row, width in zip(best, widths)]
 
 
@@ -327,345 +339,6 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
     return {"lengths": lengths, "depths": list(depths), "means": means, "cells": cells, "read": read, "computed": computed}
 
 
-# ------------------------------------------------------------------------------------------- prompts of files
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt of a file, how its answer begins, right answers, the rule that scores them, what a table shows, and the template
-    and system message that it was made for, if the file says so."""
-
-    text: str
-    answer_prefix: str
-    answers: list[str]
-    metric: str
-    max_new_tokens: int
-    task: str
-    length: str
-    made_for: tuple[str | None, str | None] = (None, None)
-
-
-def read_questions(path: Path, metric: str | None = None, max_new_tokens: int | None = None) -> list[Question]:
-    """Questions of a .jsonl file: RULER's (input, answer_prefix, outputs, length), InfiniteBench's (context, input,
-    answer), LV-Eval's (context, input, answers), or prompt and answers.
-
-    A record may state its own task, metric and max_new_tokens; the arguments win over them, and without either they
-    are the file's name, "all" and 128. Raises ValueError naming the line.
-    """
-    questions = []
-    for number, line in data.read_lines(path):
-        try:
-            record, text_or_number = json.loads(line), (str, int, float)
-            text = record["prompt"] if "prompt" in record else "\n\n".join(
-                record[key] for key in ("context", "input") if record.get(key))
-            answers = next(record[key] for key in ("outputs", "answers", "answer") if key in record)
-            answers = answers if isinstance(answers, list) else [answers]
-            question = Question(text, record.get("answer_prefix", ""), [str(answer) for answer in answers],
-                                metric or record.get("metric", "all"), max_new_tokens or record.get("max_new_tokens", 128),
-                                str(record.get("task", path.name.split(".")[0])), str(record.get("length", "all")),
-                                (record.get("template"), record.get("system")))
-            good = (isinstance(text, str) and text and isinstance(question.answer_prefix, str) and question.metric in [*METRICS]
-                    and answers and all(isinstance(answer, text_or_number) and str(answer) for answer in answers)
-                    and isinstance(question.max_new_tokens, int) and question.max_new_tokens >= 1)
-        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
-            good = False
-        if not good:
-            raise ValueError(f"{path}, line {number}: needs a JSON object with prompt (or context and input), answers (or "
-                             f"outputs, or answer), and if stated a metric of {', '.join(METRICS)} and max_new_tokens of 1 or "
-                             "more")
-        questions.append(question)
-    if not questions:
-        raise ValueError(f"--jsonl {path}: holds no prompt")
-    return questions
-
-
-def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat: bool = False,
-                  system: str | None = None) -> list[int]:
-    """What the model reads: plain text after begin-of-text, or a user's message in the chat template; then how the
-    answer begins."""
-    if chat:
-        messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
-        return data.encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
-    return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
-
-
-def words(text: str) -> list[str]:
-    """Lower case, without punctuation and articles (SQuAD's normalisation, arXiv 1606.05250)."""
-    kept = "".join(character for character in text.lower() if character not in string.punctuation)
-    return [word for word in kept.split() if word not in ("a", "an", "the")]
-
-
-def shared_words(text: str, answer: str) -> float:
-    """F1 of the words that prediction and answer share (arXiv 1606.05250)."""
-    said, right = Counter(words(text)), Counter(words(answer))
-    return 2 * (said & right).total() / max(1, said.total() + right.total())
-
-
-METRICS = {  # score in [0, 1] of a text against the right answers; the first two are RULER's (arXiv 2404.06654)
-    "all": lambda text, answers: sum(answer.lower() in text.lower() for answer in answers) / len(answers),
-    "any": lambda text, answers: float(any(answer.lower() in text.lower() for answer in answers)),
-    "f1": lambda text, answers: max(shared_words(text, answer) for answer in answers),
-    "exact": lambda text, answers: float(any(words(text) == words(answer) for answer in answers)),
-}
-
-
-def printable(text: str) -> str:
-    """A prediction as RULER scores it: control characters are line breaks, nothing around it."""
-    return re.sub(r"[\x00-\x1f]", "\n", text).strip()
-
-
-ROUND = 8  # batches between two meetings of replicas: meeting seldom, they wait less for the longest prompts
-
-
-@torch.inference_mode()
-def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Question], pending: list[int], limit: int,
-                     chat: bool = False, system: str | None = None, batch_tokens: int = 16384) -> Iterator[tuple]:
-    """(index, tokens of the prompt, how many of them are read, what the model says, greedily) for each `pending` index into
-    questions.
-
-    Replicas take stretches of the questions in alphabetical order, so that a prompt begins as much as possible like
-    the one before; equal lengths share a batch of up to `batch_tokens` tokens. Prompts longer than `limit` with their
-    answer lose their middle. Every rank yields all answers, those of a few batches at a time.
-    """
-    grid, device, stops = reader.model.grid, reader.device, tuple(data.stop_tokens(tokenizer, None))
-    ordered = sorted(pending, key=lambda index: (questions[index].text, index))
-    share = -(-len(ordered) // grid.dp)
-
-    def encode(index: int) -> tuple[list[int], int]:
-        """Tokens to read, and how many the whole prompt has."""
-        question, room = questions[index], limit - questions[index].max_new_tokens
-        tokens = prompt_tokens(tokenizer, question.text, question.answer_prefix, chat, system)
-        return tokens if len(tokens) <= room else tokens[:room - room // 2] + tokens[len(tokens) - room // 2:], len(tokens)
-
-    mine = batches(ordered[grid.dp_rank * share:(grid.dp_rank + 1) * share], questions, encode, batch_tokens)
-    while True:
-        said = []  # index, length of the prompt, how much of it is read, answer
-        for indices, rows, lengths in itertools.islice(mine, 1 if grid.dp == 1 else ROUND):
-            prompts = torch.tensor(rows, device=device)  # (B, S)
-            cache = reader.begin(prompts, prompts.shape[1] - 1)
-            whole = reader.model.generate(prompts, questions[indices[0]].max_new_tokens, stop_tokens=stops, cache=cache)
-            new = grid.to_host(whole[:, prompts.shape[1]:])
-            said += [[index, length, len(row), *answer] for index, length, row, answer in zip(indices, lengths, rows, new)]
-        found = gather_rows(said, grid, device)
-        if not found:
-            return
-        for index, length, read, *answer in found:
-            end = next((i for i, token in enumerate(answer) if token in stops or token < 0), len(answer))
-            yield index, length, read, printable(text_of(tokenizer, answer[:end]))
-
-
-def batches(order: list[int], questions: list[Question], encode: Callable, batch_tokens: int) -> Iterator[tuple]:
-    """(indices, rows of tokens, whole lengths) of neighbours in `order` with equal lengths and equal room for an answer, up to
-    `batch_tokens` tokens together; `encode` gives a row and its whole length."""
-    indices, rows, lengths = [], [], []
-    for index in order:
-        row, length = encode(index)
-        if rows and (len(row) != len(rows[0]) or (len(rows) + 1) * len(row) > batch_tokens
-                     or questions[index].max_new_tokens != questions[indices[0]].max_new_tokens):
-            yield indices, rows, lengths
-            indices, rows, lengths = [], [], []
-        indices.append(index)
-        rows.append(row)
-        lengths.append(length)
-    if rows:
-        yield indices, rows, lengths
-
-
-def gather_rows(rows: list[list[int]], grid: Grid, device: str) -> list[list[int]]:
-    """Rows of numbers, not negative, of every replica, on every rank; short ones end in -1."""
-    shapes = grid.all_gather(torch.tensor([len(rows), max(map(len, rows), default=0)], device=device), "dp")  # (dp, 2)
-    most, widest = grid.to_host(shapes.amax(0))
-    padded = torch.full((most, widest), -1, device=device)
-    for place, row in enumerate(rows):
-        padded[place, :len(row)] = torch.tensor(row, device=device)
-    gathered = grid.to_host(grid.all_gather(padded, "dp"))  # (dp, most, widest)
-    return [row for part, count in zip(gathered, grid.to_host(shapes[:, 0])) for row in part[:count]]
-
-
-def question_settings(a: argparse.Namespace, config) -> dict:
-    """What decides the answers, as the first line of their file states it: results of other settings never mix."""
-    names = ("prompt", "system", "metric", "max_new_tokens", "max_length", "dtype")
-    weights = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in a.model.glob("*.safetensors"))
-    weights = hashlib.sha256(repr(weights).encode()).hexdigest()[:16]
-    stated = {name: getattr(a, name) for name in names}
-    return stated | {"jsonl": data.digest(a.jsonl), "model": config.to_hf(), "weights": weights}
-
-
-def read_answers(path: Path, settings: dict) -> dict[int, dict]:
-    """Answers that an earlier run wrote, by index; a line that a killed run left half-written is dropped from the file.
-
-    Raises ValueError if they were made with other settings, or the file is none of ours.
-    """
-    if not path.exists():
-        return {}
-    whole, newline, _ = path.read_bytes().rpartition(b"\n")
-    try:
-        first, *lines = map(json.loads, whole.splitlines() or [b"{}"])
-        other = {name: first["settings"].get(name) for name in settings if first["settings"].get(name) != settings[name]}
-        answers = {line["index"]: line for line in lines}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"--out {path}: exists and holds no answers of --jsonl; choose another file") from None
-    if other:
-        name = next(iter(other))
-        raise ValueError(f"--out {path}: was made with {name} {other[name]!r}, not {settings[name]!r}; choose another file")
-    return answers
-
-
-def choose_prompt(a: argparse.Namespace, questions: list[Question], tokenizer: Encoding) -> None:
-    """Set --prompt and --system, where they are not given, to what the prompts were made for. ValueError if they contradict."""
-    made_for = {question.made_for for question in questions} - {(None, None)}
-    if len(made_for) == 1 and a.prompt is None:
-        a.prompt, a.system = next(iter(made_for))
-    a.prompt = a.prompt or ("chat" if data.has_chat_tokens(tokenizer) else "plain")
-    for template, system in made_for - {(a.prompt, a.system)}:
-        raise ValueError(f"--jsonl {a.jsonl}: has prompts made for --prompt {template} and --system {system!r}, not for "
-                         f"{a.prompt} and {a.system!r}: their lengths would be wrong; leave both options out")
-
-
-def run_questions(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
-    """Answer what `--out` does not hold yet, write a line an answer, and print mean scores."""
-    questions = read_questions(a.jsonl, a.metric, a.max_new_tokens)
-    choose_prompt(a, questions, tokenizer)
-    settings, limit = question_settings(a, config), a.max_length or config.max_position_embeddings
-    least = max(question.max_new_tokens for question in questions) + 2
-    if limit < least:
-        raise ValueError(f"--max-length {limit} is too small: the answers alone take {least - 2}")
-    answers = read_answers(a.out, settings) if a.out else {}
-    grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-    missing = torch.tensor([index not in answers for index in range(len(questions))], device=a.device)
-    pending = grid.broadcast(missing.long()).nonzero()[:, 0].tolist()  # the first rank's file decides
-    counts = [0, 0]
-    if answers and pending:
-        print_once(f"{a.out} has {len(answers)} of {len(questions)} answers: the others follow")
-    if pending:
-        reader = Reader(load_model(a, config, grid), a.device)
-        found = answer_questions(reader, tokenizer, questions, pending, limit, a.prompt == "chat", a.system, a.batch_tokens)
-        write_answers(a.out if grid.is_first else None, settings, answers, questions,
-                      tqdm(found, total=len(pending), unit="prompt", disable=None if grid.is_first else True))
-        counts = reader.counts()
-    print_once(score_table(answers))
-    if cut := sum(answer["read"] < answer["prompt_tokens"] for answer in answers.values()):
-        print_once(f"note: {cut} of {len(answers)} prompts do not fit into {limit} tokens with their answer: middle cut")
-    print_saved(*counts)
-    grid.close()
-
-
-def write_answers(out: Path | None, settings: dict, answers: dict[int, dict], questions: list[Question],
-                  found: Iterable[tuple]) -> None:
-    """Add what answer_questions has `found` to `answers`, scored, and each at once to the file `out`."""
-    with ExitStack() as files:
-        if out:
-            files.enter_context(data.locked(out.with_name(out.name + ".lock")))
-            lines = [json.dumps({"settings": settings}), *map(json.dumps, answers.values())]
-            data.write_complete(out, "".join(line + "\n" for line in lines).encode())
-            file = files.enter_context(open(out, "a"))
-        for index, length, read, text in found:
-            question = questions[index]
-            answers[index] = {"index": index, "task": question.task, "length": question.length, "prompt_tokens": length,
-                              "read": read, "prediction": text, "answers": question.answers, "metric": question.metric,
-                              "score": METRICS[question.metric](text, question.answers)}
-            if out:
-                file.write(json.dumps(answers[index]) + "\n")
-                file.flush()
-
-
-def score_table(answers: dict[int, dict]) -> str:
-    """Mean score in % of each task and length, the number of prompts, and the mean of tasks."""
-    lengths = sorted({answer["length"] for answer in answers.values()}, key=lambda text: (len(text), text))
-    scores = {}
-    for _, answer in sorted(answers.items()):
-        scores.setdefault(answer["task"], {}).setdefault(answer["length"], []).append(100 * answer["score"])
-    width = max(4, *map(len, scores))
-    shown = [short_length(int(length)) if length.isdecimal() else length for length in lengths]
-    lines = [f"{'task':<{width}}" + "".join(f"{text:>8}" for text in shown) + f"{'prompts':>9}"]
-    for task, row in scores.items():
-        means = (f"{np.mean(row[length]):8.1f}" if length in row else f"{'-':>8}" for length in lengths)
-        lines.append(f"{task:<{width}}" + "".join(means) + f"{sum(map(len, row.values())):>9}")
-    if len(scores) > 1:
-        means = (np.mean([np.mean(row[length]) for row in scores.values() if length in row]) for length in lengths)
-        lines.append(f"{'mean':<{width}}" + "".join(f"{mean:8.1f}" for mean in means) + f"{len(answers):>9}")
-    return "\n".join(lines)
-
-
-def print_saved(read: int, computed: int) -> None:
-    """How much of the prompts went through the model, the rest being shared."""
-    if read:
-        print_once(f"{computed:,} of the prompts' {read:,} tokens computed ({computed / read:.2f}), the others shared")
-
-
-# ---------------------------------------------------------------------------------------- perplexity by position
-
-
-def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:
-    """The first length + 1 tokens of the first `count` documents that have them, (count, length + 1) int64, begin-of-text where
-    there is one included: of a corpus's held-out split, or of text files. Raises ValueError if there are fewer."""
-    if data.is_corpus(path):
-        documents = data.held_out_split(path, tokenizer)
-    else:
-        documents = (np.array(tokenizer.encode_ordinary(document.get("text", ""))) for document in data.read_documents(path))
-    found, longest = [], 0
-    for tokens in (np.concatenate([np.array(begin_of_text(tokenizer), np.int64), tokens]) for tokens in documents):
-        longest = max(longest, len(tokens))
-        if len(tokens) > length:
-            found.append(tokens[:length + 1])
-        if len(found) == count:
-            return np.stack(found)
-    raise ValueError(f"--haystack {path}: {len(found)} documents have more than {length} tokens (the longest {longest}); "
-                     f"--samples asks for {count}: lower it or --lengths, or take longer documents")
-
-
-@torch.inference_mode()
-def perplexity_by_position(model: Llama, documents: np.ndarray, buckets: int, device: str) -> dict:
-    """Mean loss of the tokens at each stretch of positions, over documents (N, S + 1), one at a time a replica.
-
-    Returns "edges" (buckets + 1 positions), "loss" (nats a token, buckets) and "standard_error" over the documents.
-    """
-    grid, length = model.grid, documents.shape[1] - 1
-    edges = [round(i * length / buckets) for i in range(buckets + 1)]
-    sums = torch.zeros(len(documents), buckets, dtype=torch.float64, device=device)
-    for row in range(grid.dp_rank, len(documents), grid.dp):
-        tokens = torch.from_numpy(documents[row:row + 1]).to(device)
-        losses = model.token_losses(tokens[:, :-1].contiguous(), tokens[:, 1:])[0].double()  # (S,)
-        sums[row] = torch.stack([part.mean() for part in losses.tensor_split(edges[1:-1])])
-    sums = torch.tensor(grid.to_host(grid.all_reduce(sums, "dp")), dtype=torch.float64)  # (N, buckets)
-    error = sums.std(0) / len(sums) ** 0.5 if len(sums) > 1 else torch.zeros(buckets)
-    return {"edges": edges, "loss": sums.mean(0).tolist(), "standard_error": error.tolist(), "documents": len(sums)}
-
-
-def perplexity_table(runs: list[dict], labels: list[str]) -> str:
-    """Perplexity of each run, a column, at each stretch of positions, a row; a line where the old window ends."""
-    width = max(10, *(len(label) + 2 for label in labels))
-    lines = [f"{'positions':>17}" + "".join(f"{label:>{width}}" for label in labels)]
-    edges = runs[0]["edges"]
-    for i, (start, end) in enumerate(itertools.pairwise(edges)):
-        if i and start >= runs[0]["window"] > edges[i - 1]:
-            lines.append(f"{'old window ends':>17}")
-        lines.append(f"{f'{start:,}-{end:,}':>17}" + "".join(f"{math.exp(run['loss'][i]):>{width}.4g}" for run in runs))
-    return "\n".join(lines)
-
-
-def draw_perplexity(runs: list[dict], labels: list[str]) -> bytes:
-    """PNG of perplexity over positions, a curve a run, a line where the old window ends."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained", facecolor="white")
-    panel = figure.subplots()
-    for results, label, colour in zip(runs, labels, itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))):
-        middles = [(start + end) / 2 for start, end in itertools.pairwise(results["edges"])]
-        panel.plot(middles, np.exp(results["loss"]), color=colour, linewidth=2, marker="o", markersize=4, label=label)
-    if runs[0]["window"] < runs[0]["edges"][-1]:
-        panel.axvline(runs[0]["window"], color="#222222", linewidth=2, linestyle=(0, (4, 2)))
-        panel.text(runs[0]["window"], 1.01, f"old window: {short_length(runs[0]['window'])}", fontsize=10, ha="center",
-                   va="bottom", color="#222222", transform=panel.get_xaxis_transform())
-    panel.set_yscale("log")
-    panel.set_xlim(0, runs[0]["edges"][-1])
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.set_xlabel("position in the document (tokens)", fontsize=12)
-    panel.set_ylabel("perplexity", fontsize=12)
-    panel.legend(frameon=False)
-    return png(figure)
-
-
 # ---------------------------------------------------------------------------------------------------- output
 
 
@@ -708,80 +381,78 @@ def terminal_map(results: dict, colour: bool) -> str:
     return "\n".join(lines)
 
 
-def draw_figure(runs: list[dict], labels: list[str]) -> bytes:
-    """PNG of the runs' heat maps side by side on one colour scale, a line where the old window ends."""
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    # Okabe and Ito's vermilion and bluish green: colour-blind readers tell them apart
-    tones = ["#d55e00", "#f3b173", "#fbf3dc", "#7cc9ae", "#009e73"]
-    figure = Figure(figsize=(1.4 + 4.55 * len(runs), 5), dpi=100, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    panels = figure.subplots(1, len(runs), squeeze=False)[0]
-    for panel, results, label in zip(panels, runs, labels, strict=True):
-        grid, border = accuracy_grid(results), lengths_inside(results)
-        lengths = [short_length(length) for length in results["lengths"]]
-        image = panel.imshow(grid, vmin=0, vmax=100, aspect="auto",
-                             cmap=LinearSegmentedColormap.from_list("retrieval", tones))
-        for (row, column), value in np.ndenumerate(np.array(grid)):
-            panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=10,
-                       color="white" if value < 15 or value > 85 else "#333333")
-        panel.set_xticks(range(len(lengths)), lengths, fontsize=11)
-        panel.set_yticks(range(len(grid)), [f"{100 * d:.0f} %" for d in results["depths"]], fontsize=11)
-        panel.hlines(np.arange(len(grid) - 1) + 0.5, -0.5, len(lengths) - 0.5, color="white", linewidth=1.5)
-        panel.vlines(np.arange(len(lengths) - 1) + 0.5, -0.5, len(grid) - 0.5, color="white", linewidth=1.5)
-        panel.tick_params(length=0)
-        panel.spines[:].set_visible(False)
-        panel.set_xlabel("context length (tokens)", fontsize=12)
-        panel.set_title(label, loc="left", fontsize=14, fontweight="bold", pad=24)
-        if border:
-            left = border < len(lengths) / 2
-            panel.axvline(border - 0.5, color="#222222", linewidth=2, linestyle=(0, (4, 2)))
-            panel.text(border - 0.5, -0.6, f"old window: {short_length(results['window'])}", fontsize=10,
-                       ha="left" if left else "right", va="bottom", color="#222222")
-    panels[0].set_ylabel("depth of the fact", fontsize=12)
-    figure.colorbar(image, ax=list(panels), pad=0.015, aspect=30).set_label("exact match (%)", fontsize=12)
-    return png(figure)
-
-
-def png(figure) -> bytes:
-    """A matplotlib figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def show_comparison(a: argparse.Namespace) -> None:
-    """Print runs x lengths, or curves of perplexity, and draw them side by side."""
-    runs, labels = [], a.labels or [path.stem for path in a.compare]
-    if len(labels) != len(a.compare):
-        raise ValueError(f"--labels has {len(labels)} names for {len(a.compare)} results")
-    for path in a.compare:
-        try:
-            results = json.loads(path.read_text())
-            runs.append(results | {"window": a.window or results["window"]})
-            if "edges" in results:  # whatever is missing shows here
-                perplexity_table(runs[-1:], [""])
-            else:
-                terminal_map(runs[-1], colour=False)
-        except (ValueError, LookupError, TypeError, ArithmeticError):
-            raise ValueError(f"--compare {path}: not results of needles or perplexity that --out has written") from None
-    if len({str(results.get("edges")) for results in runs}) > 1:
-        raise ValueError("--compare: these are not all of needles, or all of perplexity at the same positions")
-    if "edges" in runs[0]:
-        print(perplexity_table(runs, labels))
-        return data.write_complete(a.figure, draw_perplexity(runs, labels)) if a.figure else None
-    lengths = sorted({length for results in runs for length in results["lengths"]})
-    width = max(map(len, labels))
-    print(" " * width + "".join(f"{short_length(length):>8}" for length in lengths))
-    for label, results in zip(labels, runs, strict=True):
-        means = {mean["length"]: f"{mean['accuracy']:.1f}" for mean in results["means"]}
-        print(f"{label:>{width}}" + "".join(f"{means.get(length, '-'):>8}" for length in lengths))
-    if a.figure:
-        data.write_complete(a.figure, draw_figure(runs, labels))
+def print_saved(read: int, computed: int) -> None:
+    """How much of the prompts went through the model, the rest being shared."""
+    if read:
+        print_once(f"{computed:,} of the prompts' {read:,} tokens computed ({computed / read:.2f}), the others shared")
 
 
 # ---------------------------------------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory that can be evaluated: all about it but its weights."""
+
+    path: Path
+    config: ModelConfig  # with the scaling that was asked for
+    scaling: RopeScaling | None  # that one, None for the checkpoint's own
+    tokenizer: data.Tokenizer
+    dtype: torch.dtype
+    device: str
+
+    @classmethod
+    def open(cls, path: Path, scaling: RopeScaling | None, tp: int, cp: int, device: str, dtype: str) -> Checkpoint:
+        """Check everything that can be checked without the weights. Raises ValueError or OSError naming what is wrong.
+
+        dtype auto: bfloat16 on a GPU, float32 on a CPU.
+        """
+        check_device(device)
+        check_grid(tp, cp, launched()[1])
+        config, tokenizer = rescale(read_config(path), scaling), data.load_tokenizer(path)
+        check_grid(tp, cp, launched()[1], config.shards())
+        computed = getattr(torch, ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype)
+        attention_kernel(device, computed, config.head_dim)
+        if tokenizer.n_vocab > config.vocab_size:
+            raise ValueError(f"{path}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
+        return cls(path, config, scaling, tokenizer, computed, device)
+
+    def load(self, grid: Grid) -> Llama:
+        """The model, on this grid."""
+        return Llama.from_pretrained(self.path, grid, self.dtype, self.device, self.scaling)
+
+    def old_window(self) -> int:
+        """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
+        scaling = self.config.rope_scaling
+        extended = scaling.original_max_position if scaling.kind not in ("default", "llama3") else None
+        return extended or self.config.max_position_embeddings
+
+    def note_lengths(self, longest: int) -> None:
+        """Say so if prompts are longer than the window."""
+        if longest > self.config.max_position_embeddings:
+            print_once(f"note: lengths above {self.config.max_position_embeddings} lie beyond this model's window")
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model is evaluated, and how it is computed."""
+    parser.add_argument("model", type=Path, help="Hugging Face model directory")
+    compute = parser.add_argument_group("compute")
+    compute.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                         help="auto: bfloat16 on GPU, float32 on CPU")
+    compute.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_grid_arguments(parser)
+    add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Raise OSError unless a file can be written there."""
+    if path and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise OSError(f"{option} {path}: cannot be written; give a file in a directory that exists")
+
+
+def as_json(results: dict) -> bytes:
+    """Results as a file; a path among the settings as its text."""
+    return (json.dumps(results, indent=1, default=str) + "\n").encode()
 
 
 def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
@@ -811,168 +482,60 @@ def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Needles over lengths and depths, prompts of files, perplexity by position.",
+    parser = argparse.ArgumentParser(description="Needles over lengths and depths.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", help="Hugging Face model directory")
-    what = parser.add_argument_group("what to do (default: needles)")
-    what.add_argument("--jsonl", type=Path, help="answer and score the prompts of a .jsonl file instead")
-    what.add_argument("--perplexity", action="store_true", help="perplexity by position instead, in documents of one --lengths")
-    what.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="only show earlier results")
+    add_checkpoint_arguments(parser)
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--haystack", type=Path, help="text that was not trained on: a corpus directory (of which "
-                         "the held-out split is used), a directory, .txt or .jsonl of text, or stdlib")
-    prompts.add_argument("--lengths", type=int, nargs="+", help="tokens, the answer's included")
+    prompts.add_argument("--haystack", type=Path, required=True, help="text that was not trained on: a corpus directory (of "
+                         "which the held-out split is used), a directory, .txt or .jsonl of text, or stdlib")
+    prompts.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens, the answer's included")
     prompts.add_argument("--depths", type=int, default=10, help="how many, evenly from 0 to 1")
-    prompts.add_argument("--samples", type=int, default=5, help="prompts a cell, shared by data-parallel replicas; "
-                         "documents of --perplexity")
+    prompts.add_argument("--samples", type=int, default=5, help="prompts a cell, shared by data-parallel replicas")
     prompts.add_argument("--task", choices=(*WORDING, "mixed"), default="passkey")
-    prompts.add_argument("--prompt", choices=("plain", "chat"), help="default: plain for needles; for --jsonl chat where the "
-                         "tokenizer has chat tokens")
+    prompts.add_argument("--prompt", choices=("plain", "chat"), default="plain")
     prompts.add_argument("--system", help="a system message before each chat prompt")
     prompts.add_argument("--distractors", type=int, default=0, help="facts of other keys (task needle)")
     prompts.add_argument("--digits", type=int, default=5, help="length of the numbers")
-    prompts.add_argument("--metric", choices=METRICS, help="of --jsonl; default: the record's, else all")
-    prompts.add_argument("--max-new-tokens", type=int, help="of --jsonl; default: the record's, else 128")
-    prompts.add_argument("--max-length", type=int, help="of --jsonl: longer prompts lose their middle; default: "
-                         "the model's window")
-    prompts.add_argument("--buckets", type=int, default=16, help="stretches of positions of --perplexity")
+    prompts.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward of a replica, or one prompt")
     prompts.add_argument("--seed", type=int, default=1234)
-    compute = parser.add_argument_group("compute")
-    compute.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                         help="auto: bfloat16 on GPU, float32 on CPU")
-    compute.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    compute.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward of a replica, or one prompt")
-    add_grid_arguments(parser)
-    add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="results, JSON; of --jsonl a line an answer, and a stopped run goes on")
-    output.add_argument("--figure", type=Path, help="heat map or curve, PNG (needs matplotlib)")
+    output.add_argument("--out", type=Path, help="results, JSON")
     output.add_argument("--window", type=int, help="old window to mark (default: before extension)")
-    output.add_argument("--labels", nargs="+", help="names of the compared runs (default: the files')")
     return parse_once(parser, argv)
 
 
-def check_arguments(a: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is read. Raises ValueError or OSError naming the option."""
-    if (a.model is None) == (a.compare is None):
-        raise ValueError("give either a model directory to evaluate, or --compare with results to show")
-    for path in a.compare or ():
-        if not path.is_file():
-            raise FileNotFoundError(f"--compare {path}: no such file")
-    if a.jsonl and (a.perplexity or a.haystack or a.lengths or a.figure):
-        raise ValueError("--jsonl brings its own prompts: it goes without --perplexity, --haystack, --lengths and --figure")
-    if a.model and not a.jsonl and not (a.haystack and a.lengths):
-        raise ValueError("an evaluation needs --haystack and --lengths, or --jsonl")
-    for name in ("metric", "max_new_tokens", "max_length"):
-        if getattr(a, name) is not None and not a.jsonl:
-            raise ValueError(f"--{name.replace('_', '-')} is for --jsonl only")
-    if a.system is not None and (a.perplexity or a.prompt != "chat" and not (a.jsonl and a.prompt is None)):
-        raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
-    if a.perplexity and len(a.lengths) > 1:
-        raise ValueError(f"--perplexity takes one of --lengths, not {len(a.lengths)}")
-    smallest = {"depths": 1, "samples": 1, "distractors": 0, "digits": 1, "batch_tokens": 1, "window": 1, "buckets": 1,
-                "max_new_tokens": 1, "max_length": 2}
-    for name, least in smallest.items():
-        value = getattr(a, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is too small; the least is {least}")
-    if a.perplexity and min(a.lengths) < a.buckets:
-        raise ValueError(f"--lengths {a.lengths[0]} is too small for --buckets {a.buckets}")
-    if a.distractors and a.task == "passkey":
-        raise ValueError("--distractors need keys to tell facts apart: use --task needle or mixed")
-    if a.haystack:
-        a.haystack = data.source_path(a.haystack, "--haystack")
-    scaling_from_arguments(a)
-    check_device(a.device)
-    a.dtype = ("float32" if a.device == "cpu" else "bfloat16") if a.dtype == "auto" else a.dtype
-    check_grid(a.tp, a.cp, launched()[1])
-    for option, path in (("--out", a.out), ("--figure", a.figure)):
-        if path and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise OSError(f"{option} {path}: cannot be written; give a file in a directory that exists")
-    if a.figure and a.figure.suffix != ".png":
-        raise ValueError(f"--figure {a.figure}: the figure is a PNG; give a name that ends in .png")
-    if a.figure and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
-
-
-def load_model(a: argparse.Namespace, config, grid: Grid) -> Llama:
-    """The checkpoint on this grid, with the scaling that the arguments name."""
-    scaling = config.rope_scaling if a.rope_kind else None
-    return Llama.from_pretrained(a.model, grid, getattr(torch, a.dtype), a.device, scaling)
-
-
-def old_window(a: argparse.Namespace, config) -> int:
-    """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
-    scaling = config.rope_scaling
-    extended = scaling.original_max_position if scaling.kind not in ("default", "llama3") else None
-    return a.window or extended or config.max_position_embeddings
-
-
-def run_needles(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
-    """Build the shortest prompts, load the model, evaluate, show and write."""
-    longest = max(a.lengths)
-    haystack = load_haystack(a.haystack, tokenizer, OFFSETS + longest)
-    if len(haystack) < longest:
-        raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; length {longest} needs as many")
-    depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
-    options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "distractors": a.distractors, "digits": a.digits,
-               "system": a.system}
-    for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
-        cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
-    grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-    results = {"settings": json.loads(json.dumps(vars(a), default=str)), "window": old_window(a, config)}
-    results |= evaluate(load_model(a, config, grid), tokenizer, haystack, a.lengths, depths, a.samples,
-                        batch_tokens=a.batch_tokens, device=a.device, progress=grid.is_first, **options)
-    if grid.is_first:
-        print(terminal_map(results, sys.stdout.isatty()))
-        print_saved(results["read"], results["computed"])
-        write_results(a, results, lambda label: draw_figure([results], [label]))
-    grid.close()
-
-
-def run_perplexity(a: argparse.Namespace, config, tokenizer: Encoding) -> None:
-    """Read long documents, load the model, measure, show and write."""
-    documents = load_long_documents(a.haystack, tokenizer, a.lengths[0], a.samples)
-    grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-    results = {"settings": json.loads(json.dumps(vars(a), default=str)), "window": old_window(a, config)}
-    results |= perplexity_by_position(load_model(a, config, grid), documents, a.buckets, a.device)
-    if grid.is_first:
-        print(perplexity_table([results], [a.model.name]))
-        write_results(a, results, lambda label: draw_perplexity([results], [label]))
-    grid.close()
-
-
-def write_results(a: argparse.Namespace, results: dict, draw: Callable[[str], bytes]) -> None:
-    """--out and --figure, complete or not at all."""
-    if a.out:
-        data.write_complete(a.out, (json.dumps(results, indent=1) + "\n").encode())
-    if a.figure:
-        data.write_complete(a.figure, draw(a.labels[0] if a.labels else a.model.name))
-
-
-def run(a: argparse.Namespace) -> None:
-    """Check everything that can be checked without the weights, then do what was asked."""
-    check_arguments(a)
-    if a.compare:
-        return show_comparison(a) if launched()[0] == 0 else None
-    config, tokenizer = rescale(read_config(a.model), scaling_from_arguments(a)), data.load_tokenizer(a.model)
-    check_grid(a.tp, a.cp, launched()[1], config.shards())
-    attention_kernel(a.device, getattr(torch, a.dtype), config.head_dim)
-    if tokenizer.n_vocab > config.vocab_size:
-        raise ValueError(f"{a.model}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
-    if max(a.lengths or [a.max_length or 0]) > config.max_position_embeddings:
-        print_once(f"note: lengths above {config.max_position_embeddings} lie beyond this model's window")
-    if a.jsonl:
-        run_questions(a, config, tokenizer)
-    elif a.perplexity:
-        run_perplexity(a, config, tokenizer)
-    else:
-        run_needles(a, config, tokenizer)
-
-
 def main(argv: list[str] | None = None) -> None:
+    """Check everything, build the shortest prompts, load the model, evaluate, show and write."""
+    a = parse_arguments(argv)
     try:
-        run(parse_arguments(argv))
+        check_least(1, depths=a.depths, samples=a.samples, digits=a.digits, batch_tokens=a.batch_tokens, window=a.window)
+        check_least(0, distractors=a.distractors)
+        if a.distractors and a.task == "passkey":
+            raise ValueError("--distractors need keys to tell facts apart: use --task needle or mixed")
+        if a.system is not None and a.prompt != "chat":
+            raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
+        check_output("--out", a.out)
+        path, longest = data.source_path(a.haystack, "--haystack"), max(a.lengths)
+        checkpoint = Checkpoint.open(a.model, scaling_from_options(vars(a)), a.tp, a.cp, a.device, a.dtype)
+        checkpoint.note_lengths(longest)
+        tokenizer, haystack = checkpoint.tokenizer, load_haystack(path, checkpoint.tokenizer, OFFSETS + longest)
+        if len(haystack) < longest:
+            raise ValueError(f"--haystack {path}: {len(haystack)} tokens; length {longest} needs as many")
+        depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
+        options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "distractors": a.distractors,
+                   "digits": a.digits, "system": a.system}
+        for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
+            cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
+        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+        results = {"settings": vars(a), "window": a.window or checkpoint.old_window()}
+        results |= evaluate(checkpoint.load(grid), tokenizer, haystack, a.lengths, depths, a.samples,
+                            batch_tokens=a.batch_tokens, device=a.device, progress=grid.is_first, **options)
+        if grid.is_first:
+            print(terminal_map(results, sys.stdout.isatty()))
+            print_saved(results["read"], results["computed"])
+            if a.out:
+                data.write_complete(a.out, as_json(results))
+        grid.close()
     except (ValueError, OSError, ArithmeticError) as error:
         finish(error)
 

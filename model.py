@@ -3,13 +3,10 @@
 Read from the top: `ModelConfig` is what a config.json says, `Attention`, `MLP` and `Block` are one layer, `RecomputedBlock`
 and `HostMemory` the same layer in less memory, `Llama` stacks them. In shapes, m is S / (cp tp): the positions that a rank
 holds between attentions. Module names are Hugging Face's, so `state_dict()` keys are the names in a checkpoint's safetensors.
-Llama 2, 3, 3.1, 3.2 and Qwen2 differ only in what `ModelConfig` says.
-
-    python model.py MODEL_DIR --prompt "Why is the sky blue?"      # chat with a checkpoint
+Llama 2, 3, 3.1, 3.2 and Qwen2 differ only in what `ModelConfig` says. `python -m tools.chat MODEL_DIR` talks to a checkpoint.
 """
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -32,19 +29,14 @@ from parallel import (
     RowParallelLinear,
     SumOverRing,
     VocabParallelEmbedding,
-    add_grid_arguments,
     attend_earlier,
-    attention_kernel,
     check_grid,
     decode_attention,
     document_segments,
-    finish,
     fused_linear,
     gather_sequence,
     gathered,
     launched,
-    parse_once,
-    print_once,
     ring_attention,
     ring_backward,
     ring_forward,
@@ -462,7 +454,7 @@ class KVCache:
     def fullest(self) -> int:
         """How many tokens the rank of the ring holds that holds most: what was truncated may have lain on some ranks only."""
         held = torch.tensor(len(self.positions), device=self.keys_values.device)
-        return self.grid.to_host(self.grid.all_reduce(held, "cp", dist.ReduceOp.MAX))
+        return self.grid.all_reduce(held, "cp", dist.ReduceOp.MAX).item()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kept: int) -> Tensor:
         """Store the first `kept` of the new k, v (B, Hkv / tp, s, D); out (B, H / tp, s, D) of q over all tokens so far."""
@@ -945,6 +937,7 @@ def write_weights(path: Path, stem: str, shapes: dict[str, tuple[tuple, torch.dt
         filled += size
     weight_map, tensors = {}, iter(tensors)
     for number, names in enumerate(plan, 1):
+        grid.restart_timer()  # the others wait for the first
         file = path / f"{stem}-{number:05d}-of-{len(plan):05d}.safetensors"
         shard = {}
         for name, tensor in itertools.islice(tensors, len(names)):
@@ -952,7 +945,6 @@ def write_weights(path: Path, stem: str, shapes: dict[str, tuple[tuple, torch.dt
                 shard[name] = tensor.cpu().contiguous()
         if grid.is_first:
             save_tensors(file, shard)
-            grid.progress()  # the others wait for this
         weight_map |= dict.fromkeys(names, file.name)
     if grid.is_first:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -968,70 +960,3 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         file.chmod(0o666 & ~umask)  # as any file: the library writes one for the owner alone
     except SafetensorError as error:
         raise OSError(f"{file}: could not be written ({error})") from None
-
-
-# ------------------------------------------------------------------------------------------------------- chatting
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Chat with a checkpoint.")
-    parser.add_argument("model", type=Path, help="Hugging Face model directory")
-    parser.add_argument("--prompt", required=True, help="the user's message")
-    parser.add_argument("--system", help="a system message before it")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without a chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=0.9, help="nucleus size when sampling")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPU, float32 on CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add_grid_arguments(parser)
-    return parse_once(parser, argv)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Answer one prompt and print the answer."""
-    from data import encode_chat, end_of_turn, load_tokenizer  # only the command line needs a tokenizer
-
-    for name, value, fits in (("--max-new-tokens", arguments.max_new_tokens, arguments.max_new_tokens >= 1),
-                              ("--temperature", arguments.temperature, 0 <= arguments.temperature < float("inf")),
-                              ("--top-p", arguments.top_p, 0 < arguments.top_p <= 1)):
-        if not fits:
-            raise ValueError(f"{name} {value} is out of range")
-    check_device(arguments.device)
-    config, tokenizer = read_config(arguments.model), load_tokenizer(arguments.model)
-    if tokenizer.n_vocab > config.vocab_size:
-        raise ValueError(f"{arguments.model}: the tokenizer has {tokenizer.n_vocab} tokens, the model only {config.vocab_size}")
-    if arguments.raw:
-        tokens, stops = tokenizer.encode_ordinary(arguments.prompt), ()
-    else:
-        system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-        messages = [*system, {"role": "user", "content": arguments.prompt}]
-        tokens, stops = encode_chat(messages, tokenizer, add_generation_prompt=True)[0], (end_of_turn(tokenizer),)
-    if not tokens or len(tokens) + arguments.max_new_tokens > config.max_position_embeddings:
-        raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is {arguments.max_new_tokens}: together "
-                         f"they must fit the model's window of {config.max_position_embeddings}, and the prompt not be empty")
-    if launched()[1] != arguments.tp * arguments.cp:
-        raise ValueError(f"--tp {arguments.tp} x --cp {arguments.cp} must be the number of processes, {launched()[1]}: "
-                         "one prompt has no use for data parallelism")
-    check_grid(arguments.tp, arguments.cp, launched()[1], config.shards())
-    dtype = getattr(torch, arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16"))
-    attention_kernel(arguments.device, dtype, config.head_dim)
-    grid = Grid.create(arguments.tp, arguments.cp, arguments.device, arguments.timeout)
-    model = Llama.from_pretrained(arguments.model, grid, dtype, arguments.device)
-    prompt = torch.tensor([tokens], device=arguments.device)
-    output = model.generate(prompt, arguments.max_new_tokens, arguments.temperature, arguments.top_p, stops, arguments.seed)
-    answer = [t for t in output[0, len(tokens):].tolist() if t not in stops and t < tokenizer.n_vocab]
-    print_once(tokenizer.decode(answer))
-    grid.close()
-
-
-def main(argv: list[str] | None = None) -> None:
-    try:
-        run(parse_arguments(argv))
-    except (ValueError, OSError, ArithmeticError) as error:
-        finish(error)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,12 +18,12 @@ One process is the grid 1 x 1 x 1 and runs the same code: a collective over one 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import math
 import os
+import signal
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -46,8 +46,7 @@ class Grid:
     """This process's place in a dp x cp x tp grid, tp fastest, and every communication it takes part in.
 
     `groups` holds a process group for each entry of GROUPS with more than one rank; a collective over a missing one has
-    one member and nothing to do. The last four fields are for `_watch`: how much this rank has done, whether it waits for
-    others now, and the thread that looks after both.
+    one member and nothing to do. `timeout` is in seconds, see `restart_timer`.
     """
 
     dp: int = 1
@@ -55,24 +54,20 @@ class Grid:
     tp: int = 1
     rank: int = 0
     groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
-    activity: int = field(default=0, repr=False, compare=False)
-    waiting: bool = field(default=False, repr=False, compare=False)
-    done: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
-    watch: threading.Thread | None = field(default=None, repr=False, compare=False)
+    timeout: float = field(default=600.0, repr=False, compare=False)
 
     @classmethod
     def create(cls, tp: int = 1, cp: int = 1, device: str | None = None, timeout: float = 600.0) -> Grid:
         """The grid of this job: world = dp x cp x tp processes, NCCL on cuda, gloo on cpu. Call it on every rank.
 
-        One process needs no torch.distributed. A rank that keeps others waiting for `timeout` seconds ends the job. More
-        calls make other grids of the same processes; then it is the first that watches, and is closed. Raises ValueError
-        for a grid that does not fit the number of processes.
+        One process needs no torch.distributed. More calls make other grids of the same processes. Raises ValueError for a
+        grid that does not fit the number of processes.
         """
         rank, world = launched()
         check_grid(tp, cp, world)
         if not 0 < timeout < 1e7:
             raise ValueError(f"--timeout {timeout:g} must be a number of seconds above 0")
-        grid = cls(world // (cp * tp), cp, tp, rank)
+        grid = cls(world // (cp * tp), cp, tp, rank, timeout=timeout)
         if world == 1:
             return grid
         cuda = (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
@@ -81,15 +76,13 @@ class Grid:
             if local >= torch.cuda.device_count():
                 raise ValueError(f"more processes than GPUs on this machine: it has {torch.cuda.device_count()}; start as many")
             torch.cuda.set_device(local)
-        patience = timedelta(seconds=2 * timeout + 60)  # later than our own watch, which can name the rank
+        patience = timedelta(seconds=2 * timeout + 60)  # torch's own, for programs that start no timer
         if not dist.is_initialized():
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
             store = dist.PrefixStore(f"attempt {restarts()}", store)  # a restarted job must not find its dead ranks' addresses
-            store.set(f"rank {rank}", "0 0 0 start")
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
                                     device_id=torch.device("cuda", local) if cuda else None)
-            grid.watch = threading.Thread(target=grid._watch, args=(store, timeout), daemon=True)
-            grid.watch.start()
+            faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)  # torchrun's, when another rank has failed
         ranks = torch.arange(world).view(grid.dp, cp, tp)
         for name, axes in GROUPS.items():
             together = [i for i, axis in enumerate(("dp", "cp", "tp")) if axis in axes]
@@ -128,7 +121,7 @@ class Grid:
     def all_reduce(self, x: Tensor, group: str, operation=dist.ReduceOp.SUM) -> Tensor:
         """Sum (or maximum) of every rank's x, in place."""
         if group in self.groups:
-            self._communicate(dist.all_reduce, x, op=operation, group=self.groups[group])
+            dist.all_reduce(x, op=operation, group=self.groups[group])
         return x
 
     def all_gather(self, x: Tensor, group: str, out: Tensor | None = None) -> Tensor:
@@ -137,7 +130,7 @@ class Grid:
             return x[None]
         out = x.new_empty(self.size(group), *x.shape) if out is None else out
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-        self._communicate(gather, out.view(-1), x.contiguous().view(-1), group=self.groups[group])
+        gather(out.view(-1), x.contiguous().view(-1), group=self.groups[group])
         return out
 
     def reduce_scatter(self, x: Tensor, group: str) -> Tensor:
@@ -146,13 +139,13 @@ class Grid:
             return x[0]
         out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
-        self._communicate(scatter, out.view(-1), x.contiguous().view(-1), group=self.groups[group])
+        scatter(out.view(-1), x.contiguous().view(-1), group=self.groups[group])
         return out
 
     def broadcast(self, x: Tensor, group: str = "all") -> Tensor:
         """The group's first rank's x, in place."""
         if group in self.groups:
-            self._communicate(dist.broadcast, x, group=self.groups[group], group_src=0)
+            dist.broadcast(x, group=self.groups[group], group_src=0)
         return x
 
     def post_hop(self, *leaving: Tensor, tag: int = 0):
@@ -168,11 +161,11 @@ class Grid:
         messages = []
         for number, (out, into) in enumerate(zip(leaving, arriving), len(leaving) * tag):
             messages += [dist.P2POp(dist.isend, out, to, group, number), dist.P2POp(dist.irecv, into, origin, group, number)]
-        works = self._communicate(dist.batch_isend_irecv, messages)
+        works = dist.batch_isend_irecv(messages)
 
         def wait() -> tuple[Tensor, ...]:
             for work in works:
-                self._communicate(work.wait)
+                work.wait()
             return arriving
 
         return wait
@@ -180,72 +173,24 @@ class Grid:
     def barrier(self) -> None:
         """Return once every rank has called this."""
         if self.groups:
-            self._communicate(dist.barrier, group=self.groups["all"])
+            dist.barrier(group=self.groups["all"])
+
+    def restart_timer(self) -> None:
+        """Give this rank `timeout` seconds from now: then it prints where it stands and ends, and torchrun ends the others.
+
+        A rank that hangs keeps all others waiting, so each of them says where. Call it wherever a stretch of work begins: a
+        micro-batch, a validation sequence, a prompt, a file. Alone, a process keeps nobody waiting.
+        """
+        if self.groups:
+            faulthandler.dump_traceback_later(self.timeout, exit=True)
 
     def close(self) -> None:
-        """Leave the job in step with the others: call it last, on every rank."""
+        """Leave the job in step with the others. A program that just ends does no harm, but may end before others have."""
         self.barrier()
-        if self.watch:
-            self.done.set()
-            self.watch.join()  # a thread that the interpreter ends inside the store would abort the process
+        faulthandler.cancel_dump_traceback_later()
+        if self.groups:
             self.groups.clear()
             dist.destroy_process_group()
-
-    def to_host(self, x: Tensor):
-        """x.tolist(): on a GPU this is where a rank waits for the communications it has started."""
-        return self._communicate(x.tolist)
-
-    def progress(self) -> None:
-        """Tell the watch that this rank is alive: call it in work that keeps others waiting, such as writing a file."""
-        self.activity += 1
-
-    def _communicate(self, operation: Callable, *arguments, **options):
-        """Every wait for other ranks goes through here. Raises ConnectionError if one of them is lost."""
-        self.progress()
-        self.waiting = True
-        try:
-            return operation(*arguments, **options)
-        except RuntimeError as error:
-            if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
-                raise ConnectionError(f"communication with another rank failed ({str(error).splitlines()[0]})") from error
-            raise
-        finally:
-            self.waiting = False
-
-    def _watch(self, store: dist.Store, timeout: float) -> None:
-        """Thread: publish what this rank does; if it has waited for `timeout` seconds, end the job, naming the rank waited for.
-
-        That is a rank whose own thread has fallen silent, or one that neither waits nor has done anything for as long. Time
-        is counted in periods of this thread, so that a job suspended as a whole is not taken for one that hangs.
-        """
-        period, idle, seen, beats, silence = min(1.0, timeout / 10), 0.0, -1, {}, {}
-        while not self.done.wait(period):
-            idle, seen = (idle + period if self.activity == seen else 0.0), self.activity
-            place = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])[-1]
-            beats[self.rank] = beats.get(self.rank, 0) + 1
-            store.set(f"rank {self.rank}", f"{beats[self.rank]} {self.waiting:d} {idle} {place.name}, "
-                                           f"{os.path.basename(place.filename)} line {place.lineno}")
-            if not (self.waiting and idle > timeout):
-                silence.clear()
-                continue
-            states = [store.get(f"rank {rank}").decode().split(" ", 3) for rank in range(self.size("all"))]
-            for rank, (beat, *_) in enumerate(states):
-                silence[rank] = silence.get(rank, 0) + 1 if beats.get(rank) == beat and rank != self.rank else 0
-                beats[rank] = beats[rank] if rank == self.rank else beat
-            silent = [rank for rank in silence if silence[rank] > 5]
-            still = [rank for rank, (_, _, rest, _) in enumerate(states) if float(rest) > timeout]
-            stuck = [rank for rank in still if states[rank][1] == "0"]
-            if silent:
-                cause = f"rank {silent[0]} does not answer: it is stopped, or its machine is gone"
-            elif stuck:
-                cause = f"rank {stuck[0]} keeps others waiting; it stands in {states[stuck[0]][3]}"
-            elif len(still) == len(states):
-                cause = "all ranks wait for each other"
-            else:
-                continue  # the rank waited for is at work
-            if store.add("named", 1) == 1:
-                print(f"\nerror: no progress for {timeout:g} s: {cause}", file=sys.stderr, flush=True)
-            os._exit(1)
 
 
 # ------------------------------------------------------------------------ tensor parallel with sequence parallel
@@ -749,7 +694,7 @@ class ShardedAdamW:
         """Euclidean norm over all parameters of the whole model, each counted once, from every rank's reduced shard."""
         counted = shard if self.grid.tp_rank == 0 else shard[:max(0, self._whole_from - self._start)]
         square = torch.linalg.vector_norm(counted).double() ** 2
-        return self.grid.to_host(self.grid.all_reduce(square, "all").sqrt())
+        return self.grid.all_reduce(square, "all").sqrt().item()
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_norm: float = 0.0) -> float:
@@ -839,7 +784,15 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("parallelism, under torchrun --standalone --nproc-per-node N (data: N / tp / cp)")
     group.add_argument("--tp", type=int, default=1, help="tensor parallel: ranks that share every matrix")
     group.add_argument("--cp", type=int, default=1, help="context parallel: ranks that share every sequence")
-    group.add_argument("--timeout", type=float, default=600.0, help="seconds a rank may stand still before the job is ended")
+    group.add_argument("--timeout", type=float, default=600.0, help="seconds for a micro-batch, a validation "
+                       "sequence, a prompt or a file: a rank that takes longer prints where it stands and ends the job")
+
+
+def check_least(least: int, **options: int | None) -> None:
+    """Raise ValueError naming the option unless every value that is given is `least` or more."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small; the least is {least}")
 
 
 def check_grid(tp: int, cp: int, world: int, shards: dict[str, int] | None = None, sequence_length: int | None = None) -> None:
@@ -847,9 +800,7 @@ def check_grid(tp: int, cp: int, world: int, shards: dict[str, int] | None = Non
 
     `shards`: what tp must divide, by name (heads, vocabulary). Raises ValueError naming the option and the nearest values.
     """
-    for option, value in (("--tp", tp), ("--cp", cp)):
-        if value < 1:
-            raise ValueError(f"{option} {value} is too small; the least is 1")
+    check_least(1, tp=tp, cp=cp)
     if world % (tp * cp):
         raise ValueError(f"--tp {tp} x --cp {cp} = {tp * cp} does not divide the number of processes, {world}; change them or "
                          f"start {nearest_multiples(world, tp * cp)} (torchrun --standalone --nproc-per-node N)")
@@ -886,12 +837,10 @@ def finish(error: Exception) -> None:
     """Leave a command after `error` with one line and exit code 1.
 
     A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the others before they speak.
-    After a lost connection a rank waits a little longer, so that torchrun names the rank that died, not one that noticed.
     """
     rank, world = launched()
     if world == 1:
         raise SystemExit(f"error: {error}") from None
-    lost = isinstance(error, ConnectionError)
-    time.sleep(5.0 if lost else 2.0 if rank else 0.0)
-    print(f"error: rank {rank}: {error}" if lost or rank else f"error: {error}", file=sys.stderr, flush=True)
+    time.sleep(2.0 if rank else 0.0)
+    print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
     os._exit(1)  # the group may be broken: no orderly way out is left

@@ -25,14 +25,13 @@ own scaling: every rule here starts from theta, so two can never stack.
 Angles are formed in float64. The float32 product m * f_i is off by 0.05 rad at 1M tokens and 0.2 rad at 4M
 (half as much again if f_i was computed in float32 too), worst in the fast pairs, which tell neighbours apart.
 
-    python rope_yarn.py --factor 128 [--plot yarn.png]      # what happens to each pair of Llama-3.1-8B
+    python rope_yarn.py --factor 128      # what happens to each pair of Llama-3.1-8B; tools.plot draws it
 """
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -337,7 +336,7 @@ def number(name: str, place: dict, key: str, default: float | None = None) -> fl
 
 
 def add_scaling_arguments(parser: argparse.ArgumentParser, title: str, prefix: str = "rope-") -> None:
-    """The options of a rule, `--{prefix}kind` and so on: `stated_rule` and `scaling_from_arguments` read them."""
+    """The options of a rule, `--{prefix}kind` and so on: `stated_rule` and `scaling_from_options` read them."""
     rope = parser.add_argument_group(title)
     rope.add_argument(f"--{prefix}kind", dest="rope_kind", choices=KINDS)
     rope.add_argument(f"--{prefix}factor", dest="rope_factor", type=float, help="s: new window / old window")
@@ -352,22 +351,25 @@ def add_scaling_arguments(parser: argparse.ArgumentParser, title: str, prefix: s
                       action="store_const", const=False, help="yarn without 0.1 ln s + 1")
 
 
-def stated_rule(a: argparse.Namespace) -> dict:
-    """The fields of RopeScaling that were given as options, all but the kind."""
-    fields = {"factor": a.rope_factor, "original_max_position": a.original_length, "beta_fast": a.beta_fast,
-              "beta_slow": a.beta_slow, "ramp": a.rope_ramp, "truncate": a.truncate,
-              "attention_temperature": a.attention_temperature}
-    return {name: value for name, value in fields.items() if value is not None}
+def stated_rule(options: dict) -> dict:
+    """The fields of RopeScaling that these options give, all but the kind."""
+    fields = {"factor": "rope_factor", "original_max_position": "original_length", "beta_fast": "beta_fast",
+              "beta_slow": "beta_slow", "ramp": "rope_ramp", "truncate": "truncate",
+              "attention_temperature": "attention_temperature"}
+    return {name: options[option] for name, option in fields.items() if options.get(option) is not None}
 
 
-def scaling_from_arguments(a: argparse.Namespace) -> RopeScaling | None:
-    """The rule that was asked for, None if none was. Raises ValueError for settings without a kind, or no factor."""
-    stated = stated_rule(a)
-    if a.rope_kind is None and stated:
+def scaling_from_options(options: dict) -> RopeScaling | None:
+    """The rule that options of `add_scaling_arguments` ask for, None if they ask for none.
+
+    Raises ValueError for settings without a kind, or no factor.
+    """
+    kind, stated = options.get("rope_kind"), stated_rule(options)
+    if kind is None and stated:
         raise ValueError(f"rope scaling: {next(iter(stated))} is given without a kind; add --rope-kind yarn (or another)")
-    if a.rope_kind not in (None, "default") and a.rope_factor is None:
-        raise ValueError(f"--rope-kind {a.rope_kind} needs --rope-factor, new window / old window")
-    return None if a.rope_kind is None else RopeScaling(a.rope_kind, **stated)
+    if kind not in (None, "default") and "factor" not in stated:
+        raise ValueError(f"--rope-kind {kind} needs --rope-factor, new window / old window")
+    return None if kind is None else RopeScaling(kind, **stated)
 
 
 # ----------------------------------------------------------------------------- what a rule does, pair by pair
@@ -395,38 +397,13 @@ def explain(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> s
         f"attention factor {factor:.5f}: multiplies cos and sin, so attention scores by {factor ** 2:.5f}"])
 
 
-def plot(path: Path, head_dim: int, theta: float, length: int, scaling: RopeScaling) -> None:
-    """Draw each pair's wavelength before and after, with both windows."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.subplots()
-    for label, rule in (("RoPE", RopeScaling()), (f"{scaling.kind}, s = {scaling.factor:g}", scaling)):
-        inv_freq, _ = inverse_frequencies(head_dim, theta, rule)
-        axes.semilogy((2 * math.pi / inv_freq).tolist(), marker=".", label=label)
-    for label, style, window in (("old", ":", length), ("new", "--", round(length * scaling.factor))):
-        axes.axhline(window, color="gray", linestyle=style, label=f"{label} window, {window:,}")
-    axes.set(xlabel="frequency pair", ylabel="wavelength (tokens)", title="What each frequency pair becomes")
-    axes.legend()
-    aside = path.with_name(path.name + ".part")
-    figure.savefig(aside, format=path.suffix[1:] or "png", dpi=120, bbox_inches="tight")
-    os.replace(aside, path)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Show what a context-extension rule does to each frequency pair.",
-        epilog="Without --config: yarn at factor 128 on Llama-3.1-8B. With it: that model and its own rule, "
-               "which any option of the rule replaces as a whole (rules never stack).")
+def add_rule_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which rule to explain, of which model."""
     add_scaling_arguments(parser, "rule", prefix="")
     model = parser.add_argument_group("model")
     model.add_argument("--config", type=Path, metavar="FILE", help="config.json to read all of this from")
     model.add_argument("--head-dim", type=int, help="D (128)")
     model.add_argument("--theta", type=float, help="RoPE's base (500000)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (.png, .svg, .pdf)")
-    return parser.parse_args(argv)
 
 
 def read_config(path: Path) -> tuple[int, float, int, RopeScaling]:
@@ -443,25 +420,29 @@ def read_config(path: Path) -> tuple[int, float, int, RopeScaling]:
     return int(number(str(path), config, "head_dim")), theta, int(length), scaling
 
 
-def run(a: argparse.Namespace) -> None:
-    head_dim, theta, length, scaling = read_config(a.config) if a.config else (128, 500000.0, 8192, None)
-    head_dim = head_dim if a.head_dim is None else a.head_dim
-    theta = theta if a.theta is None else a.theta
-    asked = stated_rule(a)
+def rule_from_options(options: dict) -> tuple[int, float, int, RopeScaling]:
+    """Head dim, theta, old window and rule of these options: a config.json's, or yarn at factor 128 on Llama-3.1-8B."""
+    path = options["config"]
+    head_dim, theta, length, scaling = read_config(path) if path else (128, 500000.0, 8192, None)
+    head_dim = head_dim if options["head_dim"] is None else options["head_dim"]
+    theta = theta if options["theta"] is None else options["theta"]
+    asked, kind = stated_rule(options), options["rope_kind"]
     length = asked.pop("original_max_position", length)  # the table's window, with any rule
-    if asked or a.rope_kind or scaling is None:
-        factor = 1.0 if a.rope_kind == "default" else 128.0
-        scaling = RopeScaling(a.rope_kind or "yarn", **{"factor": factor} | asked)
-    scaling = replace(scaling, original_max_position=length)
-    table = explain(head_dim, theta, length, scaling)
-    if a.plot:
-        plot(a.plot, head_dim, theta, length, scaling)
-    print(table)
+    if asked or kind or scaling is None:
+        factor = 1.0 if kind == "default" else 128.0
+        scaling = RopeScaling(kind or "yarn", **{"factor": factor} | asked)
+    return head_dim, theta, length, replace(scaling, original_max_position=length)
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Show what a context-extension rule does to each frequency pair.",
+        epilog="Without --config: yarn at factor 128 on Llama-3.1-8B. With it: that model and its own rule, "
+               "which any option of the rule replaces as a whole (rules never stack).")
+    add_rule_arguments(parser)
+    a = parser.parse_args(argv)
     try:
-        run(parse_arguments(argv))
+        print(explain(*rule_from_options(vars(a))))
     except (ValueError, OSError, ArithmeticError) as error:
         raise SystemExit(f"error: {error}") from None
 

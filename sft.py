@@ -9,10 +9,24 @@ was learned in stage 1, and short samples keep it (arXiv 2504.06214, section 3.2
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import data
-from parallel import print_once
-from train import argument_parser, main, weighted_paths
+from parallel import finish, parse_once, print_once
+from train import (
+    Compute,
+    Optimisation,
+    Output,
+    argument_parser,
+    check_given,
+    check_processes,
+    load_start,
+    run_stage,
+    shared_settings,
+    values_of,
+    weighted_paths,
+    with_digests,
+)
 
 
 def stage2_parser() -> argparse.ArgumentParser:
@@ -29,21 +43,38 @@ def stage2_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def stage2_datasets(a: argparse.Namespace, tokenizer: data.Tokenizer):
-    """(training, validation) datasets of chat samples; validation is None without held-out samples."""
-    def samples(path) -> data.ChatDataset:
-        dataset = data.ChatDataset(path, tokenizer, a.sequence_length, a.seed, pack=a.cross_document_mask)
-        print_once(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than {a.sequence_length} tokens")
+def stage2_datasets(sources: list[tuple[Path, float]], held_out: Path | None, tokenizer: data.Tokenizer, sequence_length: int,
+                    seed: int, pack: bool):
+    """(training, validation) datasets of chat samples: a blend of (file, weight) sources, and `held_out`, None without it."""
+    def samples(path: Path) -> data.ChatDataset:
+        dataset = data.ChatDataset(path, tokenizer, sequence_length, seed, pack)
+        print_once(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than {sequence_length} tokens")
         return dataset
 
-    if a.validate_every and not a.validation_data:
-        raise ValueError("--validate-every needs --validation-data, held-out chat samples")
-    sources = weighted_paths("--data", a.data)
     parts = [samples(path) for path, _ in sources]
-    training = data.Blend(parts, [weight for _, weight in sources], a.seed) if len(parts) > 1 else parts[0]
-    held_out = weighted_paths("--validation-data", [a.validation_data])[0][0] if a.validation_data else None
-    return training, samples(held_out) if held_out and a.validation_sequences else None
+    training = data.Blend(parts, [weight for _, weight in sources], seed) if len(parts) > 1 else parts[0]
+    return training, samples(held_out) if held_out else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Stage 2: one line and exit code 1 for a user's mistake."""
+    a = parse_once(stage2_parser(), argv)
+    try:
+        check_given(data=a.data, steps=a.steps, out=a.out)
+        optimisation, compute, output = (values_of(kind, vars(a)) for kind in (Optimisation, Compute, Output))
+        check_processes(compute, optimisation, a.sequence_length, a.cross_document_mask)
+        config, tokenizer, path = load_start(a.model or a.config, a.tokenizer or a.model, None, a.sequence_length, compute)
+        if a.validate_every and not a.validation_data:
+            raise ValueError("--validate-every needs --validation-data, held-out chat samples")
+        sources = weighted_paths("--data", a.data)
+        held_out = weighted_paths("--validation-data", [a.validation_data])[0][0] if a.validation_data else None
+        training, validation = stage2_datasets(sources, held_out if a.validation_sequences else None, tokenizer,
+                                               a.sequence_length, a.seed, a.cross_document_mask)
+        settings = shared_settings(vars(a) | {"tokenizer": path, "data": with_digests(a.data, sources)})
+        run_stage(config, a.model, path, training, validation, optimisation, compute, output, settings)
+    except (ValueError, OSError, ArithmeticError) as error:
+        finish(error)
 
 
 if __name__ == "__main__":
-    main(stage2_parser(), stage2_datasets)
+    main()

@@ -1,8 +1,8 @@
 """Tokens of 50 conversations: ours against transformers' `apply_chat_template`, or against Meta's own llama-models package.
 
-    python benchmarks/chat_templates.py MODEL_DIR                    # a tokenizer.json with its chat template
+    python -m benchmarks.chat_templates MODEL_DIR                    # a tokenizer.json with its chat template
     pip install --target PLACE llama-models
-    python benchmarks/chat_templates.py PLACE/llama_models/llama3 --llama-models PLACE      # Llama 3's tokenizer.model
+    PYTHONPATH=PLACE python -m benchmarks.chat_templates PLACE/llama_models/llama3 --llama-models      # Llama 3's tokenizer.model
 
 Conversations have one to seven turns, with and without a system message, in several scripts, with white space around and
 inside, digits, code and emoji. Where a template adds a system message of its own, ours is given the same one.
@@ -14,8 +14,7 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+import data
 
 PIECES = ["Why is the sky blue?", "def f(x):\n    return x + 1\n", "1234567 and 3.14", "  two spaces ", "\n\nlines\n", "Привет, мир!",
           "中文文本", "naïve café", "🙂👍🏽", "I'll say: \"yes\"", "a\tb", "<tag> [list] {dict}", "€ 5, ½", "END"]
@@ -44,10 +43,9 @@ def by_transformers(path: Path):
     return lambda messages, opened: theirs.apply_chat_template(messages, add_generation_prompt=opened, return_dict=False), completed
 
 
-def by_llama_models(place: Path):
+def by_llama_models():
     """The same by Meta's package, which adds no message and, unlike Hugging Face's template of Llama 3 and ours, keeps white space
     around contents."""
-    sys.path.insert(0, str(place))
     from llama_models.datatypes import RawMessage
     from llama_models.llama3.chat_format import ChatFormat
     from llama_models.llama3.tokenizer import Tokenizer
@@ -66,11 +64,11 @@ def by_llama_models(place: Path):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer", type=Path, help="tokenizer file or its directory")
-    parser.add_argument("--llama-models", type=Path, help="where the llama-models package is")
+    parser.add_argument("--llama-models", action="store_true", help="against Meta's package, which Python must find")
     parser.add_argument("--count", type=int, default=50)
     a = parser.parse_args()
     tokenizer = data.load_tokenizer(a.tokenizer)
-    encode, completed = by_llama_models(a.llama_models) if a.llama_models else by_transformers(a.tokenizer)
+    encode, completed = by_llama_models() if a.llama_models else by_transformers(a.tokenizer)
     equal, tokens = 0, 0
     for messages in conversations(a.count):
         opened = messages[-1]["role"] == "user"

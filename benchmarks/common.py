@@ -1,8 +1,6 @@
 """What several benchmarks share: a small Llama, a random batch, one training step of a model."""
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from data import Batch
@@ -24,14 +22,12 @@ def small_llama(hidden_size: int, layers: int, vocab_size: int, length: int) -> 
 def random_batch(vocab_size: int, length: int, rows: int = 1) -> Batch:
     """Rows of random tokens, each predicting the next."""
     tokens = torch.randint(vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.zeros_like(tokens[:, 1:]))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
 def step(model: Llama, optimizer: ShardedAdamW, batch: Batch) -> float:
     """One step of train.py, all rows in one micro-batch: the mean loss, once the device has done everything."""
-    device = model.head_weight.device.type
-    options = argparse.Namespace(micro_batch_size=len(batch.tokens), cross_document_mask=False, device=device)
-    loss, _ = training_step(model, optimizer, batch, options)
+    loss, _ = training_step(model, optimizer, batch, len(batch.tokens))
     optimizer.step(LEARNING_RATE, max_norm=1.0)
     optimizer.weights[0].item()  # waits for the device
     return loss

@@ -1,6 +1,6 @@
 """A real checkpoint on a grid of processes against one process: logits and greedy text.
 
-    torchrun --standalone --nproc-per-node 6 benchmarks/grid_parity.py MODEL_DIR --tp 3 --cp 2
+    torchrun --standalone --nproc-per-node 6 -m benchmarks.grid_parity MODEL_DIR --tp 3 --cp 2
 
 511 tokens of the standard library (a length no grid divides), in float64, where every grid agrees to rounding, and in
 float32, whose own rounding is as large as the differences: the last column is one process against itself in float64.
@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-from model import Llama, read_config  # noqa: E402
-from parallel import Grid, add_grid_arguments, check_grid, finish, launched  # noqa: E402
+import data
+from model import Llama, read_config
+from parallel import Grid, add_grid_arguments, check_grid, finish, launched
 
 
 def run(a: argparse.Namespace) -> None:

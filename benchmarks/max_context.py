@@ -1,10 +1,10 @@
 """How far a shape trains on this device: peak memory against sequence length, its slope in bytes a token, the largest length.
 
-    python benchmarks/max_context.py                                                        # CPU: 2K ... 64K, a small Llama
-    python benchmarks/max_context.py --config runs/llama32_1b.json --lengths 32768 131072 524288 --recompute mlp --offload --largest
+    python -m benchmarks.max_context                                                        # CPU: 2K ... 64K, a small Llama
+    python -m benchmarks.max_context --config runs/llama32_1b.json --lengths 32768 131072 524288 --recompute mlp --offload --largest
 
 Every length is a whole training step with its optimizer in a fresh process: peak is its largest resident size on a CPU, the
-most torch had allocated on a GPU. The slope is a least-squares line's; "predicted" is what `train.py --dry-run` computes
+most torch had allocated on a GPU. The slope is a least-squares line's; "predicted" is what `tools.plan` computes
 from shapes. --largest then looks for the longest sequence within --memory-gib, beginning at the predicted one. Writes JSON.
 """
 from __future__ import annotations
@@ -13,19 +13,17 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-
-from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config  # noqa: E402
-from parallel import Grid, ShardedAdamW, finish  # noqa: E402
-from train import Plan, peak_memory_gib  # noqa: E402
+from benchmarks import common
+from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config
+from parallel import Grid, ShardedAdamW, finish
+from tools.plan import Plan
+from train import peak_memory_gib
 
 
 def configuration(a: argparse.Namespace) -> ModelConfig:

@@ -1,7 +1,7 @@
 """Peak memory of a rank in a training step, for context parallel rings of 1, 2 and 4, at fixed S and at fixed S / cp.
 
-    python benchmarks/memory.py                                    # CPU processes, gloo
-    python benchmarks/memory.py --device cuda --length 131072      # one GPU a rank
+    python -m benchmarks.memory                                    # CPU processes, gloo
+    python -m benchmarks.memory --device cuda --length 131072      # one GPU a rank
 
 "above the model": what the step adds to weights, gradients and optimizer state: activations, mostly, which a ring of cp ranks
 shares. On a CPU the peak is the largest resident size of the process (getrusage), on a GPU torch.cuda.max_memory_allocated.
@@ -13,17 +13,14 @@ import json
 import multiprocessing
 import os
 import socket
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-
-from model import RECOMPUTE, Llama, ModelConfig  # noqa: E402
-from parallel import Grid, ShardedAdamW  # noqa: E402
-from train import peak_memory_gib  # noqa: E402
+from benchmarks import common
+from model import RECOMPUTE, Llama, ModelConfig
+from parallel import Grid, ShardedAdamW
+from train import peak_memory_gib
 
 
 def resident_gib(device: str) -> float:

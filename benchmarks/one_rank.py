@@ -1,32 +1,30 @@
 """One rank of a tp x cp grid on a single device: compute and memory of a training step, with stand-ins for the other ranks.
 
-    python benchmarks/one_rank.py --config runs/llama31_8b.json --length 1048576 --tp 8 --recompute mlp --offload     # a GPU
-    python benchmarks/one_rank.py --config runs/llama32_1b.json --length 131072 --recompute mlp
-    python benchmarks/one_rank.py --hidden-size 256 --layers 2 --length 4096 --tp 2 --cp 2 --device cpu               # a try
+    python -m benchmarks.one_rank --config runs/llama31_8b.json --length 1048576 --tp 8 --recompute mlp --offload     # a GPU
+    python -m benchmarks.one_rank --config runs/llama32_1b.json --length 131072 --recompute mlp
+    python -m benchmarks.one_rank --hidden-size 256 --layers 2 --length 4096 --tp 2 --cp 2 --device cpu               # a try
 
 NOT a distributed run: a gather repeats this rank's part, a reduce-scatter keeps it, a ring hop hands the own keys back. So
 shapes, kernels and memory are one rank's of the grid; the loss means nothing, and no time is spent on links. With --tp 1
 --cp 1 it is a real step. "products + attention" is what the profiler finds in matrix products and attention kernels in one
-more step. Prints a table beside the prediction of `train.py --dry-run`, writes JSON.
+more step. Prints a table beside the prediction of `tools.plan`, writes JSON.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-
-from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config  # noqa: E402
-from parallel import Grid, ShardedAdamW, finish  # noqa: E402
-from train import DEVICES, NAMES, Plan, measured_device, peak_memory_gib, peak_rate  # noqa: E402
+from benchmarks import common
+from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config
+from parallel import Grid, ShardedAdamW, finish
+from tools.plan import DEVICES, NAMES, Plan, measured_device
+from train import peak_memory_gib, peak_rate
 
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
 
@@ -105,8 +103,8 @@ def main() -> None:
     peak = peak_memory_gib(a.device)
     kernels = kernel_seconds(step, cuda)
     share = a.tp * a.cp
-    a.dry_run = next((key for part, key in NAMES.items() if cuda and part in torch.cuda.get_device_name()), "measured")
-    device = measured_device(a, config) if a.dry_run == "measured" else DEVICES[a.dry_run]
+    known = next((key for part, key in NAMES.items() if cuda and part in torch.cuda.get_device_name()), None)
+    device = DEVICES[known] if known else measured_device(a.device, dtype, config.head_dim)
     plan = Plan(config, a.length, batch=1, micro_batch=1, tp=a.tp, cp=a.cp, dp=1, itemsize=dtype.itemsize,
                 recompute=a.recompute, offload=a.offload, offload_optimizer=a.offload_optimizer,
                 tile_bytes=model.tile_bytes or TILE_BYTES[a.device], cuda=cuda)

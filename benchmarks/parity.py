@@ -1,6 +1,6 @@
 """Ours against transformers and tokenizers on one real checkpoint: tokens, logits, greedy text, save and load.
 
-    python benchmarks/parity.py MODEL_DIR        # any Llama or Qwen2 directory with a tokenizer.json
+    python -m benchmarks.parity MODEL_DIR        # any Llama or Qwen2 directory with a tokenizer.json
 
 Logits are compared in float32 on 512 tokens of the standard library. transformers forms its rotary angles in float32; to
 show that this is what remains of the difference, both models are run in float64, with our angles and with its own.
@@ -17,10 +17,9 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import model as model_module  # noqa: E402
-from model import Llama  # noqa: E402
+import data
+import model as model_module
+from model import Llama
 
 SCRIPTS = ("Hello world, don't stop: 123 4  5 | Привет, мир | 你好，世界 | こんにちは世界 | 안녕하세요 세계 | مرحبا بالعالم ١٢٣ | שלום עולם | "
            "नमस्ते दुनिया ४५ | สวัสดีชาวโลก | Γειά σου Κόσμε | გამარჯობა მსოფლიო | 👩‍👩‍👧‍👦🎉🇫🇷 ½ ² Ⅳ \t\n\n  x  7\n 8 <s> </s>\r\n\r\n  end ")

@@ -1,20 +1,18 @@
 """Tables of plans for Llama 3.1 8B at 1M, 2M and 4M tokens: what fits on how many H100, how fast, and where the memory goes.
 
-    python benchmarks/plans.py        # no GPU needed: everything is computed from shapes, as by `train.py --dry-run`
+    python -m benchmarks.plans        # no GPU needed: everything is computed from shapes, as by tools.plan
 
 Every step has 8M tokens, as in the paper (arXiv 2504.06214), whose own grids stand beside the fastest that fits.
 """
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from model import TILE_BYTES, read_config  # noqa: E402
-from train import DEVICES, Plan, fitting_plans, options_of  # noqa: E402
+from model import TILE_BYTES, read_config
+from tools.plan import DEVICES, Plan, fitting_plans, options_of
 
+ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 2**23
 PAPER = {2**20: (8, 4), 2**21: (8, 16), 2**22: (8, 16)}  # tp, cp on 256 H100
 
@@ -55,7 +53,7 @@ def main() -> None:
         kept, total = next(size for key, size in memory.items() if key.startswith("kept")), sum(memory.values())
         cells = (fixed, kept, total - fixed - kept, total, step.on_host())
         print(f"| {name} | " + " | ".join(f"{size / 2**30:.1f}" for size in cells) + " |")
-    print("\nthe last as a command: train.py --dry-run --config runs/llama31_8b.json --sequence-length 1048576 "
+    print("\nthe last as a command: python -m tools.plan H100-80 --config runs/llama31_8b.json --sequence-length 1048576 "
           + options_of(steps["and the optimizer"]))
 
 

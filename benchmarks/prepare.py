@@ -1,6 +1,6 @@
-"""Rate of `data.py prepare` against tiktoken alone in one thread, on the standard library's source, interleaved.
+"""Rate of `tools.prepare` against tiktoken alone in one thread, on the standard library's source, interleaved.
 
-    python benchmarks/prepare.py MODEL_DIR [--processes 1 2] [--repeats 3]
+    python -m benchmarks.prepare MODEL_DIR [--processes 1 2] [--repeats 3]
 
 tiktoken's rate is that of `encode_ordinary` on texts that are already in memory. prepare reads, decodes, hashes, encodes,
 compares with held-out text, plans and writes: its rate is tokens over the whole time.
@@ -11,13 +11,12 @@ import argparse
 import contextlib
 import io
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+import data
+from tools.prepare import prepare_corpus
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
         for n in a.processes:
             with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
                 started = time.perf_counter()
-                meta = data.prepare_corpus([("code", "stdlib")], tokenizer, Path(place) / "out", processes=n)
+                meta = prepare_corpus([("code", "stdlib")], tokenizer, Path(place) / "out", processes=n)
                 written = sum(split["tokens"] for split in meta["splits"].values())
                 rates[f"prepare, {n} processes"].append(written / (time.perf_counter() - started))
     alone = statistics.median(rates["tiktoken, one thread"])

@@ -1,7 +1,7 @@
 """Ring attention over several processes against dense SDPA, forward and backward, on the same hardware.
 
-    python benchmarks/ring_attention.py                               # CPU: 2 ranks x 1 thread against 1 process x 2 threads
-    python benchmarks/ring_attention.py --device cuda --ranks 8 --lengths 65536 131072       # 8 GPUs against one
+    python -m benchmarks.ring_attention                               # CPU: 2 ranks x 1 thread against 1 process x 2 threads
+    python -m benchmarks.ring_attention --device cuda --ranks 8 --lengths 65536 131072       # 8 GPUs against one
 
 Three sides take turns, one pass each, so that a slow minute of the machine hits all: dense attention in one process, our
 zigzag ring, and the same ring with contiguous shards, which leaves early ranks idle. Medians; the ring's time is its slowest
@@ -15,15 +15,13 @@ import multiprocessing
 import os
 import socket
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from parallel import Grid, attention_kernel, block_backward, block_forward, merge, ring_attention, zigzag_block  # noqa: E402
+from parallel import Grid, attention_kernel, block_backward, block_forward, merge, ring_attention, zigzag_block
 
 
 def zigzag_pass(q, k, v, d_out, grid: Grid):

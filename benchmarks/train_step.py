@@ -1,8 +1,8 @@
 """One training step, ours against transformers' LlamaForCausalLM: tokens/s and peak memory, interleaved.
 
-    python benchmarks/train_step.py                        # S = 2,048 and 8,192, Llama 3's vocabulary of 128,256
-    python benchmarks/train_step.py --lengths 16384 --recompute --repeats 2       # both sides recompute their blocks
-    python benchmarks/train_step.py --dtypes float32 --lengths 256 --vocab-size 4096 --repeats 2
+    python -m benchmarks.train_step                        # S = 2,048 and 8,192, Llama 3's vocabulary of 128,256
+    python -m benchmarks.train_step --lengths 16384 --recompute --repeats 2       # both sides recompute their blocks
+    python -m benchmarks.train_step --dtypes float32 --lengths 256 --vocab-size 4096 --repeats 2
 
 Same configuration, weights, dtype, batch and optimizer settings (AdamW, fused where transformers' side allows it). Two
 child processes take turns, one step each, so that a slow minute of the machine hits both; the ratio is of medians.
@@ -16,18 +16,15 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-
-from model import Llama, ModelConfig  # noqa: E402
-from parallel import Grid, ShardedAdamW  # noqa: E402
-from train import peak_memory_gib  # noqa: E402
+from benchmarks import common
+from model import Llama, ModelConfig
+from parallel import Grid, ShardedAdamW
+from train import peak_memory_gib
 
 WEIGHT_DECAY = 0.1
 

@@ -1,5 +1,8 @@
+import base64
+
 import pytest
 import torch
+from texts import TEXT, ranks
 
 from model import Llama, ModelConfig
 
@@ -32,3 +35,24 @@ def tiny_model(tiny_config):
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
         return model.to(dtype)
     return build
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory):
+    """A small random Llama with a tokenizer, as a Hugging Face directory."""
+    path, found = tmp_path_factory.mktemp("models") / "small", ranks(3)
+    config = {"vocab_size": len(found) + 256, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 256,
+              "rms_norm_eps": 1e-5, "initializer_range": 0.2, "tie_word_embeddings": True}
+    Llama(ModelConfig.from_hf(config)).initialise(0).save_pretrained(path)
+    lines = (base64.b64encode(piece) + b" %d\n" % rank for piece, rank in found.items())
+    (path / "tokenizer.model").write_bytes(b"".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "held_out.txt"
+    path.write_text(TEXT)
+    return path

@@ -1,29 +1,25 @@
 """Every mistake a user is likely to make gets one line that names it, a non-zero exit, and no file.
 
-    python tests/test_bad_inputs.py        # prints the table of the README
+    PYTHONPATH=. python tests/test_bad_inputs.py        # prints the table of the README
 """
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
 import eval_niah
-import model
 import rope_yarn
 import sft
 import train
 from model import Llama, ModelConfig
+from tools import answer, chat, perplexity, plan, plot, prepare, train_tokenizer
 
 SCRIPTS = {
-    "rope_yarn.py": rope_yarn.main, "model.py": model.main, "data.py": data.main, "eval_niah.py": eval_niah.main,
-    "train.py": lambda argv: train.main(train.stage1_parser(), train.stage1_datasets, argv),
-    "sft.py": lambda argv: sft.main(sft.stage2_parser(), sft.stage2_datasets, argv)}
+    "rope_yarn.py": rope_yarn.main, "train.py": train.main, "sft.py": sft.main, "eval_niah.py": eval_niah.main,
+    **{f"tools.{tool.__name__.split('.')[1]}": tool.main for tool in (answer, chat, perplexity, plan, plot, prepare, train_tokenizer)}}
 
 # what is wrong, the script, its arguments (names of files are those of `prepared`), what the line must say
 TRAIN = "--data corpus --sequence-length 64 --steps 1 --out new"
@@ -48,7 +44,7 @@ CASES = [
     ("tokenizer larger than the vocabulary", "train.py", f"--config small.json --tokenizer tokenizer {TRAIN}", "vocab_size is 300"),
     ("corpus of another tokenizer", "train.py", f"--model good --tokenizer other {TRAIN}", "another tokenizer"),
     ("no such corpus", "train.py", "--model good --data nowhere --sequence-length 64 --steps 1 --out new", "nowhere: no such"),
-    ("corpus that was not prepared", "train.py", "--model good --data text.txt --sequence-length 64 --steps 1 --out new", "data.py prepare"),
+    ("corpus that was not prepared", "train.py", "--model good --data text.txt --sequence-length 64 --steps 1 --out new", "tools.prepare"),
     ("corpus shard cut off", "train.py", "--model good --data cut --sequence-length 64 --steps 1 --out new", "train-00000.tokens"),
     ("sequence beyond the window", "train.py", "--model good --data corpus --sequence-length 65 --steps 1 --out new",
      "65 is beyond the model's window of 64"),
@@ -66,10 +62,10 @@ CASES = [
     ("output is a file", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out text.txt", "text.txt: is a file"),
     ("no data", "train.py", "--model good --sequence-length 64 --steps 1 --out new", "--data is needed"),
     ("offload of what is not recomputed", "train.py", f"--model good --offload {TRAIN}", "--offload moves what"),
-    ("plan that does not fit", "train.py", "--config 8b.json --dry-run H100-80 --sequence-length 1048576 --tp 8", "do not fit in 76.0 .*; the smallest"),
-    ("plan with a type the kernel does not take", "train.py", "--config 8b.json --dry-run --dtype float32 --sequence-length 64", "--dtype float32"),
-    ("plan measured on a device that is not there", "train.py", "--model good --dry-run measured --device tpu --sequence-length 64", "--device tpu"),
-    ("plan for no processes", "train.py", "--model good --dry-run H100-80 --sequence-length 64 --processes 0", "--processes 0"),
+    ("plan that does not fit", "tools.plan", "H100-80 --config 8b.json --sequence-length 1048576 --tp 8", "do not fit in 76.0 .*; the smallest"),
+    ("plan with a type the kernel does not take", "tools.plan", "H100-80 --config 8b.json --dtype float32 --sequence-length 64", "--dtype float32"),
+    ("plan measured on a device that is not there", "tools.plan", "measured --model good --device tpu --sequence-length 64", "--device tpu"),
+    ("plan for no processes", "tools.plan", "H100-80 --model good --sequence-length 64 --processes 0", "--processes 0"),
     ("chat file: broken JSON line", "sft.py", f"--model good --data broken.jsonl {CHAT}", "broken.jsonl.*2"),
     ("chat file: unknown role", "sft.py", f"--model good --data role.jsonl {CHAT}", "robot"),
     ("chat file: no sample is short enough", "sft.py", f"--model good --data chat.jsonl {CHAT} --sequence-length 3", "none of 1 samples"),
@@ -78,20 +74,17 @@ CASES = [
     ("validation without held-out chat", "sft.py", f"--model good --data chat.jsonl --validate-every 1 {CHAT}", "needs --validation-data"),
     ("chat file is no JSON lines", "sft.py", f"--model good --data text.txt {CHAT}", "needs a .jsonl"),
     ("held-out chat file: missing", "sft.py", f"--model good --data chat.jsonl --validation-data absent.jsonl {CHAT}", "--validation-data absent"),
-    ("zero documents", "data.py", "prepare --source a=hollow --tokenizer tokenizer --out new", "no training documents"),
-    ("source without a name", "data.py", "prepare --source text.txt --tokenizer tokenizer --out new", "NAME=PATH"),
-    ("corpus directory exists", "data.py", "prepare --source a=text.txt --tokenizer tokenizer --out corpus", "already exists"),
-    ("vocabulary below 256", "data.py", "train-bpe --source text.txt --vocab-size 99 --out new", "99"),
-    ("tokenizer already there", "data.py", "train-bpe --source text.txt --vocab-size 260 --out tokenizer", "already exists"),
-    ("JSON line that is no document", "data.py", "prepare --source a=shape.jsonl --tokenizer tokenizer --out new", "shape.jsonl"),
-    ("no processes", "data.py", "prepare --source a=text.txt --tokenizer tokenizer --processes 0 --out new", "processes 0"),
-    ("negative weight", "data.py", "prepare --source a=text.txt --tokenizer tokenizer --long-weight -1 --out new", "finite weights"),
-    ("packed samples on a ring", "sft.py", f"--model good --data chat.jsonl {CHAT} --pack --cp 2 --dry-run --processes 2", "sft.py --pack"),
-    ("prompts without answers", "eval_niah.py", "good --jsonl shape.jsonl", "shape.jsonl, line 1: needs a JSON object with prompt"),
-    ("prompts of a file and a haystack", "eval_niah.py", "good --jsonl shape.jsonl --haystack text.txt", "--jsonl brings its own"),
-    ("options of --jsonl without it", "eval_niah.py", f"{NIAH} --metric f1", "--metric is for --jsonl only"),
-    ("perplexity at several lengths", "eval_niah.py", "good --perplexity --haystack text.txt --lengths 20 30", "one of --lengths"),
-    ("documents shorter than the length", "eval_niah.py", "good --perplexity --haystack text.txt --lengths 9999 --samples 1",
+    ("zero documents", "tools.prepare", "--source a=hollow --tokenizer tokenizer --out new", "no training documents"),
+    ("source without a name", "tools.prepare", "--source text.txt --tokenizer tokenizer --out new", "NAME=PATH"),
+    ("corpus directory exists", "tools.prepare", "--source a=text.txt --tokenizer tokenizer --out corpus", "already exists"),
+    ("vocabulary below 256", "tools.train_tokenizer", "--source text.txt --vocab-size 99 --out new", "99"),
+    ("tokenizer already there", "tools.train_tokenizer", "--source text.txt --vocab-size 260 --out tokenizer", "already exists"),
+    ("JSON line that is no document", "tools.prepare", "--source a=shape.jsonl --tokenizer tokenizer --out new", "shape.jsonl"),
+    ("no processes", "tools.prepare", "--source a=text.txt --tokenizer tokenizer --processes 0 --out new", "processes 0"),
+    ("negative weight", "tools.prepare", "--source a=text.txt --tokenizer tokenizer --long-weight -1 --out new", "finite weights"),
+    ("masked documents on a ring", "tools.plan", "H100-80 --model good --sequence-length 64 --cross-document-mask --cp 2", "sft.py --pack"),
+    ("prompts without answers", "tools.answer", "good --jsonl shape.jsonl", "shape.jsonl, line 1: needs a JSON object with prompt"),
+    ("documents shorter than the length", "tools.perplexity", "good --haystack text.txt --lengths 9999 --samples 1",
      "0 documents have more than 9999 tokens"),
     ("no haystack", "eval_niah.py", "good --haystack nowhere --lengths 64", "nowhere"),
     ("haystack shorter than the length", "eval_niah.py", "good --haystack text.txt --lengths 100000", "100000"),
@@ -99,27 +92,27 @@ CASES = [
     ("more ranks than processes", "eval_niah.py", f"{NIAH} --cp 2", "--tp 1 x --cp 2 = 2 does not divide .*, 1"),
     ("no samples", "eval_niah.py", f"{NIAH} --samples 0", "--samples 0"),
     ("results cannot be written", "eval_niah.py", f"{NIAH} --out nowhere/x.json", "--out nowhere/x.json"),
-    ("compared file is missing", "eval_niah.py", "--compare nowhere.json", "nowhere.json: no such file"),
-    ("compared file is no result", "eval_niah.py", "--compare shape.jsonl", "shape.jsonl"),
+    ("compared file is missing", "tools.plot", "compare nowhere.json", "nowhere.json: no such file"),
+    ("compared file is no result", "tools.plot", "compare shape.jsonl", "shape.jsonl"),
     ("beta_fast below beta_slow", "rope_yarn.py", "--beta-fast 1 --beta-slow 4", "beta_fast is 1.0; it must be"),
     ("odd head dimension", "rope_yarn.py", "--head-dim 63", "63"),
-    ("prompt and answer beyond the window", "model.py", "good --prompt hello --max-new-tokens 64", "window of 64"),
-    ("more ranks than processes", "model.py", "good --prompt hello --max-new-tokens 8 --tp 2", "--tp 2 x --cp 1 must be the number"),
-    ("top-p out of range", "model.py", "good --prompt hello --top-p 1.5", "--top-p 1.5"),
+    ("prompt and answer beyond the window", "tools.chat", "good --prompt hello --max-new-tokens 64", "window of 64"),
+    ("more ranks than processes", "tools.chat", "good --prompt hello --max-new-tokens 8 --tp 2", "--tp 2 x --cp 1 must be the number"),
+    ("top-p out of range", "tools.chat", "good --prompt hello --top-p 1.5", "--top-p 1.5"),
 ]
 
 
-def prepare(place: Path) -> None:
+def make_files(place: Path) -> None:
     """The files the cases name: a good model and corpus, and one broken variant for each mistake."""
     text = "def add(first, second):\n    return first + second\n\nclass Counter:\n    total = 0\n" * 8
     (place / "text.txt").write_text(text)
     (place / "hollow").mkdir()
     shutil.copy(Path(__file__).parent.parent / "runs" / "llama31_8b.json", place / "8b.json")
-    tokenizer = data.train_bpe([text], 270, place / "tokenizer")
-    data.train_bpe([text], 269, place / "other")
+    tokenizer = train_tokenizer.train_bpe([text], 270, place / "tokenizer")
+    train_tokenizer.train_bpe([text], 269, place / "other")
     lines = [json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(40)]
     (place / "documents.jsonl").write_text("".join(lines))
-    data.prepare_corpus([("code", place / "documents.jsonl")], tokenizer, place / "corpus", holdout_window=0)
+    prepare.prepare_corpus([("code", place / "documents.jsonl")], tokenizer, place / "corpus", holdout_window=0)
     config = {"model_type": "llama", "vocab_size": tokenizer.n_vocab, "hidden_size": 16, "intermediate_size": 24,
               "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     Llama(ModelConfig.from_hf(config)).initialise(0).save_pretrained(place / "good")
@@ -153,7 +146,7 @@ def prepare(place: Path) -> None:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     place = tmp_path_factory.mktemp("bad")
-    prepare(place)
+    make_files(place)
     return place
 
 
@@ -175,7 +168,7 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
-            prepare(Path(folder))
+            make_files(Path(folder))
         os.chdir(folder)
         print("| what is wrong | the line it gets |\n|---|---|")
         for what, script, arguments, _ in CASES:

@@ -4,31 +4,24 @@ import json
 import os
 import random
 import re
-import resource
-import signal
-import subprocess
-import sys
 import time
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from texts import SCRIPTS, TRAINING_TEXT
 
 import data
 from model import Llama, ModelConfig
-
-SCRIPTS = ["Plain English, don't I'LL we'Ve 1234 5", "Ελληνικό κείμενο 12", "Русский текст 3,4", "العربية ١٢٣ نص",
-           "עברית טקסט", "हिन्दी पाठ १२३", "中文文本一二三", "日本語のテキスト", "한국어 텍스트", "ภาษาไทย ๑๒๓", "தமிழ் உரை", "ქართული",
-           "🙂👩‍👩‍👧‍👦🇫🇷👍🏽 emoji", "½²Ⅷ③", "   \n\n\t  x  \r\n  12  3", "\u3000\xa0 x \u2028", "def f(x):\n    return x\n"]
-TRAINING_TEXT = " ".join(SCRIPTS) + "the cat sat on the mat; the dog sat on the log. for i in range(10):\n    print(i)\n" * 20
+from tools.prepare import write_corpus
+from tools.train_tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return data.train_bpe([TRAINING_TEXT], 400, tmp_path_factory.mktemp("tokenizer"))
+    return train_bpe([TRAINING_TEXT], 400, tmp_path_factory.mktemp("tokenizer"))
 
 
 def random_texts(count, seed=0):
@@ -44,46 +37,6 @@ def random_texts(count, seed=0):
 def test_bpe_round_trip_in_many_scripts(tokenizer):
     for text in [*SCRIPTS, *random_texts(200)]:
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-
-
-def test_bpe_gives_one_token_a_digit(tmp_path):
-    """Llama 3's own pattern keeps three digits together, so a merge of digits would be used."""
-    tokenizer = data.train_bpe(["2024 2024 2025 x1234 1234567 abc abd xyz " * 50], 262, tmp_path)
-    assert tokenizer._pat_str == data.LLAMA3
-    assert [tokenizer.decode([t]) for t in tokenizer.encode_ordinary("2024")] == list("2024")
-
-
-def test_bpe_equals_recounting_every_merge(tokenizer):
-    """Incremental counts that drift from a full recount choose other merges."""
-    words = Counter(re.findall(data.QWEN2_STDLIB, TRAINING_TEXT))
-    spelled = {word: [bytes([b]) for b in word.encode()] for word in words}
-    expected = [bytes([b]) for b in range(256)]
-    while len(expected) < 330:
-        counts = Counter()
-        for word, symbols in spelled.items():
-            for pair in zip(symbols, symbols[1:]):
-                counts[pair] += words[word]
-        rank = {token: i for i, token in enumerate(expected)}
-        best = min(counts, key=lambda pair: (-counts[pair], rank[pair[0]], rank[pair[1]]))
-        expected.append(best[0] + best[1])
-        for word, symbols in spelled.items():
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == best:
-                    symbols[i:i + 2] = [best[0] + best[1]]
-                i += 1
-    assert [tokenizer.decode_single_token_bytes(i) for i in range(330)] == expected
-
-
-def test_bpe_is_deterministic_and_refuses_impossible_sizes(tokenizer, tmp_path):
-    again = data.train_bpe([TRAINING_TEXT], 400, tmp_path / "a" / "tokenizer.model")
-    assert again._mergeable_ranks == tokenizer._mergeable_ranks
-    assert (tmp_path / "a" / "tokenizer.model").read_text().splitlines()[:2] == ["AA== 0", "AQ== 1"]
-    with pytest.raises(ValueError, match="too large.*259"):
-        data.train_bpe(["abc abc"], 300, tmp_path / "b")
-    with pytest.raises(ValueError, match="too small"):
-        data.train_bpe(["abc"], 100, tmp_path / "b")
-    assert not (tmp_path / "b").exists()
 
 
 def test_llama3_special_ids(tokenizer):
@@ -239,21 +192,6 @@ def test_a_tokenizer_without_chat_tokens_is_refused():
 # ---------------------------------------------------------------------------------------------------------- corpus
 
 
-def write_text_files(folder, count=60, seed=0, words=80):
-    rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        (folder / f"{i:03}.py").write_text(" ".join(f"name{rng.randrange(10**5)}" for _ in range(words)))
-    return folder
-
-
-def read_back(directory, split, tokenizer):
-    """Documents as (tokens, mask), from the files alone."""
-    dataset = data.PackedDataset(directory, split, 8, 0, "none")
-    return [(dataset.tokens[s][a:a + n].copy(), dataset.masks[s][a:a + n].copy())
-            for s, a, n in zip(dataset.shards, dataset.starts, dataset.lengths)]
-
-
 def test_read_documents_takes_text_files_in_sorted_order_and_passes_over_the_rest(tmp_path):
     for name in ("b.py", "a/z.md", "a/b.txt", ".hidden/x.py", "__pycache__/x.py", "site-packages/x.py", "x.bin", ".x.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -287,148 +225,12 @@ def test_damaged_gzip_and_binary_files_are_named(tmp_path):
             list(data.read_documents(tmp_path / name))
 
 
-def test_loss_masks_of_the_three_kinds_of_document(tmp_path, tokenizer):
-    lines = [{"text": "all of it"}, {"prompt": "question ", "completion": "answer"}, {"messages": CONVERSATION}, {"text": ""}]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    meta = data.prepare_corpus([("x", tmp_path / "d.jsonl")], tokenizer, tmp_path / "out", holdout=0)
-    documents = read_back(tmp_path / "out", "train", tokenizer)
-    carried = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in documents]
-    assert carried == ["all of it", "answer", "Hello.<|eot_id|>So long 👋<|eot_id|>"]
-    assert tokenizer.decode(documents[1][0].tolist()) == "question answer"
-    assert meta["splits"]["train"]["documents"] == 3  # the empty one is left out
-
-
-def test_ids_above_65535_survive(tmp_path):
-    """uint16 storage wraps silently for Llama 3's 128,256 ids."""
-    ranks = {bytes([b]): b for b in range(256)} | {b"%06d" % i: i for i in range(256, 128_000)}
-    large = data.Tokenizer("large", data.LLAMA3, ranks, {})
-    ids = [65_535, 65_536, 127_999, 0]
-    data.write_corpus({"train": [("x", ids, None)]}, tmp_path / "out", large)
-    assert data.PackedDataset(tmp_path / "out", "train", 3, 0, "none").sequence(0)[0].tolist() == ids
-    with pytest.raises(ValueError, match="ids must be 0 to 127999"):
-        data.write_corpus({"train": [("x", [128_000], None)]}, tmp_path / "out2", large)
-
-
-def test_holdout_is_by_content_whatever_the_order_and_copies_share_a_side(tmp_path, tokenizer):
-    texts = [f"document {i} " + "word " * i for i in range(60)]
-    sides = []
-    for order, lines in (("a", texts), ("b", [*texts[::-1], *texts])):
-        (tmp_path / f"{order}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in lines))
-        data.prepare_corpus([("x", tmp_path / f"{order}.jsonl")], tokenizer, tmp_path / order, 0.3, holdout_window=0)
-        sides.append([{tokenizer.decode(tokens.tolist()) for tokens, _ in read_back(tmp_path / order, split, tokenizer)}
-                      for split in ("train", "valid")])
-    assert sides[0] == sides[1] and not sides[0][0] & sides[0][1] and sides[0][0] | sides[0][1] == set(texts)
-    assert 5 <= len(sides[0][1]) <= 30
-    data.prepare_corpus([("x", tmp_path / "a.jsonl")], tokenizer, tmp_path / "c", 0.3, 0, seed=1)
-    assert len(read_back(tmp_path / "c", "valid", tokenizer)) != len(sides[0][1]) or {
-        tokenizer.decode(tokens.tolist()) for tokens, _ in read_back(tmp_path / "c", "valid", tokenizer)} != sides[0][1]
-
-
-def test_windows_shared_with_training_documents_are_cut_out_of_held_out_ones(tmp_path, tokenizer):
-    """A licence header in every file would otherwise be measured as held-out text."""
-    rng = random.Random(1)
-    licence = " ".join(str(rng.randrange(10**6)) for _ in range(40))
-    folder = write_text_files(tmp_path / "text", words=120)
-    for i, path in enumerate(sorted(folder.iterdir())):
-        own = path.read_text()
-        path.write_text(own[:300] + "\n" + licence + "\n" + own[300:] if i % 2 else own)
-    data.prepare_corpus([("x", folder)], tokenizer, tmp_path / "out", 0.3, holdout_window=48)
-    data.prepare_corpus([("x", folder)], tokenizer, tmp_path / "uncut", 0.3, holdout_window=0)
-    def windows(documents):
-        return {tuple(t[i:i + 48].tolist()) for t, _ in documents for i in range(len(t) - 47)}
-    train, valid, uncut = (read_back(tmp_path / d, s, tokenizer) for d, s in (
-        ("out", "train"), ("out", "valid"), ("uncut", "valid")))
-    assert windows(uncut) & windows(train) and not windows(valid) & windows(train)
-    assert min(len(tokens) for tokens, _ in valid) >= 48
-    lost = sum(len(t) for t, _ in uncut) - sum(len(t) for t, _ in valid)
-    assert 0 < lost < 0.6 * sum(len(t) for t, _ in uncut)  # the documents' own text is kept
-    assert windows(valid) <= windows(uncut)
-
-
-def test_exactly_the_shared_tokens_are_cut_and_short_remainders_dropped():
-    held_out = ("x", np.arange(100, dtype=np.uint32), np.arange(100) < 90)
-    training = np.array([7, *range(20, 33), 8, *range(38, 47), *range(60, 70), 9], dtype=np.uint32)
-    shared = np.intersect1d(data.window_hashes(held_out[1], 10), data.window_hashes(training, 10))
-    assert len(shared) == 5
-    pieces = [tokens.tolist() for _, tokens, _ in data.cut_shared_windows(*held_out, 10, shared)]
-    assert pieces == [list(range(20)), list(range(33, 60)), list(range(70, 100))]
-    short = [tokens.tolist() for _, tokens, _ in data.cut_shared_windows("x", held_out[1][12:80], held_out[2][12:80], 10, shared)]
-    assert short == [list(range(33, 60)), list(range(70, 80))]  # 12 to 19 is too short to keep
-    silent = ("x", held_out[1], np.arange(100) < 60)  # the last piece has no token with loss
-    assert [tokens[0] for _, tokens, _ in data.cut_shared_windows(*silent, 10, shared)] == [0, 33]
-
-
-@pytest.mark.parametrize("window", [1, 2, 3, 7, 48, 64])
-def test_window_hashes_tell_windows_apart_and_find_equal_ones(window):
-    tokens = np.random.default_rng(0).integers(0, 3, 3000).astype(np.uint32)
-    hashes = data.window_hashes(tokens, window)
-    expected = [tuple(tokens[i:i + window].tolist()) for i in range(len(tokens) - window + 1)]
-    assert len(hashes) == len(expected)
-    assert len(set(zip(hashes.tolist(), expected))) == len(set(expected)) == len(set(hashes.tolist()))
-
-
-def test_an_interrupted_prepare_leaves_nothing(tmp_path, tokenizer):
-    def documents():
-        yield "x", [1, 2, 3], None
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        data.write_corpus({"train": documents()}, tmp_path / "out", tokenizer)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_prepare_leaves_no_corpus_and_does_not_block_the_next(tmp_path, tokenizer):
-    data.train_bpe([TRAINING_TEXT], 300, tmp_path / "tokenizer")
-    code = ("import data, os, signal\n"
-            "def documents():\n"
-            "    yield 'x', [1, 2, 3], None\n"
-            "    os.kill(os.getpid(), signal.SIGKILL)\n"
-            "data.write_corpus({'train': documents()}, 'out', data.load_tokenizer('tokenizer'))\n")
-    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path,
-                            env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)})
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    data.write_corpus({"train": [("x", [4], None)]}, tmp_path / "out", tokenizer)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "tokenizer"]
-
-
-def test_a_full_disk_is_one_line_with_the_path_and_leaves_nothing(tmp_path, tokenizer):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # like a full disk, for this process only
-    try:
-        with pytest.raises(OSError, match=f"{re.escape(str(tmp_path / 'out'))}: not written") as caught:
-            data.write_corpus({"train": [("x", [5] * 9000, None)]}, tmp_path / "out", tokenizer)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
-
-
-def test_prepare_refuses_before_it_reads(tmp_path, tokenizer):
-    folder = write_text_files(tmp_path / "text", 3)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("keep me")
-    (tmp_path / "empty").mkdir()
-    for sources, out, options, message in (
-            ([("x", folder)], "full", {}, "already exists"), ([("x", folder)], "o", {"holdout": 1.5}, "holdout 1.5"),
-            ([("x", folder), ("x", folder)], "o", {}, "names must differ"), ([("x", tmp_path / "no")], "o", {}, "no such file"),
-            ([("x", tmp_path / "empty")], "o", {}, "no training documents")):
-        with pytest.raises((ValueError, OSError), match=message):
-            data.prepare_corpus(sources, tokenizer, tmp_path / out, **options)
-    assert (tmp_path / "full" / "file").read_text() == "keep me" and not (tmp_path / "o").exists()
-
-
-def test_shards_are_cut_between_documents(tmp_path, tokenizer):
-    documents = [("x", [i] * n, [i % 2 == 0] * n) for i, n in enumerate([30, 50, 40, 150, 10, 90])]
-    meta = data.write_corpus({"train": documents}, tmp_path / "out", tokenizer, shard_tokens=100)
-    assert meta["splits"]["train"]["shards"] == [80, 40, 150, 100]
-    assert [(t.tolist(), m.tolist()) for t, m in read_back(tmp_path / "out", "train", tokenizer)] == [
-        (tokens, mask) for _, tokens, mask in documents]
-
-
 def test_a_damaged_corpus_is_refused(tmp_path, tokenizer):
-    data.write_corpus({"train": [("x", [1, 2, 3], None)]}, tmp_path / "out", tokenizer)
+    write_corpus({"train": [("x", [1, 2, 3], None)]}, tmp_path / "out", tokenizer)
     with pytest.raises(ValueError, match="no documents in split 'valid'"):
         data.PackedDataset(tmp_path / "out", "valid", 2, 0, "none")
     for number, text in enumerate(("ab ab", TRAINING_TEXT.upper())):  # fewer tokens, and as many but others
-        other = data.train_bpe([text], (257, 400)[number], tmp_path / str(number))
+        other = train_bpe([text], (257, 400)[number], tmp_path / str(number))
         with pytest.raises(ValueError, match="another tokenizer"):
             data.PackedDataset(tmp_path / "out", "train", 2, 0, tokenizer=other)
     (tmp_path / "out" / "train-00000.tokens").write_bytes(b"12345")
@@ -466,7 +268,7 @@ def test_measured_token_shares_follow_the_weights(tmp_path, tokenizer):
     documents = [(f"source {s}", [100 * s + kind] * size, None)
                  for s in range(2) for kind, size in enumerate((10, 50, 200)) for _ in range(30 * (s + 1))]
     documents = [documents[i] for i in rng.permutation(len(documents))]
-    data.write_corpus({"train": documents}, tmp_path / "out", tokenizer)
+    write_corpus({"train": documents}, tmp_path / "out", tokenizer)
     dataset = data.PackedDataset(tmp_path / "out", "train", 1000, 0, "none", short=20, long=100, short_weight=0.3, long_weight=2)
     total = 20 * sum(len(tokens) for _, tokens, _ in documents)
     stream = np.concatenate([dataset.sequence(i)[0][:-1] for i in range(total // 1000)])
@@ -475,188 +277,6 @@ def test_measured_token_shares_follow_the_weights(tmp_path, tokenizer):
     expected /= expected.sum()
     for s in range(2):
         assert np.allclose([share[100 * s + kind] for kind in range(3)], expected * (s + 1) / 3, rtol=0.06)
-
-
-@pytest.fixture(scope="module")
-def web(tmp_path_factory):
-    """Two JSON-lines files of 700 documents, sources "web" and "books" by a field, lengths from 20 to 20,000 characters."""
-    place, rng = tmp_path_factory.mktemp("web"), random.Random(5)
-    for name in ("a.jsonl", "b.jsonl.gz"):
-        lines = []
-        for _ in range(350):
-            source = rng.choice(["web", "web", "books"])
-            words = int(2 ** rng.uniform(2, 9.5 if source == "books" else 8))
-            text = " ".join(f"{rng.randrange(10**4)}" for _ in range(words))
-            lines.append(json.dumps({"text": text, "meta": {"set": {"name": source}}}))
-        content = "\n".join(lines).encode()
-        (place / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    return place
-
-
-UPSAMPLED = {"source_field": "meta.set.name", "holdout_window": 16, "short": 100, "long": 500, "short_weight": 0.4, "long_weight": 2.5}
-
-
-def prepared(web, tokenizer, out, **options):
-    return data.prepare_corpus([("slim", web)], tokenizer, out, **UPSAMPLED | options)
-
-
-def content(directory):
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
-def test_token_shares_by_length_and_source_are_what_the_weights_ask(web, tokenizer, tmp_path, monkeypatch):
-    """Up-sampling by the documents drawn, not their tokens; a budget filled from the head of the files; sources that drift."""
-    monkeypatch.setattr(data, "EDGES", [0, 100, 500, 2**62])
-    everything = prepared(web, tokenizer, tmp_path / "all", short_weight=1.0, long_weight=1.0)["splits"]["train"]["tokens"]
-    for budget in (everything // 3, everything // 9 * 8, None):
-        meta = prepared(web, tokenizer, tmp_path / str(budget), budget=budget)
-        written = meta["splits"]["train"]["tokens"]
-        assert written == budget or budget is None and abs(written / everything - 1) < 0.01
-        sources = meta["lengths"]["sources"]
-        assert set(sources) == {"slim/web", "slim/books"}
-        for rows in sources.values():  # proportions of sources are kept
-            assert sum(rows["asked"]) == pytest.approx(sum(rows["tokens"]) / everything * (budget or everything), rel=1e-3)
-            assert abs(sum(rows["written"]) - sum(rows["asked"])) <= (3 if budget else 600)
-            expected = np.array(rows["tokens"]) * [0.4, 1, 2.5]
-            for measured, asked, own in zip(rows["written"], rows["asked"], expected / expected.sum()):
-                assert abs(asked / sum(rows["asked"]) - own) < 1e-3
-                assert abs(measured / written - own * sum(rows["tokens"]) / everything) < 0.01
-
-
-def test_long_documents_may_be_left_out(web, tokenizer, tmp_path):
-    """A check of the options that takes one weight of 0 for all."""
-    prepared(web, tokenizer, tmp_path / "out", long_weight=0.0)
-    assert np.diff(np.load(tmp_path / "out" / "train-offsets.npy")).max() <= 500  # UPSAMPLED's border of long documents
-
-
-def test_no_document_occurs_more_often_than_its_weight(web, tokenizer, tmp_path):
-    once = prepared(web, tokenizer, tmp_path / "once", short_weight=1.0, long_weight=1.0, holdout=0)
-    assert once["splits"]["train"]["documents"] == 700
-    meta = prepared(web, tokenizer, tmp_path / "out", holdout=0)
-    dataset = data.PackedDataset(tmp_path / "once", "train", 8, 0, "none")
-    weights = data.length_weights(dataset.lengths, np.load(tmp_path / "once" / "train-sources.npy"), 100, 500, 0.4, 2.5)
-    whole = [tokens.tobytes() for tokens, _ in read_back(tmp_path / "once", "train", tokenizer)]
-    count = Counter(tokens.tobytes() for tokens, _ in read_back(tmp_path / "out", "train", tokenizer))
-    assert set(count) <= set(whole) and len(set(whole)) == 700 and weights.max() > 1.2
-    for tokens, weight in zip(whole, weights):
-        assert int(weight) <= count[tokens] <= np.ceil(weight)
-    most = meta["splits"]["train"]["tokens"]
-    with pytest.raises(ValueError, match=rf"--tokens {2 * most} is more than .* give, \d+"):
-        prepared(web, tokenizer, tmp_path / "more", holdout=0, budget=2 * most)
-
-
-def test_any_number_of_processes_writes_the_same_bytes(web, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PART_BYTES", 10_000)
-    for processes in (1, 4):
-        prepared(web, tokenizer, tmp_path / str(processes), processes=processes, budget=100_000, seed=3)
-    assert content(tmp_path / "1") == content(tmp_path / "4")
-    other = prepared(web, tokenizer, tmp_path / "other", budget=100_000, seed=4)
-    assert other["splits"]["train"]["tokens"] == 100_000 and content(tmp_path / "other") != content(tmp_path / "1")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4", "other"]  # no parts are left
-
-
-def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp_path):
-    """Killed in the middle of tokenising, comparing and writing, and every time after a few parts more."""
-    code = ("import data, os, signal, sys\n"
-            "data.PART_BYTES, left, read_raw, load = 10_000, int(sys.argv[1]), data.read_raw, data.Part.load\n"
-            "def count():\n"
-            "    global left\n"
-            "    left -= 1\n"
-            "    if left < 0:\n"
-            "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "def dying_read(path):\n"
-            "    for raw in read_raw(path):\n"
-            "        count()\n"
-            "        yield raw\n"
-            "def dying_load(*arguments, **options):\n"
-            "    count()\n"
-            "    return load(*arguments, **options)\n"
-            "data.read_raw, data.Part.load = dying_read, dying_load\n"
-            f"data.prepare_corpus([('slim', {str(web)!r})], data.load_tokenizer(sys.argv[2]), 'out', budget=100_000, processes=2, "
-            f"**{UPSAMPLED!r})\n")
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(data, "PART_BYTES", 10_000)
-    prepared(web, tokenizer, tmp_path / "whole", budget=100_000)
-    monkey.undo()
-    counts = []
-    for calls in (700, 1300, 1415, 1475, 10**9):  # 1,400 reads, 29 parts
-        done = subprocess.run([sys.executable, "-c", code, str(calls), str(tokenizer.path)], cwd=tmp_path, capture_output=True,
-                              env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}, text=True,
-                              timeout=60)
-        assert done.returncode == (0 if calls == 10**9 else -signal.SIGKILL), done.stderr
-        counts.append(len(list(tmp_path.glob("out.parts/*.safetensors"))))
-        assert (tmp_path / "out").exists() == (calls == 10**9)
-    assert 0 < counts[0] < counts[1] <= counts[2] == counts[3] == 29 and counts[4] == 0
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-
-
-def test_copies_at_the_border_of_the_cap_are_held_out_together():
-    lengths = np.array([100, 100, 50, 50])
-    for hashes, most, kept in (([5, 5, 2**60, 2**62], 10, 2), ([5, 5, 5, 5], 120, 4), ([5, 9, 9, 9], 160, 1), ([1, 2, 3, 4], 260, 3)):
-        hashes = np.array(hashes, np.uint64)
-        share = data.capped_holdout(lengths, hashes, 0.5, most)
-        assert (hashes < share * 2**64).sum() == kept
-
-
-def test_a_part_is_used_again_only_for_the_same_tokenizer_and_if_it_is_whole(tmp_path, tokenizer):
-    """Equal ranks cut by another pattern; a file that a crash left short."""
-    raws = [data.Raw("x", b"12345 and more text", False)]
-    arguments = ["x", None, 0]
-    path, encoded = data.encode_part(raws, *arguments, tokenizer, tmp_path, "a")
-    assert encoded and data.encode_part(raws, *arguments, tokenizer, tmp_path, "a") == (path, 0)
-    os.truncate(path, 100)
-    assert data.encode_part(raws, *arguments, tokenizer, tmp_path, "a") == (path, encoded)
-    other = data.Tokenizer("other", data.LLAMA3.replace("{1,3}", ""), tokenizer._mergeable_ranks, tokenizer._special_tokens,
-                           path=tokenizer.path)
-    (tmp_path / "d.txt").write_text("12345 and more text")
-    made = [data.encode_sources([("x", tmp_path / "d.txt")], None, 0, each, tmp_path, 1)[0] for each in (tokenizer, other)]
-    assert made[0] != made[1]
-
-
-def test_prepare_touches_no_folder_but_its_own_and_works_alone(web, tokenizer, tmp_path):
-    (tmp_path / "out.parts").mkdir()
-    (tmp_path / "out.parts" / "notes.txt").write_text("precious")
-    with pytest.raises(ValueError, match="has notes.txt, which prepare did not write"):
-        prepared(web, tokenizer, tmp_path / "out")
-    assert (tmp_path / "out.parts" / "notes.txt").read_text() == "precious"
-    (tmp_path / "more.parts").mkdir()
-    hold = ("import data, sys, time\nwith data.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(30)\n")
-    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "more.parts" / "lock"], stdout=subprocess.PIPE,
-                             env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)})
-    try:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match="another process is at work"):
-            prepared(web, tokenizer, tmp_path / "more")
-    finally:
-        other.kill()
-        other.wait()
-    assert prepared(web, tokenizer, tmp_path / "more")["splits"]["train"]["documents"]
-
-
-@pytest.mark.parametrize("field", ["meta.sett.name", "meta", "text"])
-def test_a_source_field_that_names_no_sources_is_refused(web, tokenizer, tmp_path, field, monkeypatch):
-    if field == "text":  # one a document
-        monkeypatch.setattr(data, "MOST_SOURCES", 100)
-    with pytest.raises(ValueError, match=f"--source-field {field}: gives"):
-        prepared(web, tokenizer, tmp_path / "out", source_field=field)
-
-
-def test_held_out_tokens_are_capped_and_still_chosen_by_content(web, tokenizer, tmp_path):
-    wide, narrow = (prepared(web, tokenizer, tmp_path / str(most), holdout=0.3, holdout_window=0, holdout_tokens=most)
-                    for most in (10**9, 20_000))
-    sides = [[{t.tobytes() for t, _ in read_back(tmp_path / str(most), split, tokenizer)} for split in ("train", "valid")]
-             for most in (10**9, 20_000)]
-    assert wide["splits"]["valid"]["tokens"] > 40_000 and 10_000 < narrow["splits"]["valid"]["tokens"] <= 20_000
-    assert sides[1][1] < sides[0][1] and not sides[1][0] & sides[1][1] and narrow["holdout"] < wide["holdout"] == 0.3
-
-
-def test_a_bad_line_keeps_the_parts_that_are_done(web, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PART_BYTES", 10_000)
-    bad = tmp_path / "z.jsonl"
-    bad.write_text('{"txt": 1}')
-    with pytest.raises(ValueError, match="z.jsonl, line 1: needs an object"):
-        data.prepare_corpus([("slim", web), ("bad", bad)], tokenizer, tmp_path / "out", source_field="meta.set.name", processes=2)
-    assert len(list((tmp_path / "out.parts").iterdir())) > 3 and not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- packing
@@ -671,7 +291,7 @@ def corpus(tmp_path_factory, tokenizer):
         mask = None if i % 2 == 0 else [False] * (size // 2) + [True] * (size - size // 2)
         documents.append(("even" if i % 2 == 0 else "odd", [i, *range(100, 100 + size - 1)], mask))
     directory = tmp_path_factory.mktemp("corpus") / "out"
-    data.write_corpus({"train": documents, "valid": documents[:3]}, directory, tokenizer, shard_tokens=500)
+    write_corpus({"train": documents, "valid": documents[:3]}, directory, tokenizer, shard_tokens=500)
     return directory, documents
 
 
@@ -715,7 +335,7 @@ def test_targets_are_shifted_before_anything_is_sharded(corpus, tokenizer):
     targets = torch.cat([first.targets.flatten(), second.targets.flatten()]).numpy()
     assert np.array_equal(inputs, tokens[:128])
     assert np.array_equal(targets, np.where(mask[1:129], tokens[1:129], -100)) and (targets == -100).any()
-    assert all(x.dtype == torch.int64 and x.shape == (4, 16) for x in first)
+    assert all(x.dtype == torch.int64 and x.shape == (4, 16) for x in first[:2]) and first.document_ids is None
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch(corpus, tokenizer):
@@ -745,8 +365,8 @@ def test_separator_is_the_plain_text_not_a_special_token(corpus, tokenizer):
 def test_documents_as_long_as_a_sequence_start_where_sequences_start(tmp_path, tokenizer, separator):
     size, after = 32, len(data.separator_tokens(separator, tokenizer))
     documents = [("x", [i, *[300] * (size - after - 1)], None) for i in range(20)]
-    data.write_corpus({"train": documents}, tmp_path / "out", tokenizer)
-    dataset = data.PackedDataset(tmp_path / "out", "train", size, 0, separator, tokenizer=tokenizer)
+    write_corpus({"train": documents}, tmp_path / "out", tokenizer)
+    dataset = data.PackedDataset(tmp_path / "out", "train", size, 0, separator, tokenizer=tokenizer, document_mask=True)
     rows = data.batch(dataset, 0, 60)
     for epoch in range(3):
         assert sorted(rows.tokens[20 * epoch:20 * epoch + 20, 0].tolist()) == list(range(20))
@@ -755,7 +375,7 @@ def test_documents_as_long_as_a_sequence_start_where_sequences_start(tmp_path, t
 
 def test_a_repeated_document_beside_itself_has_two_ids(tmp_path, tokenizer):
     """With one id, a cross-document mask would let the copy see the original."""
-    data.write_corpus({"train": [("x", [1, 2, 3], None)]}, tmp_path / "out", tokenizer)
+    write_corpus({"train": [("x", [1, 2, 3], None)]}, tmp_path / "out", tokenizer)
     ids = data.PackedDataset(tmp_path / "out", "train", 8, 0, "none").sequence(2)[2]
     assert ids.tolist() == [5, 5, 6, 6, 6, 7, 7, 7, 8]
 
@@ -764,7 +384,7 @@ def test_packing_a_batch_is_fast(tmp_path, tokenizer):
     """32 sequences of 128 tokens in well under 2 ms: no Python per token."""
     rng = np.random.default_rng(0)
     documents = [("x", rng.integers(0, 400, n), None) for n in rng.integers(50, 200, 2000)]
-    data.write_corpus({"train": documents}, tmp_path / "out", tokenizer)
+    write_corpus({"train": documents}, tmp_path / "out", tokenizer)
     dataset = data.PackedDataset(tmp_path / "out", "train", 128, 0, tokenizer=tokenizer)
     times = []
     for i in range(20):
@@ -819,17 +439,16 @@ def test_packed_chat_rows_hold_every_sample_once_and_give_its_own_loss(tokenizer
     samples = [conversation(i, words=1 + 5 * i % 23) for i in range(30)]
     single, packed = (data.ChatDataset(samples, tokenizer, 250, 0, pack) for pack in (False, True))
 
-    def loss(dataset, count, masked):
-        tokens, targets, ids = data.batch(dataset, 0, count)
-        total, number = model.loss(tokens, targets, ids if masked else None)
+    def loss(*batch):
+        total, number = model.loss(*batch)
         return total.item(), number.item()
 
     packed.sequence(0)
     rows = len(packed.starts)
     assert 30 * 250 / 2 > rows * 250 >= packed.lengths.sum() and packed.lengths.sum() / rows / 250 > 0.7
-    alone, together = loss(single, 30, False), loss(packed, rows, True)
+    alone, together = loss(*data.batch(single, 0, 30)), loss(*data.batch(packed, 0, rows))
     assert together[1] == alone[1] and together[0] == pytest.approx(alone[0], rel=1e-9)
-    assert loss(packed, rows, False)[0] != pytest.approx(alone[0], rel=1e-5)
+    assert loss(*data.batch(packed, 0, rows)[:2])[0] != pytest.approx(alone[0], rel=1e-5)
     numbers = [np.unique(packed.sequence(i)[2]).tolist() for i in range(3 * rows)]
     assert [n for row in numbers for n in row][:90] == list(range(90))  # whole epochs, one after the other
     fresh = data.ChatDataset(samples, tokenizer, 250, 0, True)
@@ -839,7 +458,7 @@ def test_packed_chat_rows_hold_every_sample_once_and_give_its_own_loss(tokenizer
 class Counting:
     """A dataset whose sequence i is filled with i."""
 
-    sequence_length = 4
+    sequence_length, document_mask = 4, False
 
     def __init__(self, name):
         self.name = name
@@ -876,35 +495,3 @@ def test_blend_refuses_what_it_cannot_keep():
     longer.sequence_length = 8
     with pytest.raises(ValueError, match="one sequence_length"):
         data.Blend([Counting(0), longer], [1, 1], 0)
-
-
-# ---------------------------------------------------------------------------------------------------- command line
-
-
-def test_command_line_trains_a_tokenizer_and_prepares_a_corpus(tmp_path, capsys):
-    folder = write_text_files(tmp_path / "text", 40)
-    data.main(["train-bpe", "--source", str(folder), "--vocab-size", "260", "--out", str(tmp_path / "t")])
-    data.main(["prepare", "--source", f"numbers={folder}", "--tokenizer", str(tmp_path / "t"), "--out", str(tmp_path / "c")])
-    printed = capsys.readouterr().out
-    assert "260 tokens, 256 special" in printed and "numbers" in printed and "100.0%" in printed
-    meta = json.loads((tmp_path / "c" / "meta.json").read_text())
-    assert meta["splits"]["train"]["documents"] + meta["splits"]["valid"]["documents"] == 40
-    assert f"train: {meta['splits']['train']['documents']} documents" in printed
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ("train-bpe --source missing --vocab-size 300 --out o", "--source missing: no such file"),
-    ("train-bpe --source text --vocab-size 3 --out o", "too small"),
-    ("prepare --source text --tokenizer t --out o", "NAME=PATH"),
-    ("prepare --source a=missing --tokenizer t --out o", "--source missing"),
-    ("prepare --source a=text --tokenizer missing --out o", "missing"),
-    ("prepare --source a=text --tokenizer t --out text", "already exists"),
-    ("prepare --source a=text --tokenizer t --out o --holdout 2", "holdout 2.0")])
-def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    write_text_files(tmp_path / "text", 3)
-    data.train_bpe([TRAINING_TEXT], 300, "t")
-    with pytest.raises(SystemExit) as caught:
-        data.main(arguments.split())
-    assert str(caught.value).startswith("error: ") and message in str(caught.value) and "\n" not in str(caught.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["t", "text"]

@@ -1,5 +1,4 @@
 """Retrieval evaluation: prompts of exact length, scoring that no longer number passes, results."""
-import base64
 import json
 import os
 import random
@@ -10,32 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from texts import TEXT, make_tokenizer
 
 import data
 import eval_niah
 from eval_niah import build_prompt, cell_prompt, evaluate, exact_number_match
-from model import Llama, ModelConfig
+from model import Llama
 from parallel import Grid
 from rope_yarn import RopeScaling
-
-TEXT = "".join(f"{a} {b} went home\n    and said: {b}, {a}!\n" for a in ("Anna", "Bo", "Cyd", "Dee", "Émile")
-               for b in ("quickly", "the old way", "naïvely", "again", "日本 style") for _ in range(6))
-
-
-def ranks(digit_group: int) -> dict[bytes, int]:
-    """All bytes, numbers of up to `digit_group` digits (Llama 3: 3) and a few words."""
-    pieces = [bytes([b]) for b in range(256)]
-    for width in range(2, digit_group + 1):
-        pieces += [f"{i:0{width}d}".encode() for i in range(10**width)]
-    pieces += [b"th", b"the", b" t", b" the", b"an", b"and", b" a", b" w"]
-    return {piece: i for i, piece in enumerate(pieces)}
-
-
-def make_tokenizer(digit_group: int) -> data.Tokenizer:
-    found = ranks(digit_group)
-    special = {name: len(found) + i for i, name in enumerate(data.LLAMA3_SPECIAL)}
-    pattern = data.LLAMA3 if digit_group == 3 else data.QWEN2
-    return data.Tokenizer(f"groups of {digit_group}", pattern, found, special)
+from tools.prepare import write_corpus
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one digit a token", "up to three"])
@@ -324,27 +306,6 @@ def test_impossible_prompts_are_refused(tokenizer, haystack, options, message):
 # --------------------------------------------------------------------------------------------- model, results
 
 
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory):
-    """A small random Llama with a tokenizer, as a Hugging Face directory."""
-    path, found = tmp_path_factory.mktemp("models") / "small", ranks(3)
-    config = {"vocab_size": len(found) + 256, "hidden_size": 32, "intermediate_size": 48,
-              "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 256,
-              "rms_norm_eps": 1e-5, "initializer_range": 0.2, "tie_word_embeddings": True}
-    Llama(ModelConfig.from_hf(config)).initialise(0).save_pretrained(path)
-    lines = (base64.b64encode(piece) + b" %d\n" % rank for piece, rank in found.items())
-    (path / "tokenizer.model").write_bytes(b"".join(lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "held_out.txt"
-    path.write_text(TEXT)
-    return path
-
-
 def test_batching_changes_no_result(model_directory):
     """Rows mixed up between the prompts of a batch, or a last batch that is dropped."""
     model, tokenizer = Llama.from_pretrained(model_directory), data.load_tokenizer(model_directory)
@@ -407,8 +368,8 @@ def test_mistakes_are_one_line_before_loading(model_directory, text_file, tmp_pa
     assert line.startswith("error: ") and message in line and "\n" not in line
 
 
-def test_missing_parts_are_named(model_directory, text_file, tmp_path, monkeypatch):
-    """No model, a tokenizer of another model, nothing to do, no matplotlib."""
+def test_missing_parts_are_named(model_directory, text_file, tmp_path):
+    """No model, a tokenizer of another model."""
     with pytest.raises(SystemExit, match="no config.json there"):
         eval_niah.main(arguments(tmp_path / "nothing", text_file))
     config = json.loads((model_directory / "config.json").read_text()) | {"vocab_size": 300}
@@ -416,11 +377,6 @@ def test_missing_parts_are_named(model_directory, text_file, tmp_path, monkeypat
     (tmp_path / "tokenizer.model").write_bytes((model_directory / "tokenizer.model").read_bytes())
     with pytest.raises(SystemExit, match="model of 300"):
         eval_niah.main(arguments(tmp_path, text_file))
-    with pytest.raises(SystemExit, match="either a model directory .* or --compare"):
-        eval_niah.main([])
-    monkeypatch.setattr(eval_niah.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="needs matplotlib"):
-        eval_niah.main(arguments(model_directory, text_file, "--figure", tmp_path / "x.png"))
 
 
 def test_haystack_that_states_such_facts_itself_is_refused(model_directory, tmp_path):
@@ -434,7 +390,7 @@ def test_corpus_gives_its_held_out_split_once(tmp_path):
     """Evaluation on training text; or an endless stream that repeats a short split to any length."""
     tokenizer = make_tokenizer(3)
     train, valid = ([("s", tokenizer.encode_ordinary(text), None)] for text in ("seen " * 50, TEXT[:900]))
-    data.write_corpus({"train": train, "valid": valid}, tmp_path / "corpus", tokenizer)
+    write_corpus({"train": train, "valid": valid}, tmp_path / "corpus", tokenizer)
     whole = eval_niah.load_haystack(tmp_path / "corpus", tokenizer, 10**6)
     assert tokenizer.decode(whole.tolist()) == TEXT[:900]
     assert eval_niah.load_haystack(tmp_path / "corpus", tokenizer, 100).tolist() == whole[:100].tolist()
@@ -489,22 +445,6 @@ def test_terminal_map_and_standard_error(tokenizer, haystack):
     assert re.sub(r"\033\[[\d;]*m", "", colour) == plain != colour
 
 
-def test_comparison_shows_runs_side_by_side(model_directory, text_file, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    for name, more in (("before", ()), ("after", ("--lengths", "200", "--figure", tmp_path / "one.png"))):
-        eval_niah.main(arguments(model_directory, text_file, "--out", tmp_path / f"{name}.json", *more))
-    capsys.readouterr()
-    files = [str(tmp_path / name) for name in ("before.json", "after.json", "before.json")]
-    eval_niah.main(["--compare", *files, "--labels", "A", "B b", "C", "--figure", str(tmp_path / "all.png")])
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[-2:] for row in rows] == [["200", "400"], ["0.0"] * 2, ["0.0", "-"], ["0.0"] * 2]
-    size = np.frombuffer((tmp_path / "all.png").read_bytes()[16:24], dtype=">u4")
-    assert (tmp_path / "one.png").exists() and abs(size - [1500, 500]).max() <= 20
-    for options in (["--labels", "A"], ["--compare", str(text_file)]):
-        with pytest.raises(SystemExit, match="--labels has 1 names|not results of needles"):
-            eval_niah.main(["--compare", *files, *options])
-
-
 # ----------------------------------------------------------------------------------------------- shared beginnings
 
 
@@ -521,182 +461,3 @@ def test_cells_share_the_haystack_before_their_fact(model_directory):
         with torch.no_grad():
             said = model(torch.tensor([prompt.tokens]))[0, prompt.answer_start - 1:].argmax(1).tolist()
         assert eval_niah.score(tokenizer, prompt, said)[1] == cell["prompts"][0]["given"]
-
-
-# --------------------------------------------------------------------------------------------- prompts of files
-
-
-@pytest.mark.parametrize("metric, prediction, answers, score", [
-    # RULER: case does not matter, the answer may stand anywhere, even in a longer number; a share of several
-    ("all", "The magic numbers are 1234567 and 7654321.", ["1234567", "7654321"], 1.0),
-    ("all", "1234567", ["1234567", "7654321"], 0.5), ("all", "none of them", ["1234567", "7654321"], 0.0),
-    ("all", "12345678", ["1234567"], 1.0), ("all", "123 4567", ["1234567"], 0.0), ("all", "", ["a"], 0.0),
-    ("all", "VAR ABC, and def", ["abc", "DEF", "ghi"], 2 / 3), ("all", "1,234,567", ["1234567"], 0.0),
-    ("any", "It is Paris or so", ["london", "paris"], 1.0), ("any", "Rome", ["london", "paris"], 0.0),
-    ("f1", "The cat sat, there.", ["a cat sat"], 0.8), ("f1", "the", ["cat"], 0.0), ("f1", "dog", ["cat", "dog"], 1.0),
-    ("f1", "cat cat", ["cat"], 2 / 3), ("f1", "", ["cat"], 0.0),
-    ("exact", "The Cat!", ["cat"], 1.0), ("exact", "cat sat", ["cat"], 0.0), ("exact", "b", ["a b", "b"], 1.0)])
-def test_scores_of_texts(metric, prediction, answers, score):
-    assert eval_niah.METRICS[metric](eval_niah.printable(prediction), answers) == pytest.approx(score)
-
-
-def ruler_rules(prediction, references):
-    """RULER's own lines, as its scripts/eval has them: the mean over references of whether each is a substring."""
-    prediction = re.sub(r"[\x00-\x1f]", "\n", prediction).strip()
-    return sum(1.0 if r.lower() in prediction.lower() else 0.0 for r in references) / len(references)
-
-
-def test_random_texts_score_as_rulers_rules_say():
-    rng = random.Random(0)
-    for _ in range(500):
-        text = "".join(rng.choice("aB1 \x07\n9,") for _ in range(rng.randrange(12)))
-        answers = ["".join(rng.choice("Ab19 ") for _ in range(rng.randrange(1, 4))) for _ in range(rng.randrange(1, 4))]
-        assert eval_niah.METRICS["all"](eval_niah.printable(text), answers) == ruler_rules(text, answers)
-
-
-def test_questions_of_every_format_are_read(tmp_path):
-    lines = [{"index": 0, "input": "I", "outputs": ["1", "2"], "length": 4096, "answer_prefix": " A:", "task": "vt",
-              "max_new_tokens": 30, "metric": "any"},
-             {"context": "C", "input": "I", "answer": ["x"], "id": 3}, {"context": "C", "input": "I", "answers": ["x", "y"]},
-             {"prompt": "P", "answer": 7}]
-    path = tmp_path / "set.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    found = [(q.text, q.answer_prefix, q.answers, q.metric, q.max_new_tokens, q.task, q.length)
-             for q in eval_niah.read_questions(path)]
-    assert found == [("I", " A:", ["1", "2"], "any", 30, "vt", "4096"), ("C\n\nI", "", ["x"], "all", 128, "set", "all"),
-                     ("C\n\nI", "", ["x", "y"], "all", 128, "set", "all"), ("P", "", ["7"], "all", 128, "set", "all")]
-    assert {(q.metric, q.max_new_tokens) for q in eval_niah.read_questions(path, "f1", 5)} == {("f1", 5)}
-    for bad in ("{", "[]", '{"input": "x"}', '{"outputs": ["x"]}', '{"input": 5, "outputs": ["x"]}', '{"input": "x", "outputs": []}',
-                '{"input": "x", "outputs": [""]}', '{"input": "x", "outputs": [null]}', '{"input": "x", "answer": null}',
-                '{"input": "x", "outputs": ["y"], "answer_prefix": null}', '{"input": "x", "outputs": ["y"], "metric": ["all"]}',
-                "[" * 100_000, '{"input": "x", "outputs": ["y"], "metric": "bleu"}', '{"input": "x", "outputs": ["y"], "max_new_tokens": 0}'):
-        path.write_text('{"input": "x", "outputs": ["y"]}\n' + bad)
-        with pytest.raises(ValueError, match="set.jsonl, line 2: needs a JSON object with prompt"):
-            eval_niah.read_questions(path)
-
-
-@pytest.fixture
-def questions(tmp_path):
-    """Twelve questions of three lengths; four begin alike."""
-    path, rng = tmp_path / "set.jsonl", random.Random(2)
-    starts = [TEXT[:300]] * 4 + [TEXT[a:a + rng.choice([200, 300])] for a in range(100, 900, 100)]
-    path.write_text("\n".join(json.dumps({"input": f"{start} {i % 3}", "outputs": ["e", "th"], "task": f"task {i % 2}",
-                                          "length": 100 * (1 + i % 2), "max_new_tokens": 6 + i % 2, "answer_prefix": " So:"})
-                              for i, start in enumerate(starts)))
-    return path
-
-
-def answers_of(path):
-    return {line["index"]: line for line in map(json.loads, path.read_text().splitlines()[1:])}
-
-
-@pytest.mark.parametrize("chat", ["plain", "chat"])
-def test_answers_are_what_each_prompt_alone_gives_whatever_the_batch(model_directory, questions, tmp_path, chat, capsys):
-    """Rows mixed up in a batch, keys and values of another prompt, an answer cut by another row's stop."""
-    for name, batch_tokens in (("one", 1), ("many", 10**6)):
-        eval_niah.main([str(model_directory), "--jsonl", str(questions), "--prompt", chat, "--batch-tokens", str(batch_tokens),
-                        "--max-length", "1000", "--out", str(tmp_path / name)])
-    assert answers_of(tmp_path / "one") == answers_of(tmp_path / "many")
-    shown = capsys.readouterr().out
-    assert shown.count("task 0") == 2 and "shared" in shown and len(answers_of(tmp_path / "one")) == 12
-    model, tokenizer = Llama.from_pretrained(model_directory), data.load_tokenizer(model_directory)
-    for index, question in enumerate(eval_niah.read_questions(questions)):
-        tokens = torch.tensor([eval_niah.prompt_tokens(tokenizer, question.text, " So:", chat == "chat")])
-        alone = model.generate(tokens, 6 + index % 2, stop_tokens=tuple(data.stop_tokens(tokenizer, None)))[0, tokens.shape[1]:]
-        text = tokenizer.decode([t for t in alone.tolist() if t not in data.stop_tokens(tokenizer, None)])
-        answer = answers_of(tmp_path / "one")[index]
-        assert answer["prediction"] == eval_niah.printable(text) and answer["prompt_tokens"] == tokens.shape[1]
-        assert answer["score"] == ruler_rules(text, ["e", "th"])
-
-
-def test_a_stopped_run_of_questions_goes_on_and_never_mixes_settings(model_directory, questions, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "answers.jsonl"
-    command = [str(model_directory), "--jsonl", str(questions), "--out", str(out), "--max-length", "1000"]
-    eval_niah.main(command)
-
-    def shown():
-        found = capsys.readouterr().out.splitlines()
-        return found[next(i for i, line in enumerate(found) if line.startswith("task ")):][:4]
-
-    whole, table = answers_of(out), shown()
-    lines = out.read_text().splitlines(keepends=True)
-    out.write_text("".join(lines[:5]) + lines[5][:20])  # killed while it wrote the fifth answer
-    asked, answer = [], eval_niah.answer_questions
-    monkeypatch.setattr(eval_niah, "answer_questions", lambda *a, **o: asked.extend(a[3]) or answer(*a, **o))
-    eval_niah.main(command)
-    assert answers_of(out) == whole and len(asked) == 8 and shown() == table
-    monkeypatch.setattr(Llama, "from_pretrained", None)
-    eval_niah.main(command)  # nothing is left to do: the model is not even loaded
-    assert shown() == table and answers_of(out) == whole
-    weights = next(model_directory.glob("*.safetensors"))
-    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
-    with pytest.raises(SystemExit, match="was made with weights"):
-        eval_niah.main(command)
-    os.utime(weights, ns=(0, weights.stat().st_mtime_ns - 1))
-    for more, message in ((["--max-new-tokens", "3"], "was made with max_new_tokens None, not 3"),
-                          (["--rope-kind", "linear", "--rope-factor", "2"], "was made with model"),
-                          (["--out", str(questions)], "holds no answers")):
-        with pytest.raises(SystemExit, match=message):
-            eval_niah.main([*command, *more])
-    assert answers_of(out) == whole
-
-
-def test_prompts_of_stated_length_are_read_as_they_were_made(model_directory, tmp_path, capsys):
-    """RULER prompts counted in one template and read in another have another length than their label."""
-    path = tmp_path / "made.jsonl"
-    record = {"input": "x y", "outputs": ["z"], "max_new_tokens": 2, "template": "chat", "system": "Be brief."}
-    path.write_text(json.dumps(record))
-    tokenizer, out = data.load_tokenizer(model_directory), tmp_path / "a"
-    eval_niah.main([str(model_directory), "--jsonl", str(path), "--out", str(out)])
-    assert answers_of(out)[0]["read"] == len(eval_niah.prompt_tokens(tokenizer, "x y", chat=True, system="Be brief."))
-    for more in (["--prompt", "plain"], ["--prompt", "chat"], ["--prompt", "chat", "--system", "Be long."]):
-        with pytest.raises(SystemExit, match="made for --prompt chat and --system 'Be brief.'"):
-            eval_niah.main([str(model_directory), "--jsonl", str(path), *more])
-
-
-def test_prompts_beyond_the_window_lose_their_middle(model_directory, questions, tmp_path, capsys):
-    eval_niah.main([str(model_directory), "--jsonl", str(questions), "--prompt", "plain", "--max-length", "100",
-                    "--out", str(tmp_path / "a")])
-    assert {line["read"] for line in answers_of(tmp_path / "a").values()} == {93, 94}
-    assert min(line["prompt_tokens"] for line in answers_of(tmp_path / "a").values()) > 150
-    assert "note: 12 of 12 prompts do not fit into 100 tokens" in capsys.readouterr().out
-    tokenizer, model = data.load_tokenizer(model_directory), Llama.from_pretrained(model_directory)
-    question = eval_niah.read_questions(questions)[0]
-    tokens = eval_niah.prompt_tokens(tokenizer, question.text, question.answer_prefix)
-    alone = model.generate(torch.tensor([tokens[:47] + tokens[-47:]]), 6)[0, 94:].tolist()
-    assert answers_of(tmp_path / "a")[0]["prediction"] == eval_niah.printable(tokenizer.decode(alone))
-
-
-# --------------------------------------------------------------------------------------- perplexity by position
-
-
-def test_perplexity_is_the_mean_loss_at_each_stretch_of_positions(model_directory, tmp_path, capsys):
-    """A bucket shifted by one, a mean over documents of other lengths, short documents joined to a long one."""
-    pytest.importorskip("matplotlib")
-    lines = [{"text": TEXT[a:a + n]} for a, n in ((0, 900), (50, 60), (300, 1200), (17, 1000))]
-    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    command = [str(model_directory), "--perplexity", "--haystack", str(tmp_path / "long.jsonl"), "--lengths", "301", "--samples",
-               "2", "--buckets", "3", "--out", str(tmp_path / "p.json"), "--figure", str(tmp_path / "p.png")]
-    eval_niah.main(command)
-    results, shown = json.loads((tmp_path / "p.json").read_text()), capsys.readouterr().out
-    model, tokenizer = Llama.from_pretrained(model_directory), data.load_tokenizer(model_directory)
-    rows = torch.tensor([eval_niah.prompt_tokens(tokenizer, lines[i]["text"])[:302] for i in (0, 2)])
-    losses = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(2, 301)
-    expected = [losses[:, a:b].mean().item() for a, b in ((0, 100), (100, 201), (201, 301))]
-    assert results["edges"] == [0, 100, 201, 301] and results["loss"] == pytest.approx(expected, rel=1e-4)
-    assert results["documents"] == 2 and min(results["standard_error"]) > 0 and results["window"] == 256
-    assert f"{np.exp(expected[1]):.4g}" in shown and (tmp_path / "p.png").stat().st_size > 5000
-    eval_niah.main(["--compare", str(tmp_path / "p.json"), str(tmp_path / "p.json"), "--labels", "A", "B", "--window", "100"])
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[0].split() == ["positions", "A", "B"] and rows[2].split() == ["old", "window", "ends"] and len(rows) == 5
-    with pytest.raises(SystemExit, match="3 documents have more than 400 tokens .*--samples asks for 4"):
-        eval_niah.main([*command, "--lengths", "400", "--samples", "4"])
-
-
-def test_perplexity_of_a_corpus_reads_its_held_out_documents(model_directory, tmp_path):
-    tokenizer = data.load_tokenizer(model_directory)
-    documents = [("x", [i] * n, None) for i, n in enumerate((30, 90, 10, 80))]
-    data.write_corpus({"train": documents[:1], "valid": documents}, tmp_path / "corpus", tokenizer, shard_tokens=100)
-    found = eval_niah.load_long_documents(tmp_path / "corpus", tokenizer, 80, 2)
-    start = tokenizer.encode_single_token("<|begin_of_text|>")
-    assert found.tolist() == [[start] + [1] * 80, [start] + [3] * 80]

@@ -452,17 +452,10 @@ def test_command_line_reads_a_config_and_replaces_its_rule(tmp_path, capsys):
     assert "yarn, s = 4: a window of 8,192" in shown and "head dim 64" in shown and "factor 1.00000" in shown
 
 
-def test_command_line_draws_complete_or_not_at_all(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    rope_yarn.main(["--plot", str(tmp_path / "yarn.png")])
-    assert (tmp_path / "yarn.png").read_bytes().startswith(b"\x89PNG")
-    assert [file.name for file in tmp_path.iterdir()] == ["yarn.png"]
-
-
 @pytest.mark.parametrize("arguments", [
     "--factor 0.5", "--factor nan", "--head-dim 127", "--theta 1", "--original-length 0", "--beta-fast 1",
     "--kind ntk --ramp rotation", "--kind default --factor 4", "--kind ntk --head-dim 2",
-    "--config absent.json", "--config .", f"--config {SCRIPT}", "--plot absent/yarn.png", "--plot yarn.zip"])
+    "--config absent.json", "--config .", f"--config {SCRIPT}"])
 def test_command_line_fails_with_one_line(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="^error: ") as caught:

@@ -1,5 +1,4 @@
 """Training: options reach their place, the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation by position."""
-import argparse
 import json
 import math
 import random
@@ -20,6 +19,8 @@ import sft
 import train
 from model import Llama, read_config
 from parallel import Grid, ShardedAdamW
+from tools.prepare import prepare_corpus
+from tools.train_tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,12 +30,12 @@ def workplace(tmp_path_factory):
     """A tokenizer, a small corpus and a config of a model that trains in milliseconds."""
     place = tmp_path_factory.mktemp("work")
     texts = [f"def function_{i}(value):\n    return value * {i} + {i * i}\n" * (1 + i % 7) for i in range(120)]
-    tokenizer = data.train_bpe(texts, 270, place / "tokenizer")
+    tokenizer = train_bpe(texts, 270, place / "tokenizer")
     (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    data.prepare_corpus([("code", place / "text.jsonl")], tokenizer, place / "corpus", holdout_window=0)
+    prepare_corpus([("code", place / "text.jsonl")], tokenizer, place / "corpus", holdout_window=0)
     prose = [f"Number {i} follows {i - 1}. " * (1 + i % 5) for i in range(60)]
     (place / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in prose))
-    data.prepare_corpus([("prose", place / "prose.jsonl")], tokenizer, place / "prose", holdout_window=0)
+    prepare_corpus([("prose", place / "prose.jsonl")], tokenizer, place / "prose", holdout_window=0)
     config = {"model_type": "llama", "vocab_size": tokenizer.n_vocab, "hidden_size": 32, "intermediate_size": 48,
               "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
               "max_position_embeddings": 64, "tie_word_embeddings": True}
@@ -53,7 +54,7 @@ def command(workplace, out, *more, steps=40, sources=("corpus",)):
 
 
 def stage1(*arguments):
-    train.main(train.stage1_parser(), train.stage1_datasets, list(map(str, arguments)))
+    train.main(list(map(str, arguments)))
 
 
 def records(out):
@@ -84,7 +85,7 @@ def test_training_learns_and_leaves_a_model(workplace, uninterrupted):
 # -------------------------------------------------------------------------------------- options reach their place
 
 
-def textbook_run(config, batches, rates, seed, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, masked=False):
+def textbook_run(config, batches, rates, seed, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0):
     """A training run written out the obvious way: S x V logits, whole batches, torch's AdamW. Returns losses, norms, the model."""
     model = Llama(config).initialise(seed)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
@@ -93,7 +94,7 @@ def textbook_run(config, batches, rates, seed, betas=(0.9, 0.95), weight_decay=0
     losses, norms = [], []
     for rows, rate in zip(batches, rates, strict=True):
         optimizer.zero_grad()
-        loss = textbook_loss(model, rows, masked)
+        loss = textbook_loss(model, rows)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
         for group in optimizer.param_groups:
@@ -103,9 +104,9 @@ def textbook_run(config, batches, rates, seed, betas=(0.9, 0.95), weight_decay=0
     return losses, norms, model
 
 
-def textbook_loss(model, rows, masked=False):
+def textbook_loss(model, rows):
     """Mean cross-entropy over all targets of a batch."""
-    hidden = model.hidden_states(rows.tokens, rows.document_ids if masked else None)
+    hidden = model.hidden_states(rows.tokens, rows.document_ids)
     logits = model.model.norm(hidden) @ model.head_weight.T
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), ignore_index=-100)
 
@@ -134,23 +135,22 @@ def test_a_run_of_stage_1_is_the_textbooks_with_every_option_in_its_place(masked
            "--warmup-steps", 3, "--final-learning-rate", 0.2, "--seed", 5, "--separator", "bos_eos", "--short-length", 40,
            "--long-length", 100, "--short-weight", 0.5, "--long-weight", 3, *["--cross-document-mask"] * masked)
     shared = {"sequence_length": 64, "seed": 5, "separator": "bos_eos", "short": 40, "long": 100,
-              "tokenizer": data.load_tokenizer(workplace / "tokenizer")}
+              "tokenizer": data.load_tokenizer(workplace / "tokenizer"), "document_mask": masked}
     parts = [data.PackedDataset(workplace / name, "train", short_weight=0.5, long_weight=3, **shared) for name in ("corpus", "prose")]
     blend = data.Blend(parts, [1, 3], 5)
     rates = [0.01 / 3, 0.02 / 3, 0.01, 0.01 * (0.2 + 0.8 * 0.75), 0.01 * (0.2 + 0.8 * 0.25), 0.002]  # cosine of 60, 120, 180 degrees
     losses, norms, model = textbook_run(read_config(workplace / "config.json"), [data.batch(blend, 4 * i, 4) for i in range(6)], rates,
-                                        5, (0.8, 0.9), 0.3, 0.25, masked)
+                                        5, (0.8, 0.9), 0.3, 0.25)
     assert metrics(tmp_path / "run", "learning_rate") == pytest.approx(rates, rel=1e-12)
     assert metrics(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
     assert metrics(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=1e-3)
     held_out = data.batch(data.PackedDataset(workplace / "corpus", "valid", **shared), 0, 2)  # documents as they come, by no weight
-    assert metrics(tmp_path / "run", "validation_loss") == [pytest.approx(textbook_loss(model, held_out, masked).item(), rel=1e-4)]
+    assert metrics(tmp_path / "run", "validation_loss") == [pytest.approx(textbook_loss(model, held_out).item(), rel=1e-4)]
 
 
 def test_a_run_of_stage_2_is_the_textbooks_on_its_files_and_held_out_chat(workplace, tmp_path):
     """Held-out chat is what --validation-data names, never the training samples; files are blended by weight and seed."""
-    sft.main(sft.stage2_parser(), sft.stage2_datasets,
-             command(workplace, tmp_path / "run", "--seed", 5, "--warmup-steps", 0, "--final-learning-rate", 1, "--validation-data",
+    sft.main(command(workplace, tmp_path / "run", "--seed", 5, "--warmup-steps", 0, "--final-learning-rate", 1, "--validation-data",
                      workplace / "held-out.jsonl", steps=6, sources=("chat.jsonl=3", "held-out.jsonl=1")))
     tokenizer = data.load_tokenizer(workplace / "tokenizer")
     chat, held_out = (data.ChatDataset(workplace / f"{name}.jsonl", tokenizer, 64, 5) for name in ("chat", "held-out"))
@@ -188,7 +188,7 @@ def test_sigkill_at_random_moments_and_resume_gives_the_same_metrics_to_the_last
                "slow = train.training_step\n"
                "def slower(*a):\n    time.sleep(0.05)\n    return slow(*a)\n"  # so that ten kills find something to kill
                "train.training_step = slower\n"
-               "train.main(train.stage1_parser(), train.stage1_datasets)\n")
+               "train.main()\n")
 
     def written():
         return len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
@@ -248,8 +248,7 @@ def test_resume_refuses_other_settings_and_a_used_directory(workplace, uninterru
 def test_micro_batches_give_the_whole_batch_gradient(workplace, tmp_path):
     """Loss is per token of the global batch, not a mean of micro-batch means: chat rows have unequal numbers of targets."""
     for name, micro in (("whole", 8), ("micro", 2)):
-        sft.main(sft.stage2_parser(), sft.stage2_datasets,
-                 ["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--dtype", "float32",
+        sft.main(["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--dtype", "float32",
                   "--data", str(workplace / "chat.jsonl"), "--sequence-length", "48", "--batch-size", "8", "--steps", "5",
                   "--micro-batch-size", str(micro), "--learning-rate", "1e-2", "--device", "cpu", "--out", str(tmp_path / name)])
     assert metrics(tmp_path / "whole") == pytest.approx(metrics(tmp_path / "micro"), rel=1e-5)
@@ -312,14 +311,14 @@ def test_yarn_stage_extends_the_window_and_validation_is_by_position(workplace, 
 def test_validation_by_position_sees_where_the_loss_is(tiny_model):
     """Losses land in the bucket of their own position, targets of -100 in none."""
     class Fixed:
-        sequence_length = 8
+        sequence_length, document_mask = 8, False
 
         def sequence(self, index):
             tokens = torch.arange(9).numpy()
             return tokens, tokens >= 5, tokens * 0
 
     model = tiny_model()
-    mean, buckets = train.validate(model, Fixed(), 1, 4, False, "cpu")
+    mean, buckets = train.validate(model, Fixed(), sequences=1, buckets=4)
     losses = model.token_losses(torch.arange(8)[None], torch.arange(1, 9)[None])[0]
     assert buckets[:2] == [None, None]
     assert buckets[2:] == pytest.approx([losses[4:6].mean().item(), losses[6:].mean().item()], rel=1e-5)
@@ -327,11 +326,10 @@ def test_validation_by_position_sees_where_the_loss_is(tiny_model):
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
-    a = train.stage1_parser().parse_args("--config c --data d --sequence-length 8 --steps 110 --warmup-steps 10 --out o "
-                                         "--learning-rate 1.0".split())
-    rates = [train.learning_rate(step, a) for step in range(1, 111)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[-1] == pytest.approx(0.1)
-    assert rates[59] == pytest.approx(0.55) and rates[9:] == sorted(rates[9:], reverse=True)
+    rates = [train.learning_rate(step, steps=110, peak=2.0, warmup_steps=10, final_share=0.1) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[9:] == pytest.approx([0.2 + 0.9 * (1 + math.cos(math.pi * done / 100)) for done in range(101)])
+    assert train.learning_rate(1, steps=1, peak=2.0, warmup_steps=0, final_share=0.1) == pytest.approx(0.2)
 
 
 def test_a_failure_while_writing_final_loses_no_step(workplace, uninterrupted, tmp_path):
@@ -352,10 +350,10 @@ def test_resume_refuses_other_data_under_the_same_path(workplace, tmp_path):
     file.write_text((workplace / "chat.jsonl").read_text())
     arguments = ["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--data", str(file),
                  "--sequence-length", "48", "--batch-size", "2", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "run")]
-    sft.main(sft.stage2_parser(), sft.stage2_datasets, arguments)
+    sft.main(arguments)
     file.write_text(file.read_text().replace("What is 1?", "What is 2?"))
     with pytest.raises(SystemExit, match="--data is"):
-        sft.main(sft.stage2_parser(), sft.stage2_datasets, [*arguments, "--resume"])
+        sft.main([*arguments, "--resume"])
 
 
 def test_padding_is_not_computed(tiny_model):
@@ -365,12 +363,11 @@ def test_padding_is_not_computed(tiny_model):
     for row, length in enumerate((5, 9, 3, 1)):
         targets[row, length:] = -100
     targets[3] = -100
-    batch, losses, gradients = data.Batch(tokens, targets, tokens * 0), [], []
+    batch, losses, gradients = data.Batch(tokens, targets), [], []
     for micro in (4, 2, 1):
         model = tiny_model(torch.float64)
         optimizer = ShardedAdamW(model, Grid())
-        options = argparse.Namespace(micro_batch_size=micro, cross_document_mask=False, device="cpu")
-        loss, positions = train.training_step(model, optimizer, batch, options)
+        loss, positions = train.training_step(model, optimizer, batch, micro)
         losses.append(loss)
         gradients.append(optimizer.gradient)
         assert positions == {4: 4 * 9, 2: 2 * 9 + 2 * 3, 1: 5 + 9 + 3 + 1}[micro]

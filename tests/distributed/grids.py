@@ -2,7 +2,6 @@
 
     torchrun --standalone --nproc-per-node 4 tests/distributed/grids.py results.json 2,1 1,2 ...      # tp,cp pairs
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -44,17 +43,16 @@ def make_batch(step: int, grid: Grid) -> Batch:
         targets[ROWS - ROWS // grid.dp:] = -100
     if grid.cp > 1 and step == 0:
         targets[:, zigzag_positions(SEQUENCE, Grid(cp=grid.cp))] = -100
-    return Batch(tokens[:, :-1].contiguous(), targets, torch.zeros_like(targets))
+    return Batch(tokens[:, :-1].contiguous(), targets)
 
 
 def rows(batch: Batch, grid: Grid) -> Batch:
     share = ROWS // grid.dp
-    return Batch(*(x[grid.dp_rank * share:(grid.dp_rank + 1) * share] for x in batch))
+    return batch.part(torch.arange(grid.dp_rank * share, (grid.dp_rank + 1) * share), SEQUENCE)
 
 
 def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[str, float]:
     """Relative errors against one process; of a tensor: norm of the difference / norm."""
-    options = argparse.Namespace(micro_batch_size=micro_batch, cross_document_mask=False, device="cpu")
     alone = Grid()
     models = [make_model(tied, dtype, g) for g in (grid, alone)]
     models[0].recompute = "block" if tied else "mlp" if dtype == torch.float64 else "none"  # with communication inside
@@ -75,7 +73,7 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
         batch = make_batch(step, grid)
         losses, norms = [], []
         for model, optimizer, part in zip(models, optimizers, (rows(batch, grid), batch)):
-            losses.append(training_step(model, optimizer, part, options)[0])
+            losses.append(training_step(model, optimizer, part, micro_batch)[0])
         for name, theirs in optimizers[1].parameters.items():
             ours = grid.all_reduce(optimizers[0].parameters[name].grad.clone(), "dp_cp")
             if optimizers[0].dims[name] is None:

@@ -8,4 +8,4 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if os.environ["RANK"] == "1":
         arguments[arguments.index("--out") + 1] += ".1"
-    train.main(train.stage1_parser(), train.stage1_datasets, arguments)
+    train.main(arguments)

@@ -13,11 +13,13 @@ import pytest
 import torch
 from launch import ROOT, results, torchrun
 
-import data
 import eval_niah
 import sft
 import train
 from model import Llama, ModelConfig
+from tools import answer
+from tools.prepare import prepare_corpus
+from tools.train_tokenizer import train_bpe
 
 CONFIG = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
           "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 256, "tie_word_embeddings": True,
@@ -29,9 +31,9 @@ def place(tmp_path_factory):
     """A tokenizer, a corpus, a haystack, a config and a model directory."""
     place = tmp_path_factory.mktemp("work")
     texts = [f"def function_{i}(value):\n    return value * {i} + {i * i}\n" * (1 + i % 7) for i in range(120)]
-    tokenizer = data.train_bpe(texts, 272, place / "tokenizer")
+    tokenizer = train_bpe(texts, 272, place / "tokenizer")
     (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    data.prepare_corpus([("code", place / "text.jsonl")], tokenizer, place / "corpus", holdout_window=0)
+    prepare_corpus([("code", place / "text.jsonl")], tokenizer, place / "corpus", holdout_window=0)
     (place / "haystack.txt").write_text("\n".join(f"The hill of {word} is green in every month." for word in "abcdefghij" * 30))
     config = CONFIG | {"vocab_size": -(-tokenizer.n_vocab // 4) * 4}
     (place / "config.json").write_text(json.dumps(config))
@@ -98,7 +100,7 @@ def test_checkpoint_of_one_grid_continues_on_every_other(place, four_ranks, tmp_
 
 def test_cross_document_mask_on_tensor_and_data_parallel_ranks(place, tmp_path):
     more = ("--steps", 3, "--cross-document-mask")
-    train.main(train.stage1_parser(), train.stage1_datasets, list(map(str, options(place, tmp_path / "one", *more))))
+    train.main(list(map(str, options(place, tmp_path / "one", *more))))
     done = torchrun(4, "train.py", *options(place, tmp_path / "four", *more, "--tp", 2))
     assert done.returncode == 0 and "dp 2 x cp 1 x tp 2" in done.stdout, done.stderr
     assert records(tmp_path / "four") == pytest.approx(records(tmp_path / "one"), rel=1e-6)
@@ -125,8 +127,8 @@ def test_questions_get_identical_answers_on_several_ranks(place, tmp_path):
     questions.write_text("\n".join(json.dumps({"prompt": f"{start} {i}", "answers": ["e"], "max_new_tokens": 9})
                                    for i, start in enumerate(starts)))
     arguments = [place / "model", "--jsonl", questions, "--max-length", 2000, "--batch-tokens", 1, "--device", "cpu"]
-    eval_niah.main([*map(str, arguments), "--out", str(tmp_path / "1.jsonl")])
-    done = torchrun(2, "eval_niah.py", *arguments, "--out", tmp_path / "2.jsonl")
+    answer.main([*map(str, arguments), "--out", str(tmp_path / "1.jsonl")])
+    done = torchrun(2, "-m", "tools.answer", *arguments, "--out", tmp_path / "2.jsonl")
     assert done.returncode == 0, done.stderr
     one, two = (sorted(map(json.loads, (tmp_path / f"{n}.jsonl").read_text().splitlines()[1:]), key=lambda line: line["index"])
                 for n in (1, 2))
@@ -135,7 +137,7 @@ def test_questions_get_identical_answers_on_several_ranks(place, tmp_path):
 
 def test_chat_is_the_same_on_several_processes(place):
     """One answer, printed once."""
-    arguments = ("model.py", place / "model", "--raw", "--prompt", "def function_3(value):", "--max-new-tokens", 20, "--device", "cpu")
+    arguments = ("-m", "tools.chat", place / "model", "--raw", "--prompt", "def function_3(value):", "--max-new-tokens", 20, "--device", "cpu")
     one, three = torchrun(1, *arguments), torchrun(4, *arguments, "--cp", 4)
     assert one.returncode == three.returncode == 0, three.stderr
     assert one.stdout == three.stdout != "\n"
@@ -178,40 +180,47 @@ def test_a_killed_rank_is_named_and_max_restarts_continues_from_the_last_checkpo
     os.kill(process_of(tmp_path / "run", 2), signal.SIGKILL)
     messages = job.communicate(timeout=60)[1]
     assert job.returncode == 0, messages
-    assert re.search(r"failed \(exitcode: -9\) local_rank: 2", messages)
+    assert re.search(r"failed \(exitcode: -9\) local_rank: 2", messages) and messages.count("in training_step") >= 2, messages
     whole = torchrun(3, "train.py", *options(place, tmp_path / "whole", "--cp", 3, "--sequence-length", 48, *more))
     assert whole.returncode == 0 and records(tmp_path / "run") == records(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
-def test_a_stopped_rank_ends_the_job_and_is_named(place, tmp_path):
-    job = start(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5, "--timeout", 3)
+def test_a_stopped_rank_ends_the_job_and_the_others_say_where_they_waited(place, tmp_path):
+    job = start(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5, "--timeout", 5)
     wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
     stopped = process_of(tmp_path / "run", 1)
     os.kill(stopped, signal.SIGSTOP)
     began, lines = time.monotonic(), []
     for line in job.stderr:
         lines.append(line)
-        if line.startswith("error:"):
+        if sum("in training_step" in line for line in lines) == 2:
             break
-    assert lines[-1].startswith("error: no progress for 3 s: rank 1 does not answer") and time.monotonic() - began < 20, lines
+    assert "".join(lines).count("Timeout (0:00:05)!") == 2 and time.monotonic() - began < 20, lines
     os.kill(stopped, signal.SIGCONT)  # torchrun would kill it after 30 s
     job.communicate(timeout=60)
-    assert job.returncode != 0 and train.checkpoints(tmp_path / "run")
+    assert job.returncode != 0
+    assert train.checkpoints(tmp_path / "run")
 
 
-@pytest.mark.parametrize("what, said", [
-    ("sleeps", r"error: no progress for 2 s: rank 1 keeps others waiting; it stands in rank_1_sleeps, hangs\.py line \d+"),
-    ("deadlock", "error: no progress for 2 s: all ranks wait for each other")])
-def test_a_hanging_rank_is_named_with_its_place(what, said):
+@pytest.mark.parametrize("what, ranks, places", [("sleeps", 3, ("in rank_1_sleeps", "in barrier")), ("deadlock", 3, ("in deadlock",))])
+def test_ranks_that_hang_end_the_job_and_each_says_where_it_stood(what, ranks, places):
+    began = time.monotonic()
     done = torchrun(3, ROOT / "tests" / "distributed" / "hangs.py", what)
-    assert done.returncode != 0 and len(re.findall(said, done.stderr)) == done.stderr.count("error: ") == 1, done.stderr
+    assert done.returncode != 0 and time.monotonic() - began < 55
+    assert done.stderr.count("(most recent call first):") == ranks and all(place in done.stderr for place in places), done.stderr
 
 
 def test_a_rank_at_work_is_not_taken_for_one_that_hangs():
-    """All compute for longer than the timeout, or one writes a file for longer while the others wait."""
     done = torchrun(3, ROOT / "tests" / "distributed" / "hangs.py", "works")
-    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "most recent call" not in done.stderr, done.stderr
+
+
+def test_programs_that_end_without_close_end_well():
+    """A thread of ours at work in the store, when the interpreter ended, aborted one in two."""
+    for _ in range(5):
+        done = torchrun(2, ROOT / "tests" / "distributed" / "hangs.py", "ends")
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
@@ -274,7 +283,7 @@ def test_chat_tuning_on_several_ranks_gives_one_process_losses(place, tmp_path, 
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     arguments = ["--model", place / "model", "--data", tmp_path / "chat.jsonl", "--sequence-length", 96, "--batch-size", 6,
                  "--steps", 4, "--learning-rate", "1e-3", "--warmup-steps", 0, "--dtype", dtype, "--device", "cpu"]
-    sft.main(sft.stage2_parser(), sft.stage2_datasets, [*map(str, arguments), "--out", str(tmp_path / "one")])
+    sft.main([*map(str, arguments), "--out", str(tmp_path / "one")])
     done = torchrun(4, "sft.py", *arguments, "--out", tmp_path / "four", "--tp", tp, "--cp", cp)
     assert done.returncode == 0 and f"dp 2 x cp {cp} x tp {tp}" in done.stdout, done.stderr
     assert records(tmp_path / "four") == pytest.approx(records(tmp_path / "one"), rel=tolerance)

@@ -1,6 +1,6 @@
 """Prompts of RULER's synthetic tasks (arXiv 2404.06654), each of exactly the length asked for, as JSON lines.
 
-    python runs/ruler.py --tokenizer MODEL_DIR --lengths 4096 8192 --tasks all --haystack stdlib --out out/ruler.jsonl
+    python -m tools.ruler --tokenizer MODEL_DIR --lengths 4096 8192 --tasks all --haystack stdlib --out out/ruler.jsonl
 
 Eleven of RULER's thirteen tasks, with its names and parameters (scripts/synthetic.yaml); the other two need data sets of
 questions. What the model reads for a record (eval_niah.prompt_tokens) and `max_new_tokens` are `length` tokens together, to the
@@ -24,7 +24,6 @@ import os
 import random
 import re
 import string
-import sys
 import uuid
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -35,9 +34,10 @@ import numpy as np
 from tiktoken import Encoding
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-from eval_niah import prompt_tokens  # noqa: E402
+from data import Tokenizer, held_out_split, is_corpus, load_tokenizer, source_path, sync
+from eval_niah import check_output, prompt_tokens
+from parallel import check_least
+from tools.train_tokenizer import read_texts
 
 # No word is part of another, or an answer would be found inside a wrong one.
 ADJECTIVES = """alert ample ancient blunt bold brave brief bright brisk broad calm careful cheap civil clean clever coarse
@@ -193,7 +193,7 @@ def vt(rng: random.Random, shared: random.Random) -> Iterator[tuple]:
 
 def cwe(rng: random.Random, shared: random.Random, length: int) -> Iterator[tuple]:
     """Common words extraction: ten words 30 times, others 3 times, after a worked example (RULER,
-    common_words_extraction.py, by which it is 6 and 1 below 4,096 tokens). A plan for each kind of word, the scarce one first."""
+    common_words_extraction.py, by which it is 6 and 1 below 4,096 tokens). A plan for each kind of word, the scarce first."""
     often, seldom, shown = (30, 3, (40, 10, 3)) if length >= 4096 else (6, 1, (20, 3, 1))
 
     def listing(words: list[str], often: int, seldom: int, rng: random.Random) -> tuple[str, str, str]:
@@ -230,8 +230,8 @@ def fwe(rng: random.Random, length: int) -> Iterator[tuple]:
         text = [word for word, times in zip(words, (size * shares).astype(int).tolist()) for _ in range(times)]
         random.Random(placing).shuffle(text)
         return Draft("The text below is in code words. Count how often each occurs, and find the three most frequent ones. "
-                     + " ".join(text), " ..." * (FILLER // 4), "\nQuestion: Which three words occur most often in the coded text "
-                     "above? Leave out the dots '...' and explain nothing.",
+                     + " ".join(text), " ..." * (FILLER // 4), "\nQuestion: Which three words occur most often in the coded "
+                     "text above? Leave out the dots '...' and explain nothing.",
                      " Answer: In the coded text above, the three words that occur most often are:", words[1:4], {})
 
     yield draft, 80, math.inf  # from 80 words on, the fourth code word occurs more often than the fifth
@@ -329,14 +329,14 @@ def least_length(make: Callable[[str, int, int], dict], task: str, length: int, 
     raise ValueError(f"{task}: no length up to {length} works")
 
 
-def load_haystack(source: str, tokenizer: data.Tokenizer) -> str:
+def load_haystack(source: str, tokenizer: Tokenizer) -> str:
     """The texts of a corpus's held-out split, a file, a directory or the standard library, as far as they are used."""
-    path = data.source_path(source, "--haystack")
-    if data.is_corpus(path):
-        documents = data.held_out_split(path, tokenizer)
+    path = source_path(source, "--haystack")
+    if is_corpus(path):
+        documents = held_out_split(path, tokenizer)
         haystack = "\n\n".join(tokenizer.decode(tokens.tolist()) for tokens in documents)[:HAYSTACK_BYTES]
     else:
-        haystack = "\n\n".join(data.read_texts([path], HAYSTACK_BYTES))
+        haystack = "\n\n".join(read_texts([path], HAYSTACK_BYTES))
     if not haystack.strip():
         raise ValueError(f"--haystack {source}: holds no text")
     return haystack
@@ -357,38 +357,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_records(a: argparse.Namespace) -> int:
-    """Check everything, make all records and write each as it is made; the file appears complete. Returns how many."""
-    tasks = [*TASKS] if "all" in a.tasks else list(dict.fromkeys(a.tasks))
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise ValueError(f"--tasks {unknown[0]}: unknown; give all, or some of {', '.join(TASKS)}")
-    if a.samples < 1:
-        raise ValueError(f"--samples {a.samples}: must be at least 1")
-    if a.system is not None and a.prompt == "plain":
-        raise ValueError("--system: a plain prompt has no system message; add --prompt chat")
-    if a.out.is_dir() or not a.out.parent.is_dir() or not os.access(a.out.parent, os.W_OK):
-        raise OSError(f"--out {a.out}: cannot be written; give a file in a directory that exists")
-    tokenizer, lengths = data.load_tokenizer(a.tokenizer), sorted(set(a.lengths))
-    essays = any(task in NIAH and NIAH[task].haystack == "essay" for task in tasks)
-    record = functools.partial(make_record, tokenizer, load_haystack(a.haystack, tokenizer) if essays else "", seed=a.seed,
-                               chat=a.prompt == "chat", system=a.system)
+def write_records(tokenizer: Tokenizer, tasks: list[str], lengths: list[int], samples: int, haystack: str, seed: int,
+                  chat: bool, system: str | None, out: Path) -> int:
+    """Make all records, write each as it is made; the file appears complete. Returns how many. Raises ValueError, OSError."""
+    record = functools.partial(make_record, tokenizer, haystack, seed=seed, chat=chat, system=system)
 
     def make(task: str, length: int, sample: int) -> dict:
         try:
             return record(task, length, sample)
         except TooSmall:
-            raise ValueError(f"{task}: length {length} is too small; the least that works for {a.samples} samples is "
-                             f"{least_length(record, task, length, a.samples)}") from None
+            raise ValueError(f"{task}: length {length} is too small; the least that works for {samples} samples is "
+                             f"{least_length(record, task, length, samples)}") from None
 
     for task, length in itertools.product(tasks, (n for n in lengths if n < 2**14)):  # errors before hours of work
         make(task, length, 0)
-    order, aside = list(itertools.product(tasks, range(a.samples), lengths)), a.out.with_name(a.out.name + ".partial")
+    order, aside = list(itertools.product(tasks, range(samples), lengths)), out.with_name(out.name + ".partial")
     try:
         with open(aside, "w", encoding="utf-8") as file:
             for index, (task, sample, length) in enumerate(tqdm(order, unit=" prompts", disable=None)):
                 file.write(json.dumps({"index": index, **make(task, length, sample)}) + "\n")
-        data.sync(aside)
-        os.replace(aside, a.out)
+        sync(aside)
+        os.replace(aside, out)
     finally:
         aside.unlink(missing_ok=True)
     return len(order)
@@ -397,7 +386,18 @@ def write_records(a: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> None:
     a = parse_arguments(argv)
     try:
-        count = write_records(a)
+        tasks = [*TASKS] if "all" in a.tasks else list(dict.fromkeys(a.tasks))
+        if unknown := [task for task in tasks if task not in TASKS]:
+            raise ValueError(f"--tasks {unknown[0]}: unknown; give all, or some of {', '.join(TASKS)}")
+        check_least(1, samples=a.samples)
+        if a.system is not None and a.prompt == "plain":
+            raise ValueError("--system: a plain prompt has no system message; add --prompt chat")
+        check_output("--out", a.out)
+        tokenizer = load_tokenizer(a.tokenizer)
+        essays = any(task in NIAH and NIAH[task].haystack == "essay" for task in tasks)
+        haystack = load_haystack(a.haystack, tokenizer) if essays else ""
+        count = write_records(tokenizer, tasks, sorted(set(a.lengths)), a.samples, haystack, a.seed, a.prompt == "chat",
+                              a.system, a.out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"wrote {a.out}: {count:,} {a.prompt} prompts")

@@ -1,6 +1,6 @@
 """The chat samples of stage 2: public sets read, cleaned, deduplicated, decontaminated and drawn by category.
 
-    python runs/chat_blend.py --source general=sharegpt.json math=metamath.jsonl.gz code=magicoder.jsonl \\
+    python -m tools.chat_blend --source general=sharegpt.json math=metamath.jsonl.gz code=magicoder.jsonl \\
         --tokenizer DIR --benchmark gsm8k.jsonl mmlu.jsonl --count 100000 --holdout 500 --out out/chat
 
 Records are OpenAI `messages`, ShareGPT `conversations`, Alpaca's `instruction`, `input`, `output`, or another pair of
@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import re
-import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -28,8 +27,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+from data import Tokenizer, complete_or_absent, encode_documents, end_of_turn, load_tokenizer, read_lines
+from parallel import check_least
+from tools.prepare import window_hashes
 
 ROLES = {"system": "system", "human": "user", "user": "user", **dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")}
 PAIRS = (("instruction", "output"), ("instruction", "response"), ("query", "response"), ("prompt", "completion"),
@@ -100,10 +100,11 @@ def read_records(path: Path) -> Iterator[tuple[int, object]]:
     if path.suffix == ".json":
         content = parse(path.read_bytes(), str(path))
         if not isinstance(content, list):
-            raise ValueError(f"{path}: needs a list of records, not {type(content).__name__}; with a record a line, name it .jsonl")
+            raise ValueError(f"{path}: needs a list of records, not {type(content).__name__}; with a record a line, name it "
+                             ".jsonl")
         yield from enumerate(content, 1)
         return
-    for number, line in data.read_lines(path):
+    for number, line in read_lines(path):
         yield number, parse(line, f"{path}, line {number}", is_text=path.suffix == ".txt")
 
 
@@ -175,10 +176,10 @@ def read_samples(sources: list[Source], system: str | None) -> list[Sample]:
     return samples
 
 
-def drop_long(samples: list[Sample], tokenizer: data.Tokenizer, max_tokens: int) -> None:
+def drop_long(samples: list[Sample], tokenizer: Tokenizer, max_tokens: int) -> None:
     """Count the tokens as training will have them; drop what exceeds `max_tokens`."""
     documents = ((sample, {"messages": sample.messages}) for sample in tqdm(samples, "tokenise", unit=" samples", disable=None))
-    for sample, tokens, mask in data.encode_documents(documents, tokenizer):
+    for sample, tokens, mask in encode_documents(documents, tokenizer):
         sample.tokens, sample.loss_tokens = len(tokens), int(mask.sum())
         if len(tokens) > max_tokens:
             sample.drop("too long", tokens=len(tokens))
@@ -197,7 +198,7 @@ def windows(text: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     breaks = np.concatenate([[0], np.cumsum(points == ord("\n"))])
     starts = np.flatnonzero(breaks[size:] == breaks[:-size])
-    return starts, data.window_hashes(points, size)[starts]
+    return starts, window_hashes(points, size)[starts]
 
 
 def groups(samples: list[Sample], progress: str) -> Iterator[tuple[list[Sample], str, np.ndarray]]:
@@ -415,20 +416,19 @@ def draw(samples: list[Sample], plan: dict[Source, int], holdout: int, seed: int
 # --------------------------------------------------------------------------------------------------------------- output
 
 
-def report(samples: list[Sample], a: argparse.Namespace) -> dict:
+def report(samples: list[Sample]) -> dict:
     """Counts of each file, of each category, and of the lengths that were drawn."""
     files, categories = defaultdict(list), defaultdict(list)
     for sample in samples:
         files[str(sample.file)].append(sample)
         categories[sample.source.category] += [sample] if sample.split else []
     lengths = Counter(1 << (s.tokens - 1).bit_length() for s in samples if s.split)  # the next power of two
-    settings = ("count", "max_tokens", "system", "near_duplicate", "window", "common", "holdout", "seed")
-    return {"settings": {name: getattr(a, name) for name in settings},
-            "files": {name: {"category": mine[0].source.category, "read": len(mine),
+    return {"files": {name: {"category": mine[0].source.category, "read": len(mine),
                              "dropped": dict(Counter(s.dropped["reason"] for s in mine if s.dropped).most_common()),
                              "kept": sum(not s.dropped for s in mine), "drawn": sum(bool(s.split) for s in mine)}
                       for name, mine in sorted(files.items())},
-            "categories": {name: {"train": sum(s.split == "train" for s in mine), "valid": sum(s.split == "valid" for s in mine),
+            "categories": {name: {"train": sum(s.split == "train" for s in mine),
+                                  "valid": sum(s.split == "valid" for s in mine),
                                   "tokens": sum(s.tokens for s in mine), "loss_tokens": sum(s.loss_tokens for s in mine)}
                            for name, mine in sorted(categories.items())},
             "lengths": {f"<= {n}": lengths[n] for n in sorted(lengths)}}
@@ -460,61 +460,64 @@ def print_report(summary: dict) -> None:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def check_arguments(a: argparse.Namespace) -> tuple[list[Source], list[Path]]:
-    """The sources and benchmark files. Raises ValueError or OSError for what cannot work."""
-    for name, least in (("count", 1), ("max_tokens", 1), ("window", SHORTEST_ITEM), ("common", 1), ("holdout", 0)):
-        if getattr(a, name) is not None and getattr(a, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)} must be {least} or more")
-    if a.near_duplicate != 0 and not 0.5 <= a.near_duplicate < 1:
-        raise ValueError(f"--near-duplicate {a.near_duplicate} must be 0 (off), or from 0.5 to below 1")
-    if a.count is not None and a.holdout >= a.count:
-        raise ValueError(f"--holdout {a.holdout} must be below --count {a.count}")
-    sources = [parse_source(text) for text in a.source]
+def check_options(sources: list[Source], count: int | None, holdout: int, near_duplicate: float) -> None:
+    """Raise ValueError for options that cannot work together."""
+    if near_duplicate != 0 and not 0.5 <= near_duplicate < 1:
+        raise ValueError(f"--near-duplicate {near_duplicate} must be 0 (off), or from 0.5 to below 1")
+    if count is not None and holdout >= count:
+        raise ValueError(f"--holdout {holdout} must be below --count {count}")
     if len({source.weight is None for source in sources}) > 1:
         raise ValueError("--source: give a weight to every source or to none")
-    return sources, [path for name in a.benchmark for path in list_files("--benchmark", name, (*JSON, ".txt"))]
 
 
-def run(a: argparse.Namespace) -> None:
-    """Write the directory a.out; see the top of this file."""
-    sources, benchmark_files = check_arguments(a)
-    tokenizer = data.load_tokenizer(a.tokenizer)
-    data.end_of_turn(tokenizer)  # raises if it has none
-    with data.complete_or_absent(a.out) as aside:
-        benchmarks = Benchmarks(benchmark_files, a.window, a.common) if benchmark_files else None
-        samples = read_samples(sources, a.system)
-        steps = [lambda left: drop_long(left, tokenizer, a.max_tokens), drop_copies]
-        steps += [lambda left: drop_near_copies(left, a.near_duplicate)] if a.near_duplicate else []
-        steps += [benchmarks.drop_shared] if benchmarks else []
-        for step in steps:
-            step([sample for sample in samples if not sample.dropped])
-        left = [sample for sample in samples if not sample.dropped]
-        drawn = draw(left, plan_draw(sources, left, a.count), a.holdout, a.seed)
-        summary = report(samples, a) | {"benchmarks": benchmarks and benchmarks.counts}
-        write(aside, samples, drawn, summary)
-    print_report(summary)
-    print(f"wrote {a.out}: {len(drawn) - a.holdout:,} training samples, {a.holdout:,} held out")
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--source", nargs="+", action="extend", required=True, metavar="CATEGORY=PATH[=WEIGHT]",
+        help=".json, .jsonl, .jsonl.gz, or a directory of them; weights (of all sources or none) are shares of the samples, by "
+        "default as many as each has left")
+    add("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
+    add("--count", type=int, help="samples to draw in all, held-out ones too (default: as many as weights allow)")
+    add("--max-tokens", type=int, default=8192, help="longer samples are dropped (default: 8192)")
+    add("--benchmark", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
+        help="evaluation data to keep out: .json, .jsonl, .jsonl.gz, or .txt with an item a line")
+    add("--window", type=int, default=50, help="letters and digits in a row that may not be shared (default: 50)")
+    add("--common", type=int, default=10, help="a window in more benchmark records is boilerplate (default: 10)")
+    add("--near-duplicate", type=float, default=0.8, help="Jaccard similarity to drop at; 0: off (default: 0.8)")
+    add("--system", help="system message of the samples that have none")
+    add("--holdout", type=int, default=0, help="samples that go to valid.jsonl (default: 0)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, required=True, help="new directory")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", nargs="+", action="extend", required=True, metavar="CATEGORY=PATH[=WEIGHT]",
-                        help=".json, .jsonl, .jsonl.gz, or a directory of them; weights (of all sources or none) are shares "
-                        "of the samples, by default as many as each has left")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
-    parser.add_argument("--count", type=int, help="samples to draw in all, held-out ones too (default: as many as weights allow)")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="longer samples are dropped (default: 8192)")
-    parser.add_argument("--benchmark", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
-                        help="evaluation data to keep out: .json, .jsonl, .jsonl.gz, or .txt with an item a line")
-    parser.add_argument("--window", type=int, default=50, help="letters and digits in a row that may not be shared (default: 50)")
-    parser.add_argument("--common", type=int, default=10, help="a window in more benchmark records is boilerplate (default: 10)")
-    parser.add_argument("--near-duplicate", type=float, default=0.8, help="Jaccard similarity to drop at; 0: off (default: 0.8)")
-    parser.add_argument("--system", help="system message of the samples that have none")
-    parser.add_argument("--holdout", type=int, default=0, help="samples that go to valid.jsonl (default: 0)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    a = parse_arguments(argv)
     try:
-        run(parser.parse_args(argv))
+        check_least(1, count=a.count, max_tokens=a.max_tokens, common=a.common)
+        check_least(SHORTEST_ITEM, window=a.window)
+        check_least(0, holdout=a.holdout)
+        sources = [parse_source(text) for text in a.source]
+        check_options(sources, a.count, a.holdout, a.near_duplicate)
+        benchmark_files = [path for name in a.benchmark for path in list_files("--benchmark", name, (*JSON, ".txt"))]
+        tokenizer = load_tokenizer(a.tokenizer)
+        end_of_turn(tokenizer)  # raises if it has none
+        with complete_or_absent(a.out) as aside:
+            benchmarks = Benchmarks(benchmark_files, a.window, a.common) if benchmark_files else None
+            samples = read_samples(sources, a.system)
+            steps = [lambda left: drop_long(left, tokenizer, a.max_tokens), drop_copies]
+            steps += [lambda left: drop_near_copies(left, a.near_duplicate)] if a.near_duplicate else []
+            steps += [benchmarks.drop_shared] if benchmarks else []
+            for step in steps:
+                step([sample for sample in samples if not sample.dropped])
+            left = [sample for sample in samples if not sample.dropped]
+            drawn = draw(left, plan_draw(sources, left, a.count), a.holdout, a.seed)
+            names = ("count", "max_tokens", "system", "near_duplicate", "window", "common", "holdout", "seed")
+            settings = {name: vars(a)[name] for name in names}
+            summary = {"settings": settings, **report(samples), "benchmarks": benchmarks and benchmarks.counts}
+            write(aside, samples, drawn, summary)
+        print_report(summary)
+        print(f"wrote {a.out}: {len(drawn) - a.holdout:,} training samples, {a.holdout:,} held out")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -1,4 +1,4 @@
-"""runs/chat_blend.py: every step drops what it should, nothing else, and says why."""
+"""tools.chat_blend: every step drops what it should, nothing else, and says why."""
 import gzip
 import json
 import random
@@ -12,19 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "runs"))
-import chat_blend
-
 import data
+from tools import chat_blend
+from tools.train_tokenizer import train_bpe
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(3000)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    data.train_bpe([" ".join(WORDS)], 300, folder)
+    train_bpe([" ".join(WORDS)], 300, folder)
     return folder
 
 
@@ -326,7 +325,7 @@ def test_short_items_match_whole_messages_and_lines_only(tmp_path, tokenizer):
 
 
 def test_equal_hashes_of_other_texts_are_no_match(tmp_path, tokenizer, monkeypatch):
-    true_hashes = data.window_hashes
+    true_hashes = chat_blend.window_hashes
 
     def few_hashes(tokens, window):
         return true_hashes(tokens, window) % np.uint64(97) << np.uint64(40)
@@ -478,8 +477,8 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, t
 
 
 def test_the_script_runs_by_itself(tmp_path, tokenizer):
-    command = [sys.executable, ROOT / "runs" / "chat_blend.py", "--tokenizer", tokenizer, "--out", tmp_path / "out", "--source"]
-    good = subprocess.run([*command, *three_sources(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.chat_blend", "--tokenizer", tokenizer, "--out", tmp_path / "out", "--source"]
+    good = subprocess.run([*command, *three_sources(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert good.returncode == 0 and "wrote" in good.stdout and "nothing is decontaminated" in good.stdout
-    again = subprocess.run([*command, "a=gone.jsonl"], capture_output=True, text=True)
+    again = subprocess.run([*command, "a=gone.jsonl"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr == "error: --source gone.jsonl: no such file or directory\n"

@@ -1,7 +1,7 @@
 """Training documents of the tiny recipe: retrieval documents of given lengths, and short chat samples.
 
-    python runs/tiny_documents.py retrieval --corpus out/corpus --tokenizer out/tokenizer --length 128 --count 8000 --out DIR
-    python runs/tiny_documents.py chat --corpus out/corpus --tokenizer out/tokenizer --length 128 --count 2000 --out FILE
+    python -m tools.tiny_documents retrieval --corpus out/corpus --tokenizer out/tokenizer --length 128 --count 8000 --out DIR
+    python -m tools.tiny_documents chat --corpus out/corpus --tokenizer out/tokenizer --length 128 --count 2000 --out FILE
 
 A retrieval document is real text from the corpus's training split with facts hidden in it (worded as in the evaluation,
 numbers drawn anew) and questions about them at its end. Loss is on the answers and on a random share of the text, so that
@@ -16,14 +16,21 @@ import itertools
 import json
 import math
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-from eval_niah import KEYS, WORDING, begin_of_text  # noqa: E402
+from data import (
+    PackedDataset,
+    encode_chat,
+    end_of_turn,
+    load_tokenizer,
+    read_documents,
+    read_meta,
+    source_path,
+)
+from eval_niah import KEYS, WORDING, begin_of_text
+from tools.prepare import is_held_out, write_corpus
 
 
 def fact_texts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
@@ -32,7 +39,8 @@ def fact_texts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
     names = [("needle", key) for key in rng.sample(KEYS, count)]
     if rng.random() < 0.5:
         names[0] = ("passkey", "")
-    return [tuple(text.replace("{key}", key) for text in ("{number}".join(wording["fact"]), wording["question"], wording["lead"]))
+    return [tuple(text.replace("{key}", key)
+                  for text in ("{number}".join(wording["fact"]), wording["question"], wording["lead"]))
             for wording, key in ((WORDING[task], key) for task, key in names)]
 
 
@@ -53,8 +61,8 @@ class Encoder:
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer, self.known = tokenizer, {}
-        self.end_of_turn = data.end_of_turn(tokenizer)
-        opened = data.encode_chat([{"role": "user", "content": ""}], tokenizer, add_generation_prompt=True)[0]
+        self.end_of_turn = end_of_turn(tokenizer)
+        opened = encode_chat([{"role": "user", "content": ""}], tokenizer, add_generation_prompt=True)[0]
         between = opened.index(self.end_of_turn)
         self.open_user, self.open_assistant = opened[:between], opened[between:]
 
@@ -106,27 +114,28 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
 
 def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
     """The training split as one row of tokens: never the held-out text that the evaluation hides its needles in."""
-    dataset = data.PackedDataset(corpus, "train", 2, seed=0, separator="none", tokenizer=tokenizer)
+    dataset = PackedDataset(corpus, "train", 2, seed=0, separator="none", tokenizer=tokenizer)
     return np.concatenate(dataset.tokens)
 
 
-def retrieval_documents(tokenizer, haystack: np.ndarray, a: argparse.Namespace):
-    """`a.count` documents for `data.write_corpus` of `a.length` tokens, or of any length from `a.shortest` to it."""
-    encode, rng = Encoder(tokenizer), random.Random(f"{a.seed} retrieval {a.length} {a.shortest}")
-    for _ in range(a.count):
-        length = round(math.exp(rng.uniform(math.log(a.shortest), math.log(a.length))))
+def retrieval_documents(tokenizer, haystack: np.ndarray, count: int, shortest: int, length: int, most_facts: int,
+                        chat_share: float, text_loss: float, seed: int):
+    """`count` documents for `write_corpus` of `length` tokens, or of any length from `shortest` to it."""
+    encode, rng = Encoder(tokenizer), random.Random(f"{seed} retrieval {length} {shortest}")
+    for _ in range(count):
+        size = round(math.exp(rng.uniform(math.log(shortest), math.log(length))))
         document = None
         while document is None:  # as many facts as fit
-            facts, chat = rng.randint(1, a.most_facts), rng.random() < a.chat_share
-            document = retrieval_document(encode, haystack, length, rng, facts, chat, a.text_loss)
+            facts, chat = rng.randint(1, most_facts), rng.random() < chat_share
+            document = retrieval_document(encode, haystack, size, rng, facts, chat, text_loss)
         yield ("retrieval", *document)
 
 
 def docstring_samples(corpus: Path):
     """Conversations from the standard library's own functions: signature asked, first line of the docstring answered."""
-    meta = data.read_meta(corpus)
-    for document in data.read_documents(data.source_path("stdlib")):
-        if data.is_held_out(document, meta["holdout"], meta["seed"]):
+    meta = read_meta(corpus)
+    for document in read_documents(source_path("stdlib")):
+        if is_held_out(document, meta["holdout"], meta["seed"]):
             continue
         try:
             tree = ast.parse(document["text"])
@@ -142,7 +151,7 @@ def docstring_samples(corpus: Path):
 def chat_samples(corpus: Path, tokenizer, length: int, count: int, seed: int):
     """`count` conversations of at most `length` tokens; every second one hides a fact in a few lines of text."""
     rng, haystack = random.Random(f"{seed} chat {length}"), training_haystack(corpus, tokenizer)
-    short = (sample for sample in docstring_samples(corpus) if len(data.encode_chat(sample, tokenizer)[0]) <= length)
+    short = (sample for sample in docstring_samples(corpus) if len(encode_chat(sample, tokenizer)[0]) <= length)
     fits = list(itertools.islice(short, count))
     if not fits:
         raise ValueError(f"--length {length}: no docstring sample is that short")
@@ -155,31 +164,16 @@ def chat_samples(corpus: Path, tokenizer, length: int, count: int, seed: int):
             place = round(cut * len(text))
             sample = [{"role": "user", "content": text[:place] + fact + text[place:] + question},
                       {"role": "assistant", "content": lead + answer}]
-            if len(data.encode_chat(sample, tokenizer)[0]) > length:
+            if len(encode_chat(sample, tokenizer)[0]) > length:
                 continue
         count -= 1
         yield {"messages": sample}
 
 
-def run(a: argparse.Namespace) -> None:
-    """Write one corpus of retrieval documents, or one file of chat samples."""
-    a.shortest = a.shortest or a.length
-    if not 64 <= a.shortest <= a.length or a.count < 1:
-        raise ValueError(f"--shortest {a.shortest} must be 64 to --length {a.length}, and --count {a.count} at least 1")
-    tokenizer = data.load_tokenizer(a.tokenizer)
-    if a.what == "chat":
-        lines = [json.dumps(sample) + "\n" for sample in chat_samples(a.corpus, tokenizer, a.length, a.count, a.seed)]
-        a.out.write_text("".join(lines))
-    else:
-        documents = retrieval_documents(tokenizer, training_haystack(a.corpus, tokenizer), a)
-        data.write_corpus({"train": documents}, a.out, tokenizer)
-    print(f"wrote {a.out}: {a.count} {a.what} documents of {'at most ' if a.what == 'chat' else f'{a.shortest} to '}{a.length} tokens")
-
-
-def main() -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("retrieval", "chat"))
-    parser.add_argument("--corpus", type=Path, required=True, help="corpus of the standard library, by data.py prepare")
+    parser.add_argument("--corpus", type=Path, required=True, help="corpus of the standard library, by tools.prepare")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--length", type=int, required=True, help="tokens of a document, of a chat sample at most")
     parser.add_argument("--shortest", type=int, help="retrieval: lengths from this to --length, as many short as long ones "
@@ -190,8 +184,26 @@ def main() -> None:
     parser.add_argument("--text-loss", type=float, default=0.1, help="share of a retrieval document's text with loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write one corpus of retrieval documents, or one file of chat samples."""
+    a = parse_arguments(argv)
     try:
-        run(parser.parse_args())
+        shortest = a.shortest or a.length
+        if not 64 <= shortest <= a.length or a.count < 1:
+            raise ValueError(f"--shortest {shortest} must be 64 to --length {a.length}, and --count {a.count} at least 1")
+        tokenizer = load_tokenizer(a.tokenizer)
+        if a.what == "chat":
+            lines = [json.dumps(sample) + "\n" for sample in chat_samples(a.corpus, tokenizer, a.length, a.count, a.seed)]
+            a.out.write_text("".join(lines))
+            print(f"wrote {a.out}: {a.count} chat documents of at most {a.length} tokens")
+        else:
+            documents = retrieval_documents(tokenizer, training_haystack(a.corpus, tokenizer), a.count, shortest, a.length,
+                                            a.most_facts, a.chat_share, a.text_loss, a.seed)
+            write_corpus({"train": documents}, a.out, tokenizer)
+            print(f"wrote {a.out}: {a.count} retrieval documents of {shortest} to {a.length} tokens")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -3,16 +3,14 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import data
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "runs"))
-import ruler
+from tools import ruler
+from tools.train_tokenizer import train_bpe
 
 PROSE = "".join(f"{who} went to the {where}. There {who} {what}, naïvely!\n    Nobody {what} at the {where} {n}?\n日本 {n}\n"
                 for n, (who, where, what) in enumerate(itertools.product(
@@ -26,7 +24,7 @@ def tokenizer_file(tmp_path_factory):
     """Small BPE with Llama 3's special tokens that knows the words of the lists."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     words = " ".join(ruler.ADJECTIVES + ruler.NOUNS)
-    data.train_bpe([PROSE, ruler.NOISE * 20, f" {words}" * 3, Path(ruler.__file__).read_text()], 1500, path)
+    train_bpe([PROSE, ruler.NOISE * 20, f" {words}" * 3, Path(ruler.__file__).read_text()], 1500, path)
     return path
 
 

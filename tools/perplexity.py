@@ -1,0 +1,116 @@
+"""Perplexity by position in long documents: what a model still understands, at every distance from the start.
+
+    python -m tools.perplexity MODEL_DIR --haystack CORPUS --lengths 32768 --samples 5 --out perplexity.json
+    python -m tools.plot compare none.json yarn.json --figure perplexity.png       # curves side by side
+
+A low perplexity is no retrieval yet: that is what the needles of eval_niah.py are for.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiktoken import Encoding
+
+import data
+from eval_niah import Checkpoint, add_checkpoint_arguments, as_json, begin_of_text, check_output
+from model import Llama
+from parallel import Grid, check_least, finish, parse_once
+from rope_yarn import scaling_from_options
+
+
+def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:
+    """The first length + 1 tokens of the first `count` documents that have them, (count, length + 1) int64, begin-of-text where
+    there is one included: of a corpus's held-out split, or of text files. Raises ValueError if there are fewer."""
+    if data.is_corpus(path):
+        documents = data.held_out_split(path, tokenizer)
+    else:
+        documents = (np.array(tokenizer.encode_ordinary(document.get("text", ""))) for document in data.read_documents(path))
+    found, longest = [], 0
+    for tokens in (np.concatenate([np.array(begin_of_text(tokenizer), np.int64), tokens]) for tokens in documents):
+        longest = max(longest, len(tokens))
+        if len(tokens) > length:
+            found.append(tokens[:length + 1])
+        if len(found) == count:
+            return np.stack(found)
+    raise ValueError(f"--haystack {path}: {len(found)} documents have more than {length} tokens (the longest {longest}); "
+                     f"--samples asks for {count}: lower it or --lengths, or take longer documents")
+
+
+@torch.inference_mode()
+def perplexity_by_position(model: Llama, documents: np.ndarray, buckets: int, device: str) -> dict:
+    """Mean loss of the tokens at each stretch of positions, over documents (N, S + 1), one at a time a replica.
+
+    Returns "edges" (buckets + 1 positions), "loss" (nats a token, buckets) and "standard_error" over the documents.
+    """
+    grid, length = model.grid, documents.shape[1] - 1
+    edges = [round(i * length / buckets) for i in range(buckets + 1)]
+    sums = torch.zeros(len(documents), buckets, dtype=torch.float64, device=device)
+    for row in range(grid.dp_rank, len(documents), grid.dp):
+        grid.restart_timer()
+        tokens = torch.from_numpy(documents[row:row + 1]).to(device)
+        losses = model.token_losses(tokens[:, :-1].contiguous(), tokens[:, 1:])[0].double()  # (S,)
+        sums[row] = torch.stack([part.mean() for part in losses.tensor_split(edges[1:-1])])
+    sums = grid.all_reduce(sums, "dp").cpu()  # (N, buckets)
+    error = sums.std(0) / len(sums) ** 0.5 if len(sums) > 1 else torch.zeros(buckets)
+    return {"edges": edges, "loss": sums.mean(0).tolist(), "standard_error": error.tolist(), "documents": len(sums)}
+
+
+def perplexity_table(runs: list[dict], labels: list[str]) -> str:
+    """Perplexity of each run, a column, at each stretch of positions, a row; a line where the old window ends."""
+    width = max(10, *(len(label) + 2 for label in labels))
+    lines = [f"{'positions':>17}" + "".join(f"{label:>{width}}" for label in labels)]
+    edges = runs[0]["edges"]
+    for i, (start, end) in enumerate(itertools.pairwise(edges)):
+        if i and start >= runs[0]["window"] > edges[i - 1]:
+            lines.append(f"{'old window ends':>17}")
+        lines.append(f"{f'{start:,}-{end:,}':>17}" + "".join(f"{math.exp(run['loss'][i]):>{width}.4g}" for run in runs))
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Perplexity by position in long documents.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_checkpoint_arguments(parser)
+    documents = parser.add_argument_group("documents")
+    documents.add_argument("--haystack", type=Path, required=True, help="text that was not trained on: a corpus directory (of "
+                           "which the held-out split is used), a directory, .txt or .jsonl of text, or stdlib")
+    documents.add_argument("--lengths", type=int, required=True, help="tokens of a document; shorter ones are passed over")
+    documents.add_argument("--samples", type=int, default=5, help="documents")
+    documents.add_argument("--buckets", type=int, default=16, help="stretches of positions")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, help="results, JSON; tools.plot draws them")
+    output.add_argument("--window", type=int, help="old window to mark (default: before extension)")
+    return parse_once(parser, argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check everything, read long documents, load the model, measure, show and write."""
+    a = parse_arguments(argv)
+    try:
+        check_least(1, samples=a.samples, buckets=a.buckets, window=a.window)
+        if a.lengths < a.buckets:
+            raise ValueError(f"--lengths {a.lengths} is too small for --buckets {a.buckets}")
+        check_output("--out", a.out)
+        path = data.source_path(a.haystack, "--haystack")
+        checkpoint = Checkpoint.open(a.model, scaling_from_options(vars(a)), a.tp, a.cp, a.device, a.dtype)
+        checkpoint.note_lengths(a.lengths)
+        documents = load_long_documents(path, checkpoint.tokenizer, a.lengths, a.samples)
+        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+        results = {"settings": vars(a), "window": a.window or checkpoint.old_window()}
+        results |= perplexity_by_position(checkpoint.load(grid), documents, a.buckets, a.device)
+        if grid.is_first:
+            print(perplexity_table([results], [a.model.name]))
+            if a.out:
+                data.write_complete(a.out, as_json(results))
+        grid.close()
+    except (ValueError, OSError, ArithmeticError) as error:
+        finish(error)
+
+
+if __name__ == "__main__":
+    main()

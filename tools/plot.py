@@ -1,0 +1,186 @@
+"""Figures: heat maps of needles, curves of perplexity, several runs side by side, and what a RoPE rule does to each pair.
+
+    python -m tools.plot compare before.json after.json --labels before "after stage 1" --figure compare.png
+    python -m tools.plot rope --factor 128 --figure yarn.png                      # the options of rope_yarn.py
+
+The files are what --out of eval_niah.py or tools.perplexity has written; without --figure the tables alone are printed.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from data import write_complete
+from eval_niah import accuracy_grid, check_output, lengths_inside, short_length, terminal_map
+from parallel import check_least
+from rope_yarn import RopeScaling, add_rule_arguments, inverse_frequencies, rule_from_options
+from tools.perplexity import perplexity_table
+
+
+def draw_figure(runs: list[dict], labels: list[str]) -> bytes:
+    """PNG of the runs' heat maps side by side on one colour scale, a line where the old window ends."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    # Okabe and Ito's vermilion and bluish green: colour-blind readers tell them apart
+    tones = ["#d55e00", "#f3b173", "#fbf3dc", "#7cc9ae", "#009e73"]
+    figure = Figure(figsize=(1.4 + 4.55 * len(runs), 5), dpi=100, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for panel, results, label in zip(panels, runs, labels, strict=True):
+        grid, border = accuracy_grid(results), lengths_inside(results)
+        lengths = [short_length(length) for length in results["lengths"]]
+        image = panel.imshow(grid, vmin=0, vmax=100, aspect="auto",
+                             cmap=LinearSegmentedColormap.from_list("retrieval", tones))
+        for (row, column), value in np.ndenumerate(np.array(grid)):
+            panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=10,
+                       color="white" if value < 15 or value > 85 else "#333333")
+        panel.set_xticks(range(len(lengths)), lengths, fontsize=11)
+        panel.set_yticks(range(len(grid)), [f"{100 * d:.0f} %" for d in results["depths"]], fontsize=11)
+        panel.hlines(np.arange(len(grid) - 1) + 0.5, -0.5, len(lengths) - 0.5, color="white", linewidth=1.5)
+        panel.vlines(np.arange(len(lengths) - 1) + 0.5, -0.5, len(grid) - 0.5, color="white", linewidth=1.5)
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+        panel.set_xlabel("context length (tokens)", fontsize=12)
+        panel.set_title(label, loc="left", fontsize=14, fontweight="bold", pad=24)
+        if border:
+            left = border < len(lengths) / 2
+            panel.axvline(border - 0.5, color="#222222", linewidth=2, linestyle=(0, (4, 2)))
+            panel.text(border - 0.5, -0.6, f"old window: {short_length(results['window'])}", fontsize=10,
+                       ha="left" if left else "right", va="bottom", color="#222222")
+    panels[0].set_ylabel("depth of the fact", fontsize=12)
+    figure.colorbar(image, ax=list(panels), pad=0.015, aspect=30).set_label("exact match (%)", fontsize=12)
+    return png(figure)
+
+
+def draw_perplexity(runs: list[dict], labels: list[str]) -> bytes:
+    """PNG of perplexity over positions, a curve a run, a line where the old window ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained", facecolor="white")
+    panel = figure.subplots()
+    for results, label, colour in zip(runs, labels, itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))):
+        middles = [(start + end) / 2 for start, end in itertools.pairwise(results["edges"])]
+        panel.plot(middles, np.exp(results["loss"]), color=colour, linewidth=2, marker="o", markersize=4, label=label)
+    if runs[0]["window"] < runs[0]["edges"][-1]:
+        panel.axvline(runs[0]["window"], color="#222222", linewidth=2, linestyle=(0, (4, 2)))
+        panel.text(runs[0]["window"], 1.01, f"old window: {short_length(runs[0]['window'])}", fontsize=10, ha="center",
+                   va="bottom", color="#222222", transform=panel.get_xaxis_transform())
+    panel.set_yscale("log")
+    panel.set_xlim(0, runs[0]["edges"][-1])
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel("position in the document (tokens)", fontsize=12)
+    panel.set_ylabel("perplexity", fontsize=12)
+    panel.legend(frameon=False)
+    return png(figure)
+
+
+def png(figure) -> bytes:
+    """A matplotlib figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def read_results(paths: list[Path], window: int | None) -> list[dict]:
+    """What --out of needles or perplexity has written, all of one kind; `window` in place of their own. Raises ValueError."""
+    runs = []
+    for path in paths:
+        try:
+            results = json.loads(path.read_text())
+            runs.append(results | {"window": window or results["window"]})
+            if "edges" in results:  # whatever is missing shows here
+                perplexity_table(runs[-1:], [""])
+            else:
+                terminal_map(runs[-1], colour=False)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file") from None
+        except (ValueError, LookupError, TypeError, ArithmeticError):
+            raise ValueError(f"{path}: not results of needles or perplexity that --out has written") from None
+    if len({str(results.get("edges")) for results in runs}) > 1:
+        raise ValueError("these are not all of needles, or all of perplexity at the same positions")
+    return runs
+
+
+def accuracy_table(runs: list[dict], labels: list[str]) -> str:
+    """Mean accuracy in %, one row a run, one column a length."""
+    lengths = sorted({length for results in runs for length in results["lengths"]})
+    width = max(map(len, labels))
+    lines = [" " * width + "".join(f"{short_length(length):>8}" for length in lengths)]
+    for label, results in zip(labels, runs, strict=True):
+        means = {mean["length"]: f"{mean['accuracy']:.1f}" for mean in results["means"]}
+        lines.append(f"{label:>{width}}" + "".join(f"{means.get(length, '-'):>8}" for length in lengths))
+    return "\n".join(lines)
+
+
+def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> bytes:
+    """PNG of each pair's wavelength before and after, with both windows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for label, rule in (("RoPE", RopeScaling()), (f"{scaling.kind}, s = {scaling.factor:g}", scaling)):
+        inv_freq, _ = inverse_frequencies(head_dim, theta, rule)
+        axes.semilogy((2 * math.pi / inv_freq).tolist(), marker=".", label=label)
+    for label, style, window in (("old", ":", length), ("new", "--", round(length * scaling.factor))):
+        axes.axhline(window, color="gray", linestyle=style, label=f"{label} window, {window:,}")
+    axes.set(xlabel="frequency pair", ylabel="wavelength (tokens)", title="What each frequency pair becomes")
+    axes.legend()
+    return png(figure)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw results side by side, or what a RoPE rule does to each pair.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    compare = commands.add_parser("compare", help="results of eval_niah.py or tools.perplexity: a table, and a figure")
+    compare.add_argument("results", type=Path, nargs="+", metavar="JSON", help="what --out has written")
+    compare.add_argument("--labels", nargs="+", help="names of the runs (if not given: the files')")
+    compare.add_argument("--window", type=int, help="old window to mark (if not given: the results')")
+    compare.add_argument("--figure", type=Path, help="heat maps or curves, PNG")
+    rope = commands.add_parser("rope", help="wavelengths of each pair before and after a rule")
+    add_rule_arguments(rope)
+    rope.add_argument("--figure", type=Path, required=True, help="PNG")
+    return parser.parse_args(argv)
+
+
+def check_figure(path: Path | None) -> None:
+    """Raise ValueError or OSError unless a PNG can be drawn there."""
+    check_output("--figure", path)
+    if path and path.suffix != ".png":
+        raise ValueError(f"--figure {path}: the figure is a PNG; give a name that ends in .png")
+    if path and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
+
+
+def main(argv: list[str] | None = None) -> None:
+    a = parse_arguments(argv)
+    try:
+        check_figure(a.figure)
+        if a.command == "rope":
+            write_complete(a.figure, draw_rule(*rule_from_options(vars(a))))
+            return
+        labels = a.labels or [path.stem for path in a.results]
+        if len(labels) != len(a.results):
+            raise ValueError(f"--labels has {len(labels)} names for {len(a.results)} results")
+        check_least(1, window=a.window)
+        runs = read_results(a.results, a.window)
+        tabulate, draw = (perplexity_table, draw_perplexity) if "edges" in runs[0] else (accuracy_table, draw_figure)
+        print(tabulate(runs, labels))
+        if a.figure:
+            write_complete(a.figure, draw(runs, labels))
+    except (ValueError, OSError, ArithmeticError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
