@@ -421,11 +421,10 @@ class Checkpoint:
         """The model, on this grid."""
         return Llama.from_pretrained(self.path, grid, self.dtype, self.device, self.scaling)
 
-    def old_window(self) -> int:
+    def window_before(self) -> int:
         """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
-        scaling = self.config.rope_scaling
-        extended = scaling.original_max_position if scaling.kind not in ("default", "llama3") else None
-        return extended or self.config.max_position_embeddings
+        own = self.config.max_position_embeddings
+        return own if self.config.rope_scaling.kind == "llama3" else self.config.old_window() or own
 
     def note_lengths(self, longest: int) -> None:
         """Say so if prompts are longer than the window."""
@@ -527,7 +526,7 @@ def main(argv: list[str] | None = None) -> None:
         for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
             cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        results = {"settings": vars(a), "window": a.window or checkpoint.old_window()}
+        results = {"settings": vars(a), "window": a.window or checkpoint.window_before()}
         results |= evaluate(checkpoint.load(grid), tokenizer, haystack, a.lengths, depths, a.samples,
                             batch_tokens=a.batch_tokens, device=a.device, progress=grid.is_first, **options)
         if grid.is_first:

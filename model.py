@@ -57,6 +57,7 @@ from rope_yarn import (
     ntk_theta,
     rope_theta_from_hf,
     rotary_tables,
+    stated_original,
 )
 
 TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}  # what one tile of positions may take on its way through a block or the loss
@@ -120,13 +121,28 @@ class ModelConfig:
         theta, scaling, before = rope_theta_from_hf(config), RopeScaling.from_hf(config), config.get(NTK_KEY)
         if before:  # a model of ours: what its rope_theta was made from
             theta, scaling = before["rope_theta"], RopeScaling("ntk", before["factor"], before["original"])
-        return cls(**shape, num_key_value_heads=kv_heads, head_dim=head_dim,
-                   max_position_embeddings=positive_integer(config, "max_position_embeddings", default=2048),
+        window = positive_integer(config, "max_position_embeddings", default=2048)
+        if scaling.kind == "yarn" and stated_original(config):  # Qwen2.5's documented edit leaves the old window there
+            window = max(window, round(scaling.original_max_position * scaling.factor))
+        return cls(**shape, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=window,
                    rope_theta=theta, rope_scaling=scaling,
                    rms_norm_eps=positive_number(config, "rms_norm_eps", 1e-6),
                    tie_word_embeddings=config.get("tie_word_embeddings", False),
                    qkv_bias=family == "qwen2" or bias, output_bias=family == "llama" and bias,
                    initializer_range=positive_number(config, "initializer_range", 0.02), hf=dict(config))
+
+    def old_window(self) -> int | None:
+        """The window before extension; None where the checkpoint does not say.
+
+        A linear rule's config.json states the new window alone. So does yarn's if it leaves the old one out: its frequencies
+        are then computed as if nothing had been extended, as transformers does.
+        """
+        scaling = self.rope_scaling
+        if scaling.kind == "default":
+            return self.max_position_embeddings
+        window = self.hf.get("max_position_embeddings")
+        as_read = window == self.max_position_embeddings and scaling == RopeScaling.from_hf(self.hf)
+        return None if as_read and not stated_original(self.hf) else scaling.original_max_position
 
     def shards(self) -> dict[str, int]:
         """What tensor parallelism cuts, by Hugging Face's names: tp must divide each."""
@@ -158,6 +174,9 @@ class ModelConfig:
         if scaling.kind == "ntk":  # Hugging Face has no static NTK kind: it is the default kind at a larger theta
             note = {NTK_KEY: {"rope_theta": theta, "factor": scaling.factor, "original": scaling.original_max_position}}
             theta, scaling = ntk_theta(theta, scaling.factor, self.head_dim), RopeScaling()
+        written = None if scaling.kind == "default" else scaling.to_hf()
+        if scaling.kind == "yarn" and self.old_window() is None:  # stated now, it would be taken for the half of an extension
+            del written["original_max_position_embeddings"]
         family = self.hf.get("model_type", "qwen2" if self.qkv_bias and not self.output_bias else "llama")
         kept = {key: value for key, value in self.hf.items() if key not in
                 ("rope_parameters", "original_max_position_embeddings", "dtype", NTK_KEY)}  # they would contradict what follows
@@ -169,7 +188,7 @@ class ModelConfig:
             "num_hidden_layers": self.num_hidden_layers, "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_key_value_heads, "head_dim": self.head_dim,
             "max_position_embeddings": self.max_position_embeddings, "rope_theta": theta,
-            "rope_scaling": None if scaling.kind == "default" else scaling.to_hf(),
+            "rope_scaling": written,
             "rms_norm_eps": self.rms_norm_eps, "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": self.initializer_range}
 
@@ -834,16 +853,17 @@ def read_config(path: str | Path) -> ModelConfig:
 def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
     """`config` with `scaling` in place of its own rope scaling (they never stack), and the window that follows.
 
-    None changes nothing. Raises ValueError where the window before a linear scaling is not known: checkpoints do not say.
+    None changes nothing: the window is a fact of its own, no product of the rule. Raises ValueError where the window before
+    the checkpoint's own scaling is needed and not known.
     """
     if scaling is None:
         return config
     if scaling.kind == "default":
         return replace(config, rope_scaling=scaling)
-    original = scaling.original_max_position or config.rope_scaling.original_max_position
-    if original is None and config.rope_scaling.kind == "linear":
-        raise ValueError("--original-length is needed: a checkpoint with linear scaling does not state its window before")
-    original = original or config.max_position_embeddings
+    original = scaling.original_max_position or config.old_window()
+    if original is None:
+        raise ValueError(f"--original-length is needed: a checkpoint with such {config.rope_scaling.kind} scaling does not "
+                         "state its window before")
     return replace(config, rope_scaling=replace(scaling, original_max_position=original),
                    max_position_embeddings=round(original * scaling.factor))
 

@@ -40,10 +40,11 @@ from torch import Tensor
 
 KINDS = ("default", "linear", "ntk", "llama3", "yarn")
 ROTATION_RAMP_TYPE = "yarn_rotation_ramp"  # our own name: transformers must fail, not use its own ramp
-YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate",
+ORIGINAL = "original_max_position_embeddings"
+YARN_KEYS = ("factor", ORIGINAL, "beta_fast", "beta_slow", "truncate",
              "attention_factor", "mscale", "mscale_all_dim")
 HF_KEYS = {"default": (), "linear": ("factor",), "yarn": YARN_KEYS, ROTATION_RAMP_TYPE: YARN_KEYS,
-           "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")}
+           "llama3": ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor")}
 COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 CHUNK = 65536  # positions whose float64 angles exist at once in rotary_tables
 
@@ -56,7 +57,7 @@ class RopeScaling:
     """One context-extension rule. Raises ValueError naming the field that means nothing.
 
     kind: default, linear, ntk, llama3 or yarn.
-    factor: s = new window / old window.
+    factor: s = new window / old window; but llama3's is no ratio of windows (3.1: 8 and 8,192, its window is 131,072).
     original_max_position: L, the old window in tokens; llama3 and yarn compute no frequencies without it.
     beta_fast, beta_slow: turns within L above which a pair is kept, below which it is interpolated.
     attention_temperature: yarn multiplies cos and sin by 0.1 ln s + 1; attention_factor replaces it.
@@ -137,7 +138,7 @@ class RopeScaling:
         if self.kind == "ntk":
             raise ValueError("rope scaling: ntk has no Hugging Face rope_type; write rope_type default and "
                              "rope_theta = ntk_theta(theta, factor, head_dim)")
-        shared = {"factor": float(self.factor), "original_max_position_embeddings": old_window(self)}
+        shared = {"factor": float(self.factor), ORIGINAL: old_window(self)}
         if self.kind == "llama3" or (self.ramp == "rotation" and self.cos_sin_factor == 1):
             return {"rope_type": "llama3", **shared,
                     "low_freq_factor": float(self.beta_slow), "high_freq_factor": float(self.beta_fast)}
@@ -309,11 +310,16 @@ def rope_type(name: str, scaling: dict) -> str:
 
 def original_length(name: str, scaling: dict, config: dict) -> int | None:
     """The old window: stated with the scaling or beside it, else max_position_embeddings, as transformers."""
-    key = "original_max_position_embeddings"
-    stated = [place[key] for place in (scaling, config) if place.get(key) is not None]
+    stated = [place[ORIGINAL] for place in (scaling, config) if place.get(ORIGINAL) is not None]
     if any(length != stated[0] for length in stated):  # transformers 4 would follow the first, 5 the second
-        raise ValueError(f"{name}: {key} is {stated[0]!r} but {stated[1]!r} at config.json's top; keep one")
+        raise ValueError(f"{name}: {ORIGINAL} is {stated[0]!r} but {stated[1]!r} at config.json's top; keep one")
     return stated[0] if stated else config.get("max_position_embeddings")
+
+
+def stated_original(config: dict) -> bool:
+    """Whether a config.json states the old window, with its scaling or beside it."""
+    places = (config, config.get("rope_scaling"), config.get("rope_parameters"))
+    return any(isinstance(place, dict) and place.get(ORIGINAL) is not None for place in places)
 
 
 def refuse_partial_rotation(name: str, place: dict) -> None:
@@ -388,12 +394,16 @@ def explain(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> s
         shown = f"blended {blend:7.2%}" if change == "blended" else change
         lines.append(f"{pair:>4}  {2 * math.pi / old:>12,.1f}  {length * old / (2 * math.pi):>9,.3f}  "
                      f"{shown:<15}  {2 * math.pi / new:>14,.0f}  {old / new:>7.2f}x")
+    reach = f"a window of {length:,} tokens becomes {round(length * scaling.factor):,}"
+    aim = "s times slower, so the new window has no new angle"
+    if scaling.kind == "llama3":  # its factor and length are no two windows' ratio
+        reach = f"pairs of few turns in {length:,} tokens are slowed down; config.json says how far that reaches"
+        aim = "s times slower"
     return "\n".join(lines + [
-        "", f"{scaling.kind}, s = {scaling.factor:g}: a window of {length:,} tokens becomes "
-        f"{round(length * scaling.factor):,} (theta {theta:,.0f}, head dim {head_dim})",
+        "", f"{scaling.kind}, s = {scaling.factor:g}: {reach} (theta {theta:,.0f}, head dim {head_dim})",
         f"{pairs['kept']:>3} pairs kept: neighbouring tokens look as they always did",
         f"{pairs['blended']:>3} pairs blended: the percentage is how far they are from kept to interpolated",
-        f"{pairs['interpolated']:>3} pairs interpolated: s times slower, so the new window has no new angle",
+        f"{pairs['interpolated']:>3} pairs interpolated: {aim}",
         f"attention factor {factor:.5f}: multiplies cos and sin, so attention scores by {factor ** 2:.5f}"])
 
 
@@ -417,6 +427,8 @@ def read_config(path: Path) -> tuple[int, float, int, RopeScaling]:
         heads = number(str(path), config, "num_attention_heads")
         config = config | {"head_dim": number(str(path), config, "hidden_size") // heads if heads > 0 else 0}
     length = scaling.original_max_position or number(str(path), config, "max_position_embeddings")
+    if scaling.kind == "linear":  # such a file states the window after the extension
+        length = round(length / scaling.factor)
     return int(number(str(path), config, "head_dim")), theta, int(length), scaling
 
 

@@ -307,13 +307,25 @@ def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
 
 def starting_config(path: Path, scaling: RopeScaling | None, sequence_length: int) -> ModelConfig:
     """The configuration to train: the checkpoint's or the JSON's, with the rope scaling that was asked for, if any was."""
-    config = rescale(read_config(path), scaling)
+    own = read_config(path)
+    config = rescale(own, scaling)
     if sequence_length > config.max_position_embeddings:
-        needed = math.ceil(sequence_length / (config.rope_scaling.original_max_position or config.max_position_embeddings))
         raise ValueError(f"--sequence-length {sequence_length} is beyond the model's window of "
-                         f"{config.max_position_embeddings}; extend it (train.py --rope-kind yarn --rope-factor {needed}) "
-                         "or shorten the sequences")
+                         f"{config.max_position_embeddings}; extend it ({extension(own, sequence_length)}) or shorten the "
+                         "sequences")
     return config
+
+
+def extension(config: ModelConfig, length: int) -> str:
+    """The options that extend a model's window to `length`, for people."""
+    scaling, window = config.rope_scaling, config.max_position_embeddings
+    if scaling.kind == "default":
+        return f"train.py --rope-kind yarn --rope-factor {math.ceil(length / window)}"
+    known = config.old_window()
+    original = known or round(window / scaling.factor)
+    options = f"train.py --rope-kind yarn --rope-factor {math.ceil(length / original)} --original-length {original}"
+    unsure = "" if known else ", if that was its window before; it"
+    return options + (unsure or ", which") + f" replaces the model's own {scaling.kind} rule"
 
 
 def with_stop_tokens(config: ModelConfig, tokenizer: data.Tokenizer, path: Path) -> ModelConfig:

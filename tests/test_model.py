@@ -212,7 +212,7 @@ def test_yarn_replaces_llama3_scaling_and_exports_explicitly(tiny_model, tmp_pat
     assert read_config(tmp_path / "b").rope_scaling.factor == 128.0
 
 
-def test_no_rule_stacks_on_a_saved_one(tiny_model, tmp_path):
+def test_no_rule_stacks_on_a_saved_one(tiny_model, tiny_config, tmp_path):
     """NTK-aware scaling is exported as a larger theta, yet yarn starts from the original; linear must be told its window."""
     for kind in ("ntk", "linear"):
         model = tiny_model()
@@ -226,6 +226,9 @@ def test_no_rule_stacks_on_a_saved_one(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="--original-length is needed"):
         rescale(read_config(tmp_path / "linear"), RopeScaling("yarn", 8.0))
     assert rescale(read_config(tmp_path / "linear"), RopeScaling("yarn", 8.0, 64)).max_position_embeddings == 64 * 8
+    unstated = ModelConfig.from_hf(tiny_config(rope_scaling={"type": "yarn", "factor": 4.0}))  # its frequencies have no window before
+    with pytest.raises(ValueError, match="--original-length is needed: a checkpoint with such yarn scaling"):
+        rescale(unstated, RopeScaling("yarn", 8.0))
 
 
 def test_window_of_the_source_file_does_not_contradict_the_export(tiny_model, tmp_path):

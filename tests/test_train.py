@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,8 +18,9 @@ from allocations import Operators
 import data
 import sft
 import train
-from model import Llama, read_config
+from model import Llama, ModelConfig, read_config, rescale
 from parallel import Grid, ShardedAdamW
+from rope_yarn import RopeScaling, inverse_frequencies, scaling_from_options
 from tools.prepare import prepare_corpus
 from tools.train_tokenizer import train_bpe
 
@@ -306,6 +308,72 @@ def test_yarn_stage_extends_the_window_and_validation_is_by_position(workplace, 
     assert config.max_position_embeddings == 256 and config.rope_scaling.original_max_position == 64
     (by_position,) = metrics(out, "validation_loss_by_position")
     assert len(by_position) == 8 and all(math.isfinite(value) for value in by_position)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+WINDOWS = {  # what published config.json files say, and the window their models have
+    "Llama 2": ({"max_position_embeddings": 4096}, 4096),
+    "Llama 3.1": ({"max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": LLAMA3}, 131072),
+    "Llama 3.2": ({"max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": LLAMA3 | {"factor": 32.0}}, 131072),
+    "Llama 3.3, transformers 5": ({"max_position_embeddings": 131072, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, 131072),
+    "DeepSeek-R1-Distill-Llama": ({"max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": {
+        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}}, 131072),
+    "deepseek-coder": ({"max_position_embeddings": 16384, "rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+    "Qwen2.5 with yarn": ({"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1e6, "rope_scaling": {
+        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+    "yarn beside an extended window": ({"max_position_embeddings": 131072, "rope_scaling": {"type": "yarn", "factor": 8.0}}, 131072)}
+
+
+@pytest.fixture(scope="module")
+def long_place(workplace, tmp_path_factory):
+    """A model directory for each of WINDOWS, and for each rule that we export."""
+    place, config = tmp_path_factory.mktemp("windows"), json.loads((workplace / "config.json").read_text())
+    for name, (changes, _) in WINDOWS.items():
+        Llama(ModelConfig.from_hf(config | changes)).initialise(0).save_pretrained(place / name)
+        written = json.loads((place / name / "config.json").read_text())
+        del written["rope_scaling"], written["rope_theta"]
+        (place / name / "config.json").write_text(json.dumps(written | changes))  # as published
+    for kind in ("linear", "yarn", "ntk", "llama3"):
+        scaling = RopeScaling(kind, 4.0, 4096)
+        Llama.from_pretrained(place / "Llama 2", rope_scaling=scaling).save_pretrained(place / f"our {kind}")
+    for model in place.iterdir():
+        shutil.copy(workplace / "tokenizer" / "tokenizer.model", model)
+    return place
+
+
+@pytest.mark.parametrize("name, window", [*((name, window) for name, (_, window) in WINDOWS.items()),
+                                          *((f"our {kind}", 16384) for kind in ("linear", "yarn", "ntk", "llama3"))])
+def test_training_without_rope_options_keeps_window_and_rule(name, window, long_place, workplace, tmp_path, capsys):
+    """Llama 3.1 stated 65,536 after a step of stage 2: its factor was taken for a ratio of windows. Twice: a rule that is read
+    back from an export must not grow either."""
+    given, words = long_place / name, ["--steps", 1, "--batch-size", 1, "--device", "cpu", "--dtype", "float32", "--sequence-length", 64]
+    stage1("--model", given, "--data", workplace / "corpus", "--validation-sequences", 0, *words, "--out", tmp_path / "1")
+    sft.main(list(map(str, ["--model", tmp_path / "1" / "final", "--data", workplace / "chat.jsonl", *words, "--out", tmp_path / "2"])))
+    assert capsys.readouterr().out.count(f"window {window},") == 2
+    before = read_config(given)
+    for out in ("1", "2"):
+        written = json.loads((tmp_path / out / "final" / "config.json").read_text())
+        after = read_config(tmp_path / out / "final")
+        assert written["max_position_embeddings"] == before.max_position_embeddings == after.max_position_embeddings == window
+        for one, other in zip(*(inverse_frequencies(8, config.rope_theta, config.rope_scaling) for config in (before, after)), strict=True):
+            assert one == other if isinstance(one, float) else torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name, length, said", [
+    ("Llama 2", 8192, r"window of 4096; extend it \(train.py --rope-kind yarn --rope-factor 2\)"),
+    ("Llama 3.1", 2**20, r"--rope-factor 128 --original-length 8192, which replaces the model's own llama3 rule\)"),
+    ("deepseek-coder", 65536, r"--rope-factor 16 --original-length 4096, if that was its window before; .* replaces the model's own linear"),
+    ("yarn beside an extended window", 2**18, r"--rope-factor 16 --original-length 16384, if that was its window before"),
+    ("our yarn", 32768, r"--rope-factor 8 --original-length 4096, which replaces the model's own yarn rule\)")])
+def test_a_sequence_beyond_the_window_gets_a_hint_that_works(name, length, said, long_place, workplace, tmp_path):
+    words = ["--model", long_place / name, "--data", workplace / "corpus", "--steps", 1, "--sequence-length", length, "--device", "cpu",
+             "--validation-sequences", 0, "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit, match=said) as stopped:
+        stage1(*words)
+    options = re.search(r"train.py (--rope-kind [^,)]*)", str(stopped.value))[1].split()
+    extended = rescale(read_config(long_place / name), scaling_from_options(vars(train.stage1_parser().parse_args(
+        [*map(str, words), *options]))))
+    assert extended.max_position_embeddings >= length and extended.rope_scaling.kind == "yarn"
 
 
 def test_validation_by_position_sees_where_the_loss_is(tiny_model):

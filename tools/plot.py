@@ -129,7 +129,10 @@ def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) ->
     for label, rule in (("RoPE", RopeScaling()), (f"{scaling.kind}, s = {scaling.factor:g}", scaling)):
         inv_freq, _ = inverse_frequencies(head_dim, theta, rule)
         axes.semilogy((2 * math.pi / inv_freq).tolist(), marker=".", label=label)
-    for label, style, window in (("old", ":", length), ("new", "--", round(length * scaling.factor))):
+    windows = [("old", ":", length)]
+    if scaling.kind != "llama3":  # whose factor is no ratio of windows
+        windows.append(("new", "--", round(length * scaling.factor)))
+    for label, style, window in windows:
         axes.axhline(window, color="gray", linestyle=style, label=f"{label} window, {window:,}")
     axes.set(xlabel="frequency pair", ylabel="wavelength (tokens)", title="What each frequency pair becomes")
     axes.legend()
