@@ -179,7 +179,7 @@ class Grid:
         """Give this rank `timeout` seconds from now: then it prints where it stands and ends, and torchrun ends the others.
 
         A rank that hangs keeps all others waiting, so each of them says where. Call it wherever a stretch of work begins: a
-        micro-batch, a validation sequence, a prompt, a file. Alone, a process keeps nobody waiting.
+        micro-batch, a validation sequence, a prompt, a file; `close` stops the timer. Alone, a process keeps nobody waiting.
         """
         if self.groups:
             faulthandler.dump_traceback_later(self.timeout, exit=True)
@@ -187,8 +187,8 @@ class Grid:
     def close(self) -> None:
         """Leave the job in step with the others. A program that just ends does no harm, but may end before others have."""
         self.barrier()
-        faulthandler.cancel_dump_traceback_later()
         if self.groups:
+            faulthandler.cancel_dump_traceback_later()
             self.groups.clear()
             dist.destroy_process_group()
 

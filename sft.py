@@ -25,7 +25,6 @@ from train import (
     shared_settings,
     values_of,
     weighted_paths,
-    with_digests,
 )
 
 
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         held_out = weighted_paths("--validation-data", [a.validation_data])[0][0] if a.validation_data else None
         training, validation = stage2_datasets(sources, held_out if a.validation_sequences else None, tokenizer,
                                                a.sequence_length, a.seed, a.cross_document_mask)
-        settings = shared_settings(vars(a) | {"tokenizer": path, "data": with_digests(a.data, sources)})
+        settings = shared_settings(vars(a) | {"tokenizer": path}, sources)
         run_stage(config, a.model, path, training, validation, optimisation, compute, output, settings)
     except (ValueError, OSError, ArithmeticError) as error:
         finish(error)

@@ -411,10 +411,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8,}", p.name))
 
 
-def shared_settings(options: dict) -> dict:
-    """What a resumed run must share with the run it continues, as JSON."""
-    return {name: json.loads(json.dumps(value, default=str)) for name, value in sorted(options.items())
-            if name not in FREE_TO_CHANGE}
+def shared_settings(options: dict, sources: list[tuple[Path, float]]) -> dict:
+    """What a resumed run must share with the run it continues, as JSON; of each of the --data `sources` what is there, too."""
+    settings = {name: value for name, value in sorted(options.items()) if name not in FREE_TO_CHANGE}
+    settings["data"] = [[text, data.digest(path)] for text, (path, _) in zip(options["data"], sources)]
+    return json.loads(json.dumps(settings, default=str))
 
 
 @dataclass(frozen=True)
@@ -642,11 +643,6 @@ def load_start(model: Path, tokenizer: Path | None, scaling: RopeScaling | None,
     return with_stop_tokens(config, loaded, tokenizer), loaded, tokenizer
 
 
-def with_digests(texts: list[str], sources: list[tuple[Path, float]]) -> list[list[str]]:
-    """What each --data says and what is there: a resumed run must find the same again."""
-    return [[text, data.digest(path)] for text, (path, _) in zip(texts, sources)]
-
-
 def expected_dtype(name: str) -> torch.dtype:
     """The compute type before anything is measured: auto may become bfloat16."""
     return torch.bfloat16 if name == "auto" else getattr(torch, name)
@@ -727,7 +723,7 @@ def main(argv: list[str] | None = None) -> None:
             sources, output.validation_sequences, a.seed, a.short_weight, a.long_weight, sequence_length=a.sequence_length,
             separator=a.separator, tokenizer=tokenizer, short=a.short_length, long=a.long_length,
             document_mask=a.cross_document_mask)
-        settings = shared_settings(vars(a) | {"tokenizer": path, "data": with_digests(a.data, sources)})
+        settings = shared_settings(vars(a) | {"tokenizer": path}, sources)
         run_stage(config, a.model, path, training, validation, optimisation, compute, output, settings)
     except (ValueError, OSError, ArithmeticError) as error:
         finish(error)

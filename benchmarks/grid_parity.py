@@ -20,19 +20,19 @@ from model import Llama, read_config
 from parallel import Grid, add_grid_arguments, check_grid, finish, launched
 
 
-def run(a: argparse.Namespace) -> None:
+def run(path: Path, tp: int, cp: int, timeout: float) -> None:
     """Compare on the first rank and print; every rank computes its share."""
-    check_grid(a.tp, a.cp, launched()[1], read_config(a.model).shards())
-    grid = Grid.create(a.tp, a.cp, "cpu", a.timeout)
+    check_grid(tp, cp, launched()[1], read_config(path).shards())
+    grid = Grid.create(tp, cp, "cpu", timeout)
     source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()
-    tokens = torch.tensor([data.load_tokenizer(a.model).encode_ordinary(source)[:511]])
+    tokens = torch.tensor([data.load_tokenizer(path).encode_ordinary(source)[:511]])
     exact, good = None, torch.ones(())
     for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
-        model = Llama.from_pretrained(a.model, grid, dtype)
+        model = Llama.from_pretrained(path, grid, dtype)
         with torch.no_grad():
             logits, text = model(tokens), model.generate(tokens[:, :65], 64)
         if grid.is_first:
-            alone = Llama.from_pretrained(a.model, dtype=dtype)
+            alone = Llama.from_pretrained(path, dtype=dtype)
             with torch.no_grad():
                 expected, same = alone(tokens), torch.equal(alone.generate(tokens[:, :65], 64), text)
             exact = expected if exact is None else exact
@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     add_grid_arguments(parser)
     try:
-        run(parser.parse_args())
+        a = parser.parse_args()
+        run(a.model, a.tp, a.cp, a.timeout)
     except (ValueError, OSError) as error:
         finish(error)
 

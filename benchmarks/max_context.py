@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,42 +27,47 @@ from tools.plan import Plan
 from train import peak_memory_gib
 
 
-def configuration(a: argparse.Namespace) -> ModelConfig:
-    """A config.json's, or a small Llama."""
-    if a.config:
-        return read_config(a.config)
-    return ModelConfig.from_hf(common.small_llama(a.hidden_size, a.layers, 1024, 2**22))
+@dataclass(frozen=True)
+class Step:
+    """A training step to measure: everything but its length."""
+
+    config: ModelConfig
+    recompute: str
+    offload: bool
+    offload_optimizer: bool
+    tile_bytes: int
+    dtype: str
+    device: str
+    threads: int
+
+    def predicted_gib(self, length: int) -> float:
+        """On a CPU the host's memory is the device's."""
+        plan = Plan(self.config, length, batch=1, micro_batch=1, tp=1, cp=1, dp=1, itemsize=getattr(torch, self.dtype).itemsize,
+                    recompute=self.recompute, offload=self.offload, offload_optimizer=self.offload_optimizer,
+                    tile_bytes=self.tile_bytes or TILE_BYTES[self.device], cuda=self.device == "cuda")
+        return (sum(plan.memory().values()) + (plan.on_host() if self.device == "cpu" else 0.0)) / 2**30
+
+    def serve(self, pipe, length: int) -> None:
+        """Child process: one step; answers (peak GiB, seconds), or None if the GPU's memory does not suffice."""
+        torch.set_num_threads(self.threads)
+        try:
+            model = Llama(self.config).to(self.device, getattr(torch, self.dtype))
+            model.recompute, model.host = self.recompute, HostMemory() if self.offload else None
+            model.tile_bytes = self.tile_bytes
+            optimizer = ShardedAdamW(model, Grid(), on_host=self.offload_optimizer)
+            batch = common.random_batch(self.config.vocab_size, length)
+            start = time.perf_counter()
+            common.step(model, optimizer, batch)
+            pipe.send((peak_memory_gib(self.device), time.perf_counter() - start))
+        except torch.OutOfMemoryError:
+            pipe.send(None)
 
 
-def predicted_gib(config: ModelConfig, length: int, a: argparse.Namespace) -> float:
-    """On a CPU the host's memory is the device's."""
-    plan = Plan(config, length, batch=1, micro_batch=1, tp=1, cp=1, dp=1, itemsize=getattr(torch, a.dtype).itemsize,
-                recompute=a.recompute, offload=a.offload, offload_optimizer=a.offload_optimizer,
-                tile_bytes=a.tile_mib * 2**20 or TILE_BYTES[a.device], cuda=a.device == "cuda")
-    return (sum(plan.memory().values()) + (plan.on_host() if a.device == "cpu" else 0.0)) / 2**30
-
-
-def serve(pipe, length: int, a: argparse.Namespace) -> None:
-    """Child process: one step; answers (peak GiB, seconds), or None if the GPU's memory does not suffice."""
-    torch.set_num_threads(a.threads)
-    config = configuration(a)
-    try:
-        model = Llama(config).to(a.device, getattr(torch, a.dtype))
-        model.recompute, model.host, model.tile_bytes = a.recompute, HostMemory() if a.offload else None, a.tile_mib * 2**20
-        optimizer = ShardedAdamW(model, Grid(), on_host=a.offload_optimizer)
-        batch = common.random_batch(config.vocab_size, length)
-        start = time.perf_counter()
-        common.step(model, optimizer, batch)
-        pipe.send((peak_memory_gib(a.device), time.perf_counter() - start))
-    except torch.OutOfMemoryError:
-        pipe.send(None)
-
-
-def measure(length: int, a: argparse.Namespace) -> tuple[float, float] | None:
+def measure(step: Step, length: int, memory_gib: float) -> tuple[float, float] | None:
     """(peak GiB, seconds) of a step at this length, None if it does not fit."""
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
-    process = context.Process(target=serve, args=(other, length, a))
+    process = context.Process(target=step.serve, args=(other, length))
     process.start()
     other.close()
     try:
@@ -69,26 +75,26 @@ def measure(length: int, a: argparse.Namespace) -> tuple[float, float] | None:
     except EOFError:  # the system ended the process
         found = None
     process.join()
-    return found if found and found[0] <= a.memory_gib else None
+    return found if found and found[0] <= memory_gib else None
 
 
-def largest(config: ModelConfig, a: argparse.Namespace) -> tuple[int, float, float]:
+def largest(step: Step, memory_gib: float) -> tuple[int, float, float]:
     """The longest sequence that trains within the memory, to 1/32 of the predicted one: (length, peak GiB, seconds)."""
-    fits = [n for n in range(1024, 2**24, 1024) if predicted_gib(config, n, a) <= a.memory_gib]
+    fits = [n for n in range(1024, 2**24, 1024) if step.predicted_gib(n) <= memory_gib]
     if not fits:
-        raise SystemExit(f"error: --memory-gib {a.memory_gib:g}: the model alone takes more")
-    step = max(1024, fits[-1] // 32 // 1024 * 1024)
-    length, best = fits[-1], measure(fits[-1], a)
+        raise SystemExit(f"error: --memory-gib {memory_gib:g}: the model alone takes more")
+    stride = max(1024, fits[-1] // 32 // 1024 * 1024)
+    length, best = fits[-1], measure(step, fits[-1], memory_gib)
     direction = 1 if best else -1
-    while length + direction * step > 0:
-        found = measure(length + direction * step, a)
+    while length + direction * stride > 0:
+        found = measure(step, length + direction * stride, memory_gib)
         if direction > 0 and found is None:
             break
-        length, best = length + direction * step, found
+        length, best = length + direction * stride, found
         if direction < 0 and found:
             break
     if best is None:
-        raise SystemExit(f"error: --memory-gib {a.memory_gib:g}: no length trains within it")
+        raise SystemExit(f"error: --memory-gib {memory_gib:g}: no length trains within it")
     return length, *best
 
 
@@ -109,23 +115,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("out/max_context.json"))
     a = parser.parse_args()
-    cuda, config = a.device == "cuda", configuration(a)
+    cuda = a.device == "cuda"
+    config = read_config(a.config) if a.config else ModelConfig.from_hf(common.small_llama(a.hidden_size, a.layers, 1024, 2**22))
+    step = Step(config, a.recompute, a.offload, a.offload_optimizer, a.tile_mib * 2**20, a.dtype, a.device, a.threads)
+    memory_gib = a.memory_gib or float("inf")
     if a.largest and a.memory_gib is None:
         if not cuda:
             parser.error("--largest needs --memory-gib on a CPU")
-        a.memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 - 1
-    a.memory_gib = a.memory_gib or float("inf")
+        memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 - 1
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc in the children: what is freed goes back, so the peak is what was alive
     name = torch.cuda.get_device_name() if cuda else f"CPU, {a.threads} threads"
     print(f"{name}, torch {torch.__version__}, {a.dtype}, --recompute {a.recompute}" + ", --offload" * a.offload)
     print(f"{'S':>9} {'peak GiB':>9} {'predicted GiB':>14} {'s a step':>9} {'tokens/s':>9}")
     rows = []
     for length in a.lengths:
-        found = measure(length, a)
+        found = measure(step, length, memory_gib)
         if not found:
             print(f"{length:>9}   does not fit", flush=True)
             continue
-        rows.append({"length": length, "peak_gib": found[0], "seconds": found[1], "predicted_gib": predicted_gib(config, length, a)})
+        rows.append({"length": length, "peak_gib": found[0], "seconds": found[1], "predicted_gib": step.predicted_gib(length)})
         print(f"{length:>9} {found[0]:>9.3f} {rows[-1]['predicted_gib']:>14.3f} {found[1]:>9.2f} {length / found[1]:>9,.0f}", flush=True)
     result = {"device": name, "torch": torch.__version__, "arguments": vars(a), "rows": rows}
     if len(rows) > 1:
@@ -137,9 +145,9 @@ def main() -> None:
         print(f"slope: {slope:,.0f} bytes a token, predicted {predicted:,.0f} ({predicted / slope - 1:+.1%}); points lie within "
               f"{straight:.3f} GiB of a line")
     if a.largest:
-        length, peak, seconds = largest(config, a)
+        length, peak, seconds = largest(step, memory_gib)
         result |= {"largest": length, "largest_peak_gib": peak, "largest_seconds": seconds}
-        print(f"largest: {length:,} tokens, peak {peak:.2f} GiB of {a.memory_gib:.1f}, {length / seconds:,.0f} tokens/s")
+        print(f"largest: {length:,} tokens, peak {peak:.2f} GiB of {memory_gib:.1f}, {length / seconds:,.0f} tokens/s")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(result, indent=1, default=str))
 

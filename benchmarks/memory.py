@@ -22,6 +22,8 @@ from model import RECOMPUTE, Llama, ModelConfig
 from parallel import Grid, ShardedAdamW
 from train import peak_memory_gib
 
+VOCABULARY = 8192
+
 
 def resident_gib(device: str) -> float:
     """Memory this process holds now (Linux, or a GPU's)."""
@@ -30,31 +32,30 @@ def resident_gib(device: str) -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
-def serve(pipe, rank: int, cp: int, port: int, length: int, a: argparse.Namespace) -> None:
+def serve(pipe, rank: int, cp: int, port: int, length: int, config: dict, recompute: str, dtype: str, device: str) -> None:
     """Child process: build the model, make one step, answer (GiB held before it, GiB at the peak, loss)."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cp), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    grid = Grid.create(cp=cp, device=a.device)
-    config = ModelConfig.from_hf(common.small_llama(a.hidden_size, a.layers, 8192, length))
-    model = Llama(config, grid).initialise(0).to(a.device, getattr(torch, a.dtype))
-    model.recompute = a.recompute
-    optimizer, batch = ShardedAdamW(model, grid), common.random_batch(8192, length)
-    before = resident_gib(a.device)
+    grid = Grid.create(cp=cp, device=device)
+    model = Llama(ModelConfig.from_hf(config), grid).initialise(0).to(device, getattr(torch, dtype))
+    model.recompute = recompute
+    optimizer, batch = ShardedAdamW(model, grid), common.random_batch(VOCABULARY, length)
+    before = resident_gib(device)
     loss = common.step(model, optimizer, batch)
-    pipe.send((before, peak_memory_gib(a.device), loss))
+    pipe.send((before, peak_memory_gib(device), loss))
     grid.close()
 
 
-def measure(cp: int, length: int, a: argparse.Namespace) -> dict:
-    """The rank with the highest peak of a fresh ring of `cp` processes."""
+def measure(cp: int, length: int, *options) -> dict:
+    """The rank with the highest peak of a fresh ring of `cp` processes; `options` are the last of `serve`."""
     context, pipes = multiprocessing.get_context("spawn"), []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for rank in range(cp):
         pipe, other = context.Pipe()
-        context.Process(target=serve, args=(other, rank, cp, port, length, a)).start()
+        context.Process(target=serve, args=(other, rank, cp, port, length, *options)).start()
         other.close()  # a child that dies is then an EOFError here
         pipes.append(pipe)
     answers = [pipe.recv() for pipe in pipes]
@@ -77,7 +78,8 @@ def main() -> None:
     for title, lengths in (("fixed S", [a.length] * len(a.rings)), ("fixed S / cp", [a.length // 4 * cp for cp in a.rings])):
         print(f"{title}\n{'cp':>4} {'S':>8} {'S / cp':>8} {'peak GiB':>9} {'above the model':>16} {'of the first':>13} {'loss':>8}")
         for cp, length in zip(a.rings, lengths):
-            row = measure(cp, length, a) | {"series": title}
+            config = common.small_llama(a.hidden_size, a.layers, VOCABULARY, length)
+            row = measure(cp, length, config, a.recompute, a.dtype, a.device) | {"series": title}
             rows.append(row)
             first = next(r for r in rows if r["series"] == title)
             print(f"{cp:>4} {length:>8} {length // cp:>8} {row['peak']:>9.2f} {row['above']:>16.2f} {row['above'] / first['above']:>12.2f}x "

@@ -46,15 +46,14 @@ class StandInGrid(Grid):
         return lambda: arriving
 
 
-def configuration(a: argparse.Namespace) -> ModelConfig:
+def configuration(path: Path | None, layers: int | None, hidden_size: int, length: int) -> ModelConfig:
     """A config.json's, with fewer layers if asked, or a small Llama for a try."""
-    if a.config:
-        config = json.loads(json.dumps(read_config(a.config).hf))
-        return ModelConfig.from_hf(config | ({"num_hidden_layers": a.layers} if a.layers else {}))
+    if path:
+        return ModelConfig.from_hf(read_config(path).hf | ({"num_hidden_layers": layers} if layers else {}))
     return ModelConfig.from_hf({
-        "vocab_size": 8192, "hidden_size": a.hidden_size, "intermediate_size": 4 * a.hidden_size, "num_hidden_layers": a.layers or 2,
-        "num_attention_heads": a.hidden_size // 32, "num_key_value_heads": a.hidden_size // 128, "head_dim": 32,
-        "max_position_embeddings": a.length, "rope_theta": 500000.0, "tie_word_embeddings": True})
+        "vocab_size": 8192, "hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": layers or 2,
+        "num_attention_heads": hidden_size // 32, "num_key_value_heads": hidden_size // 128, "head_dim": 32,
+        "max_position_embeddings": length, "rope_theta": 500000.0, "tie_word_embeddings": True})
 
 
 def kernel_seconds(step, cuda: bool) -> float:
@@ -83,7 +82,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out/one_rank.json"))
     a = parser.parse_args()
-    cuda, dtype, config = a.device == "cuda", getattr(torch, a.dtype), configuration(a)
+    cuda, dtype = a.device == "cuda", getattr(torch, a.dtype)
+    config = configuration(a.config, a.layers, a.hidden_size, a.length)
     grid = StandInGrid(1, a.cp, a.tp, a.rank)
     with torch.device("meta"):
         model = Llama(config, grid)

@@ -66,17 +66,18 @@ def dense_pass(q, k, v, d_out, grid: Grid):
 PASSES = {"dense": dense_pass, "zigzag": zigzag_pass, "contiguous": contiguous_pass}
 
 
-def serve(pipe, rank: int, ranks: int, port: int, a: argparse.Namespace) -> None:
+def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int, int], head_dim: int, dtype: str,
+          device: str) -> None:
     """Child process: one pass of a kind at a length whenever asked, answering its seconds."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
-    torch.set_num_threads(a.ranks // ranks if a.device == "cpu" else 1)
-    grid = Grid.create(cp=ranks, device=a.device)
-    device = f"cuda:{rank}" if a.device == "cuda" else "cpu"
+    torch.set_num_threads(threads)
+    grid = Grid.create(cp=ranks, device=device)
+    place = f"cuda:{rank}" if device == "cuda" else "cpu"
     while request := pipe.recv():
         kind, length = request
-        shapes = [(1, heads, length // ranks, a.head_dim) for heads in (a.heads, a.kv_heads, a.kv_heads, a.heads)]
-        q, k, v, d_out = (torch.randn(shape, dtype=getattr(torch, a.dtype), device=device) for shape in shapes)
+        shapes = [(1, n, length // ranks, head_dim) for n in (heads[0], heads[1], heads[1], heads[0])]
+        q, k, v, d_out = (torch.randn(shape, dtype=getattr(torch, dtype), device=place) for shape in shapes)
         leaves = [x.requires_grad_() for x in (q, k, v)]
         grid.barrier()
         start = time.perf_counter()
@@ -127,7 +128,9 @@ def main() -> None:
         sides[name] = []
         for rank in range(ranks):
             pipe, other = context.Pipe()
-            context.Process(target=serve, args=(other, rank, ranks, port, a), daemon=True).start()
+            threads = a.ranks // ranks if a.device == "cpu" else 1
+            arguments = (other, rank, ranks, port, threads, (a.heads, a.kv_heads), a.head_dim, a.dtype, a.device)
+            context.Process(target=serve, args=arguments, daemon=True).start()
             sides[name].append(pipe)
     rows = []
     print(f"{'S':>8} {'dense s':>9} {'zigzag s':>9} {'of dense':>9} {'contiguous s':>13} {'of dense':>9}")

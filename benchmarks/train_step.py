@@ -76,18 +76,17 @@ def serve(pipe, build, config: dict, rows: int, length: int, dtype: torch.dtype,
         pipe.send((time.perf_counter() - start, loss, peak_memory_gib(device)))
 
 
-def compare(a: argparse.Namespace, dtype: str, length: int) -> dict:
+def compare(config: dict, rows: int, dtype: str, length: int, device: str, threads: int, recompute: bool, repeats: int) -> dict:
     """Interleaved steps of both in one type at one sequence length."""
     context = multiprocessing.get_context("spawn")
     sides = {}
     for name, build in (("ours", our_step), ("transformers", transformers_step)):
         pipe, other = context.Pipe()
-        arguments = (other, build, common.small_llama(a.hidden_size, a.layers, a.vocab_size, length), a.batch_size, length, getattr(torch, dtype), a.device, a.threads,
-                     a.recompute)
+        arguments = (other, build, config, rows, length, getattr(torch, dtype), device, threads, recompute)
         process = context.Process(target=serve, args=arguments, daemon=True)
         process.start()
         sides[name] = (process, pipe, [])
-    for _ in range(a.repeats + 1):
+    for _ in range(repeats + 1):
         for process, pipe, results in sides.values():
             if process.is_alive():
                 pipe.send(True)
@@ -103,7 +102,7 @@ def compare(a: argparse.Namespace, dtype: str, length: int) -> dict:
         pipe.send(False)
         process.join()
         seconds = [r[0] for r in results[1:]]  # the first step warms up
-        row[name] = {"tokens_per_second": a.batch_size * length / statistics.median(seconds), "seconds": seconds,
+        row[name] = {"tokens_per_second": rows * length / statistics.median(seconds), "seconds": seconds,
                      "losses": [r[1] for r in results], "peak_gib": results[-1][2]}
     if not (row["ours"] and row["transformers"]):
         return row
@@ -128,7 +127,8 @@ def main() -> None:
     a = parser.parse_args()
     device = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"CPU, {a.threads} threads"
     print(f"{device}, torch {torch.__version__}, {a.layers} layers of width {a.hidden_size}, vocabulary {a.vocab_size}")
-    rows = [compare(a, dtype, length) for dtype in a.dtypes for length in a.lengths]
+    rows = [compare(common.small_llama(a.hidden_size, a.layers, a.vocab_size, length), a.batch_size, dtype, length, a.device, a.threads,
+                    a.recompute, a.repeats) for dtype in a.dtypes for length in a.lengths]
     print(f"{'type':>8} {'S':>6} {'ours tok/s':>11} {'HF tok/s':>11} {'speed':>7} {'ours GiB':>9} {'HF GiB':>8} {'memory':>7} {'loss difference':>16}")
     for row in rows:
         ours, other = row["ours"], row["transformers"]
