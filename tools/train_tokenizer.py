@@ -85,14 +85,18 @@ def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
             max_bytes -= len(text.encode(errors="replace"))
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train byte-level BPE, one token a digit.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--source", nargs="+", action="extend", required=True, metavar="PATH", help="file, directory or stdlib")
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens, without the 256 special ones")
     parser.add_argument("--max-bytes", type=int, default=5_000_000, help="how much text to train on")
     parser.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
-    a = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    a = parse_arguments(argv)
     try:
         target = model_file(a.out)
         if target.exists():
