@@ -398,7 +398,7 @@ class Checkpoint:
     config: ModelConfig  # with the scaling that was asked for
     scaling: RopeScaling | None  # that one, None for the checkpoint's own
     tokenizer: data.Tokenizer
-    dtype: torch.dtype
+    dtype: str
     device: str
 
     @classmethod
@@ -411,15 +411,16 @@ class Checkpoint:
         check_grid(tp, cp, launched()[1])
         config, tokenizer = rescale(read_config(path), scaling), data.load_tokenizer(path)
         check_grid(tp, cp, launched()[1], config.shards())
-        computed = getattr(torch, ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype)
-        attention_kernel(device, computed, config.head_dim)
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
+        attention_kernel(device, getattr(torch, dtype), config.head_dim)
         if tokenizer.n_vocab > config.vocab_size:
             raise ValueError(f"{path}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
-        return cls(path, config, scaling, tokenizer, computed, device)
+        return cls(path, config, scaling, tokenizer, dtype, device)
 
     def load(self, grid: Grid) -> Llama:
         """The model, on this grid."""
-        return Llama.from_pretrained(self.path, grid, self.dtype, self.device, self.scaling)
+        return Llama.from_pretrained(self.path, grid, getattr(torch, self.dtype), self.device, self.scaling)
 
     def window_before(self) -> int:
         """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
@@ -526,7 +527,7 @@ def main(argv: list[str] | None = None) -> None:
         for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
             cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        results = {"settings": vars(a), "window": a.window or checkpoint.window_before()}
+        results = {"settings": vars(a) | {"dtype": checkpoint.dtype}, "window": a.window or checkpoint.window_before()}
         results |= evaluate(checkpoint.load(grid), tokenizer, haystack, a.lengths, depths, a.samples,
                             batch_tokens=a.batch_tokens, device=a.device, progress=grid.is_first, **options)
         if grid.is_first:

@@ -4,8 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-  echo "error: $(python3 --version 2>&1) is too old or missing; install Python 3.10 or newer" >&2; exit 1; }
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: $(python3 --version 2>&1) is too old or missing; install Python 3.11 or newer" >&2; exit 1; }
 
 wanted=$(cat requirements.txt requirements-dev.txt)
 [ "$(cat .venv/installed.txt 2>/dev/null || true)" = "$wanted" ] && exit 0

@@ -28,7 +28,7 @@ if [ "$*" != --plan ]; then
   [ $# -ge 3 ] && [ $# -le 6 ] || fail "usage: bash $0 MODEL_DIR CHAT OUT [WINDOW [STEPS [SAMPLES]]], or bash $0 --plan"
   [ -f "$MODEL/config.json" ] || fail "$MODEL: no config.json there; give a Hugging Face model directory"
   [ ! -f "$CHAT/train.jsonl" ] || CHAT=$CHAT/train.jsonl
-  [ -f "$CHAT" ] || fail "$CHAT: no such file; give a .jsonl of messages, or a directory of runs/chat_blend.py"
+  [ -f "$CHAT" ] || fail "$CHAT: no such file; give a .jsonl of messages, or a directory of tools.chat_blend"
   [ ! -f "$OUT" ] || fail "$OUT: is a file; give a directory"
 fi
 for n in "$WINDOW" "$STEPS" "$SAMPLES"; do
@@ -45,12 +45,12 @@ export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLO
 
 echo "== 1. plan: does it fit on $GPUS x $GPU?"
 STAGE1=(--cp "$GPUS" $MEMORY --sequence-length "$WINDOW" --batch-size "$BATCH" --micro-batch-size 1)
-STAGE2=(--sequence-length 8192 --pack --batch-size "$ROWS" --micro-batch-size 1)
+STAGE2=(--sequence-length 8192 --batch-size "$ROWS" --micro-batch-size 1)
 SOURCE=(--model "$MODEL")
 [ "$*" != --plan ] || SOURCE=(--config runs/smollm2_135m.json)
-python train.py --dry-run "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE1[@]}"
+python -m tools.plan "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE1[@]}"
 echo "-- and stage 2:"
-python sft.py --dry-run "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE2[@]}"
+python -m tools.plan "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE2[@]}"
 [ "$*" != --plan ] || exit 0
 mkdir -p "$OUT"
 SETTINGS="WINDOW $WINDOW STEPS $STEPS SAMPLES $SAMPLES BATCH $BATCH ROWS $ROWS LR1 $LR1 LR2 $LR2 DTYPE $DTYPE"
@@ -59,23 +59,28 @@ echo "$SETTINGS" > "$OUT/settings"    # results of other settings never stand be
 
 echo "== 2. data: files under 4K tokens drawn half as often, those above 8K twice (our choice), a tenth held out"
 PACKAGES=$(echo .venv/lib/python3*/site-packages)
-[ -e "$OUT/corpus/meta.json" ] || python data.py prepare --source code=stdlib packages="$PACKAGES" --tokenizer "$MODEL" \
+[ -e "$OUT/corpus/meta.json" ] || python -m tools.prepare --source code=stdlib packages="$PACKAGES" --tokenizer "$MODEL" \
   --short-length 4096 --short-weight 0.5 --long-length 8192 --long-weight 2 --holdout 0.1 --out "$OUT/corpus"
-[ -e "$OUT/chat/train.jsonl" ] || python runs/chat_blend.py --source chat="$CHAT" --tokenizer "$MODEL" --system "$SYSTEM" \
+[ -e "$OUT/chat/train.jsonl" ] || python -m tools.chat_blend --source chat="$CHAT" --tokenizer "$MODEL" --system "$SYSTEM" \
   --max-tokens 8192 --out "$OUT/chat"  # clean, no copies, the system message the model is used with
-[ -e "$OUT/ruler.jsonl" ] || python runs/ruler.py --tokenizer "$MODEL" --lengths $LENGTHS --samples "$SAMPLES" \
+[ -e "$OUT/ruler.jsonl" ] || python -m tools.ruler --tokenizer "$MODEL" --lengths $LENGTHS --samples "$SAMPLES" \
   --tasks niah_{single,multikey}_{1,2,3} niah_multivalue niah_multiquery \
   --prompt chat --system "$SYSTEM" --haystack "$OUT/corpus" --out "$OUT/ruler.jsonl"
 
 YARN=(--rope-kind yarn --rope-factor "$FACTOR" --original-length 8192 --beta-slow 1 --beta-fast 4)  # alpha 1, beta 4
 evaluate() {  # NAME MODEL_DIR [OPTIONS]: needles (a heat map), RULER's needle tasks (a table), perplexity (a curve)
-  local name=$1 run=($LAUNCH eval_niah.py "$2" --cp "$GPUS" --dtype "$DTYPE" --window 8192 "${@:3}")
+  local name=$1 model=("$2" --cp "$GPUS" --dtype "$DTYPE" "${@:3}")
   echo "== evaluation of $name"
-  [ -e "$OUT/needles-$name.json" ] || "${run[@]}" --haystack "$OUT/corpus" --task mixed --lengths $LENGTHS --depths $DEPTHS \
-    --samples "$SAMPLES" --out "$OUT/needles-$name.json" --figure "$OUT/needles-$name.png"
-  "${run[@]}" --jsonl "$OUT/ruler.jsonl" --prompt chat --system "$SYSTEM" --max-length "$WINDOW" --out "$OUT/ruler-$name.jsonl"
-  [ -e "$OUT/perplexity-$name.json" ] || "${run[@]}" --haystack "$OUT/corpus" --perplexity --lengths "$SHORT" --samples 5 \
-    --out "$OUT/perplexity-$name.json" || echo "note: no curve of perplexity; the line above says why" >&2
+  [ -e "$OUT/needles-$name.json" ] || {
+    $LAUNCH eval_niah.py "${model[@]}" --window 8192 --haystack "$OUT/corpus" --task mixed --lengths $LENGTHS --depths $DEPTHS \
+      --samples "$SAMPLES" --out "$OUT/needles-$name.json"
+    python -m tools.plot compare "$OUT/needles-$name.json" --figure "$OUT/needles-$name.png" > /dev/null  # its table: above
+  }
+  $LAUNCH -m tools.answer "${model[@]}" --jsonl "$OUT/ruler.jsonl" --prompt chat --system "$SYSTEM" --max-length "$WINDOW" \
+    --out "$OUT/ruler-$name.jsonl"
+  [ -e "$OUT/perplexity-$name.json" ] || $LAUNCH -m tools.perplexity "${model[@]}" --window 8192 --haystack "$OUT/corpus" \
+    --lengths "$SHORT" --samples 5 --out "$OUT/perplexity-$name.json" ||
+    echo "note: no curve of perplexity; the line above says why" >&2
 }
 evaluate base "$MODEL"
 evaluate untrained "$MODEL" "${YARN[@]}"
@@ -88,18 +93,19 @@ $LAUNCH train.py --model "$MODEL" "${YARN[@]}" --data "$OUT/corpus" --separator 
 evaluate stage1 "$OUT/stage1/final"
 
 echo "== 4. stage 2: short chat samples, several a row that do not see each other, loss on the assistant's words only"
-$LAUNCH sft.py --model "$OUT/stage1/final" --data "$OUT/chat/train.jsonl" "${STAGE2[@]}" --steps $((STEPS < 50 ? STEPS : 50)) \
-  --learning-rate "$LR2" --betas 0.9 0.95 --warmup-steps 5 --final-learning-rate 0.1 --weight-decay 0.1 --clip 1 \
-  --checkpoint-every 10 --timeout 7200 --resume --out "$OUT/stage2"
+$LAUNCH sft.py --model "$OUT/stage1/final" --data "$OUT/chat/train.jsonl" "${STAGE2[@]}" --pack \
+  --steps $((STEPS < 50 ? STEPS : 50)) --learning-rate "$LR2" --betas 0.9 0.95 --warmup-steps 5 --final-learning-rate 0.1 \
+  --weight-decay 0.1 --clip 1 --checkpoint-every 10 --timeout 7200 --resume --out "$OUT/stage2"
 [ -e "$OUT/stage2/final" ] || fail "stage 2 was stopped before its end; the same command goes on"
 evaluate stage2 "$OUT/stage2/final"
 
 echo "== 5. side by side: exact match in % by length, then perplexity by position; RULER's tables stand above"
 LABELS=("before" "YaRN, untrained" "after stage 1" "after stage 2")
-python eval_niah.py --compare "$OUT"/needles-{base,untrained,stage1,stage2}.json \
+python -m tools.plot compare "$OUT"/needles-{base,untrained,stage1,stage2}.json \
   --labels "${LABELS[@]}" --figure "$OUT/needles.png"
-[ "$(ls "$OUT"/perplexity-*.json 2>/dev/null | wc -l)" != 4 ] || python eval_niah.py --compare "$OUT"/perplexity-{base,untrained,stage1,stage2}.json \
-  --labels "${LABELS[@]}" --figure "$OUT/perplexity.png"
+[ "$(ls "$OUT"/perplexity-*.json 2>/dev/null | wc -l)" != 4 ] ||
+  python -m tools.plot compare "$OUT"/perplexity-{base,untrained,stage1,stage2}.json \
+    --labels "${LABELS[@]}" --figure "$OUT/perplexity.png"
 
 echo "== 6. $OUT/stage2/final is a Hugging Face directory: serve it with transformers, or chat with it here"
-echo "PATH=.venv/bin:\$PATH python model.py $OUT/stage2/final --system '$SYSTEM' --prompt 'Why is the sky blue?'"
+echo "PATH=.venv/bin:\$PATH python -m tools.chat $OUT/stage2/final --system '$SYSTEM' --prompt 'Why is the sky blue?'"

@@ -18,9 +18,9 @@ export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLO
 
 echo "== data: a tokenizer, the standard library (a tenth held out), documents with facts to retrieve"
 mkdir -p "$OUT"
-python data.py train-bpe --source stdlib --vocab-size 1024 --out "$OUT/tokenizer"
-python data.py prepare --source code=stdlib --tokenizer "$OUT/tokenizer" --out "$OUT/corpus"
-documents() { python runs/tiny_documents.py "$@" --corpus "$OUT/corpus" --tokenizer "$OUT/tokenizer" --seed "$SEED"; }
+python -m tools.train_tokenizer --source stdlib --vocab-size 1024 --out "$OUT/tokenizer"
+python -m tools.prepare --source code=stdlib --tokenizer "$OUT/tokenizer" --out "$OUT/corpus"
+documents() { python -m tools.tiny_documents "$@" --corpus "$OUT/corpus" --tokenizer "$OUT/tokenizer" --seed "$SEED"; }
 documents retrieval --length 64 --most-facts 2 --chat-share 0.3 --count 8000 --out "$OUT/facts-64"
 documents retrieval --length 128 --most-facts 4 --chat-share 0.3 --count 8000 --out "$OUT/facts-128"
 # Rates, decay and batches below are for a model of 0.7M parameters and runs of minutes; train.py's defaults are the paper's.
@@ -43,7 +43,8 @@ train() {  # a training program and its options, --out last
 }
 
 started=$SECONDS
-NEEDLES="$CP --haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10 --seed $((7000 + SEED))"
+NEEDLES="$CP --haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10"
+NEEDLES+=" --seed $((7000 + SEED))"
 COMMON="$CP --seed $SEED --dtype float32 --weight-decay 0.05 --warmup-steps 10"  # float32: any CPU gives these results
 
 echo "== base model: 64 tokens first, then its window of 128"
@@ -54,7 +55,8 @@ train train.py --model "$OUT/base-64/final" --data "$OUT/facts-128" --separator 
   --sequence-length 128 --batch-size 16 --steps 500 --learning-rate 1.2e-3 --final-learning-rate 0.05 \
   --validation-sequences 0 $COMMON --out "$OUT/base"
 $LAUNCH eval_niah.py "$OUT/base/final" $NEEDLES --window 128 --out "$OUT/base.json"
-$LAUNCH eval_niah.py "$OUT/base/final" $NEEDLES --rope-kind yarn --rope-factor 16 --original-length 128 --out "$OUT/untrained.json"
+$LAUNCH eval_niah.py "$OUT/base/final" $NEEDLES --rope-kind yarn --rope-factor 16 --original-length 128 \
+  --out "$OUT/untrained.json"
 
 echo "== stage 1: one step from 128 to 2,048 tokens, YaRN with s = 16, documents up-sampled by length, <s> between them"
 train train.py --model "$OUT/base/final" --rope-kind yarn --rope-factor 16 --original-length 128 \
@@ -70,9 +72,9 @@ $LAUNCH eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --out "$OUT/stage
 $LAUNCH eval_niah.py "$OUT/stage2/final" $NEEDLES --window 128 --prompt chat --out "$OUT/stage2-chat.json"
 
 echo "== exact match in %, by prompt length; the base model's window is 128"
-python eval_niah.py --compare "$OUT"/{base,untrained,stage1,stage2,stage2-chat}.json \
+python -m tools.plot compare "$OUT"/{base,untrained,stage1,stage2,stage2-chat}.json \
   --labels "base" "base with YaRN, untrained" "after stage 1" "after stage 2" "after stage 2, chat prompt"
-python eval_niah.py --compare "$OUT"/{base,stage1,stage2}.json --labels "before" "after stage 1" "after stage 2" \
+python -m tools.plot compare "$OUT"/{base,stage1,stage2}.json --labels "before" "after stage 1" "after stage 2" \
   --figure "$OUT/figure.png" > /dev/null
 echo "training and evaluation took $((SECONDS - started)) s; figure: $OUT/figure.png"
-echo "chat with it: .venv/bin/python model.py $OUT/stage2/final --prompt 'What does def load(path) do?' --max-new-tokens 40"
+echo "chat: .venv/bin/python -m tools.chat $OUT/stage2/final --prompt 'What does def load(path) do?' --max-new-tokens 40"

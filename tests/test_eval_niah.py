@@ -329,7 +329,7 @@ def test_command_line_writes_what_it_shows(model_directory, text_file, tmp_path,
     shown = capsys.readouterr().out
     assert "\033" not in shown and "note: lengths above 256" in shown and shown.count(" | ") == 6
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["settings"]["seed"] == 1234 and results["settings"]["model"] == str(model_directory)
+    assert results["settings"]["seed"] == 1234 and results["settings"]["dtype"] == "float32" and results["settings"]["model"] == str(model_directory)
     assert [results[name] for name in ("lengths", "depths", "window")] == [[200, 400], [0.0, 0.5, 1.0], 256]
     prompts = [prompt for cell in results["cells"] for prompt in cell["prompts"]]
     assert len(results["cells"]) == 6 and len(prompts) == 12

@@ -1,4 +1,5 @@
 """The recipes of runs/: their plans fit, mistakes get one line, and every option they give exists."""
+import importlib
 import json
 import os
 import re
@@ -10,23 +11,19 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-import data
 import eval_niah
 import sft
 import train
 from parallel import check_grid
+from tools import plan, ruler
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "runs"))
-import chat_blend
-import ruler
-import tiny_documents
-
 SCRIPTS = sorted(path.name for path in (ROOT / "runs").iterdir() if path.suffix in (".sh", ".slurm"))
-LARGE = {"ultralong_1m": (2**20, 8, 120), "ultralong_2m": (2**21, 4, 120), "ultralong_4m": (2**22, 2, 150),
-         "llama32_1b_512k": (2**19, 2, 96)}  # window, sequences a step, steps
-PAPER = {"ultralong_1m": "4", "ultralong_2m": "16", "ultralong_4m": "16"}  # cp, of tp 8 on 256 GPUs
-RECIPES = [*LARGE, "smollm2_128k"]
+PRESETS = {"1m": (2**20, 8, 120), "2m": (2**21, 4, 120), "4m": (2**22, 2, 150), "llama32_1b": (2**19, 2, 96)}
+# of runs/ultralong.sh: window, sequences a step, steps
+PAPER = {"1m": "4", "2m": "16", "4m": "16"}  # cp, of tp 8 on 256 GPUs
+RECIPES = {preset: ["runs/ultralong.sh", preset] for preset in PRESETS} | {"smollm2": ["runs/smollm2_128k.sh"]}
+ARGUMENTS = {preset: ["model", "text", "chat", "out"] for preset in PRESETS} | {"smollm2": ["model", "chat/train.jsonl", "out"]}
 
 # Stands for python, torchrun, srun and scontrol: writes its arguments down and makes what the scripts look for.
 STUB = r"""#!PYTHON -SE
@@ -37,14 +34,14 @@ if name == "scontrol":
     raise SystemExit
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([name, *arguments]) + "\n")
-place = next((i for i, text in enumerate(arguments) if text.endswith(".py")), None)
-if place is not None and "--out" in arguments and "--dry-run" not in arguments:
-    program, out = os.path.basename(arguments[place]), arguments[arguments.index("--out") + 1]
+place = next((i for i, text in enumerate(arguments) if text == "-m" or text.endswith(".py")), None)
+if place is not None and "--out" in arguments:
+    program, out = arguments[place + (arguments[place] == "-m")], arguments[arguments.index("--out") + 1]
     if os.environ.get("STOPPED") == program:  # as if by SIGTERM: exit code 0, but no `final`
         os.makedirs(out, exist_ok=True)
         raise SystemExit
-    folder, file = {"train.py": ("final", None), "sft.py": ("final", None), "chat_blend.py": ("", "train.jsonl"),
-                    "data.py": ("", "meta.json")}.get(program, (None, None))
+    folder, file = {"train.py": ("final", None), "sft.py": ("final", None), "tools.train_tokenizer": ("", "tokenizer.model"),
+                    "tools.prepare": ("", "meta.json"), "tools.chat_blend": ("", "train.jsonl")}.get(program, (None, None))
     if folder is None:
         open(out, "a").close()
     else:
@@ -55,14 +52,14 @@ if place is not None and "--out" in arguments and "--dry-run" not in arguments:
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, without what the recipes read from it."""
-    ours = {"GPU", "GPUS", "TP", "CP", "MEMORY", "LAUNCH", "WAIT", "SAMPLES", "NPROC", "RECIPE", "BATCH", "ROWS", "DTYPE"}
+    ours = {"GPU", "GPUS", "TP", "CP", "MEMORY", "LAUNCH", "WAIT", "SAMPLES", "NPROC", "BATCH", "ROWS", "LR1", "LR2", "DTYPE"}
     return {name: value for name, value in os.environ.items() if name not in ours} | changes
 
 
 def tree(folder: Path, programs: dict[str, str]) -> Path:
     """A repository in `folder`: the real scripts, and a .venv of these programs that setup.sh finds up to date."""
     shutil.copytree(ROOT / "runs", folder / "runs", ignore=shutil.ignore_patterns("__pycache__"))
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "tools"]:
         (folder / path.name).symlink_to(path)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "lib" / "python3.12" / "site-packages").mkdir(parents=True)
@@ -101,7 +98,7 @@ def test_scripts_are_bash(script):
 
 
 def test_plan_is_printed(planned):
-    result = bash(planned, "runs/ultralong_1m.sh", "--plan")
+    result = bash(planned, *RECIPES["1m"], "--plan")
     assert result.returncode == 0, result.stderr
     assert "8 x 1,048,576 tokens a step; dp 1 x cp 1 x tp 8 = 8 x H100-80" in result.stdout
     assert "128 x 8,192 tokens a step" in result.stdout and result.stdout.count("of 76.0: fits") == 2
@@ -109,35 +106,44 @@ def test_plan_is_printed(planned):
 
 def test_plan_that_does_not_fit_stops_everything(planned):
     variables = {"MEMORY": "--recompute none", "GPU": "A100-80"}
-    refused(bash(planned, "runs/ultralong_4m.sh", "--plan", **variables), "do not fit")
+    refused(bash(planned, *RECIPES["4m"], "--plan", **variables), "do not fit")
     shutil.copy(ROOT / "runs" / "llama31_8b.json", planned / "model" / "config.json")
-    refused(bash(planned, "runs/ultralong_4m.sh", "model", "text", "chat", "out", **variables), "do not fit")
+    refused(bash(planned, *RECIPES["4m"], *ARGUMENTS["4m"], **variables), "do not fit")
     assert not (planned / "out").exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_arguments(planned, recipe):
     """Missing or wrong: one line, before anything runs."""
-    good = ["model", "text", "chat", "out"] if recipe in LARGE else ["model", "chat/train.jsonl", "out"]
-    refused(bash(planned, f"runs/{recipe}.sh"), "usage: bash")
-    refused(bash(planned, f"runs/{recipe}.sh", *good[:-1]), "usage: bash")
-    refused(bash(planned, f"runs/{recipe}.sh", "--plan", "more"), "usage: bash")
-    refused(bash(planned, f"runs/{recipe}.sh", *good, *["1"] * 4), "usage: bash")
+    script, good = RECIPES[recipe], ARGUMENTS[recipe]
+    refused(bash(planned, *script), "usage: bash runs/")
+    refused(bash(planned, *script, *good[:-1]), "usage: bash runs/")
+    refused(bash(planned, *script, "--plan", "more"), "usage: bash runs/")
+    refused(bash(planned, *script, *good, *["1"] * 4), "usage: bash runs/")
     for place in range(len(good) - 1):
-        refused(bash(planned, f"runs/{recipe}.sh", *good[:place], "nowhere", *good[place + 1:]), "nowhere: no ")
-    refused(bash(planned, f"runs/{recipe}.sh", *good[:-1], "model/config.json"), "is a file")
+        refused(bash(planned, *script, *good[:place], "nowhere", *good[place + 1:]), "nowhere: no ")
+    refused(bash(planned, *script, *good[:-1], "model/config.json"), "is a file")
     assert not (planned / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--plan"], ["8m", "--plan"], ["", *ARGUMENTS["1m"]], ARGUMENTS["1m"]])
+def test_preset_that_is_none(planned, arguments):
+    refused(bash(planned, "runs/ultralong.sh", *arguments), "usage: bash runs/ultralong.sh 1m|2m|4m|llama32_1b ")
 
 
 @pytest.mark.parametrize("numbers, words", [(["12288"], "WINDOW 12288"), (["8192"], "WINDOW 8192"), (["16384", "0"], "0: "),
                                             (["16384", "2", "x"], "x: ")])
 def test_numbers_of_smollm2(planned, numbers, words):
-    refused(bash(planned, "runs/smollm2_128k.sh", "model", "chat/train.jsonl", "out", *numbers), words)
+    refused(bash(planned, *RECIPES["smollm2"], *ARGUMENTS["smollm2"], *numbers), words)
 
 
 def test_slurm_file_outside_slurm(planned):
-    refused(bash(planned, "runs/ultralong.slurm", "model", "text", "chat", "out", SLURM_JOB_ID=""), "under Slurm")
-    refused(bash(planned, "runs/ultralong.slurm", RECIPE="none"), "RECIPE")
+    for preset in PRESETS:
+        refused(bash(planned, "runs/ultralong.slurm", preset, *ARGUMENTS[preset], SLURM_JOB_ID=""), "under Slurm: sbatch")
+    for arguments in ([], ["8m", *ARGUMENTS["1m"]], ARGUMENTS["1m"]):
+        refused(bash(planned, "runs/ultralong.slurm", *arguments, SLURM_JOB_ID="7"), "usage: sbatch runs/ultralong.slurm 1m|")
+    elsewhere = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(planned / "text")}
+    refused(bash(planned, "runs/ultralong.slurm", "1m", *ARGUMENTS["1m"], **elsewhere), "submit from the repository")
 
 
 # ---------------------------------------------------------------------------------------------------- every option exists
@@ -158,175 +164,206 @@ def record(tmp_path):
     return run
 
 
-def of(commands: list[list[str]], program: str) -> list[list[str]]:
-    """Those that train, prepare, ... by a program."""
-    return [command for command in commands if program in command and "--dry-run" not in command]
+def parts(command: list[str]) -> tuple[list[str], str, list[str]]:
+    """What launches, the program (train.py, tools.plan, ...) and the program's options."""
+    place = next(i for i, text in enumerate(command) if text == "-m" or text.endswith(".py"))
+    start = place + (command[place] == "-m")
+    return command[:place], command[start], command[start + 1:]
+
+
+def of(commands: list[list[str]], *programs: str) -> list[list[str]]:
+    """Those that start one of these programs."""
+    return [command for command in commands if parts(command)[1] in programs]
 
 
 def value(command: list[str], option: str) -> str:
     return command[command.index(option) + 1]
 
 
-def check(command: list[str], monkeypatch) -> None:
+def check(command: list[str]) -> None:
     """The parser of the program that a command starts takes its options, and torchrun its own; the grid is possible there."""
-    place = next(i for i, text in enumerate(command) if text.endswith(".py"))
-    launcher, program, options, processes = command[:place], command[place], command[place + 1:], 1
-    assert (ROOT / program).is_file()
+    (launcher, program, options), processes = parts(command), 1
+    assert not any(text.endswith(".py") or text.startswith("tools.") for text in options)  # one program a command
     if "torchrun" in launcher:
-        a = get_args_parser().parse_args([*launcher[launcher.index("torchrun") + 1:], program])
+        rest = command[command.index("torchrun") + 1:]
+        a = get_args_parser().parse_args(rest)
+        assert (a.training_script, a.module, a.training_script_args) == (program, program.startswith("tools."), options)
         processes = int(a.nproc_per_node) * int(a.nnodes.split(":")[-1])
     if program in ("train.py", "sft.py"):
         a = (train.stage1_parser if program == "train.py" else sft.stage2_parser)().parse_args(options)
-        if not a.dry_run:  # a plan of so many processes, for check_arguments
-            assert a.steps and a.out and a.data
-            a.dry_run, a.processes = "H100-80", processes
-        train.check_arguments(a)
-    elif program == "eval_niah.py":
-        a = eval_niah.parse_arguments(options)
+        check_grid(a.tp, a.cp, processes, sequence_length=a.sequence_length)
+        assert a.steps and a.out and a.data and a.batch_size % (processes // (a.tp * a.cp) * (a.micro_batch_size or 1)) == 0
+        return
+    parse = eval_niah.parse_arguments if program == "eval_niah.py" else importlib.import_module(program).parse_arguments
+    a = parse(options)
+    if program in ("eval_niah.py", "tools.answer", "tools.perplexity"):
         check_grid(a.tp, a.cp, processes)
-        assert (a.model is None) != (a.compare is None) and (a.model is None or a.jsonl or a.haystack and a.lengths)
-    elif program == "data.py":
-        data.parse_arguments(options)
-    elif program == "runs/ruler.py":
-        a = ruler.parse_arguments(options)
-        assert a.tasks == ["all"] or set(a.tasks) <= set(ruler.TASKS)
+        assert a.model and (a.jsonl if program == "tools.answer" else a.haystack and a.lengths)
     else:
-        module, seen = {"runs/chat_blend.py": chat_blend, "runs/tiny_documents.py": tiny_documents}[program], []
-        monkeypatch.setattr(sys, "argv", [program, *options])
-        monkeypatch.setattr(module, "run", seen.append)
-        module.main()
-        assert seen
+        assert launcher == ["python"]  # nothing else knows of other processes
+    if program == "tools.ruler":
+        assert a.tasks == ["all"] or set(a.tasks) <= set(ruler.TASKS)
 
 
-def check_all(commands: list[list[str]], monkeypatch) -> None:
+def check_all(commands: list[list[str]]) -> None:
     for command in commands:
-        if any(text.endswith(".py") for text in command):  # not `python - < lines`
-            check(command, monkeypatch)
+        check(command)
 
 
-def plan(capsys, record, recipe: str, **variables: str) -> tuple[list[str], list[float], str]:
-    """What the commands of --plan print, here; of the first stage GiB, GiB on the host and seconds; and the script's header."""
-    result, commands = record(f"runs/{recipe}.sh", "--plan", **variables)
+def plans(capsys, record, recipe: str, **variables: str) -> tuple[list[str], list[float], str]:
+    """What the commands of --plan print, here; of the first stage GiB, GiB on the host and seconds; and what the header of the
+    script says of them, for ultralong.sh the preset's line."""
+    result, commands = record(*RECIPES[recipe], "--plan", **variables)
     assert result.returncode == 0, result.stderr
-    assert [command[1] for command in commands] == ["train.py", "sft.py"]
+    assert [command[:3] for command in commands] == [["python", "-m", "tools.plan"]] * 2
     printed = []
-    for command, parser in zip(commands, (train.stage1_parser(), sft.stage2_parser())):
-        options = [str(ROOT / text) if text.startswith("runs/") else text for text in command[2:]]
+    for command in commands:
         capsys.readouterr()
-        train.main(parser, None, options)
+        plan.main([str(ROOT / text) if text.startswith("runs/") else text for text in command[3:]])
         printed.append(capsys.readouterr().out)
         assert ": fits" in printed[-1]
     patterns = r"total +([\d.]+) of", r"in host memory +([\d.]+)", r"total +([\d.]+): "
     found = [re.search(pattern, printed[0]) for pattern in patterns]
-    return printed, [float(match[1]) if match else 0.0 for match in found], (ROOT / "runs" / f"{recipe}.sh").read_text()
+    header = (ROOT / RECIPES[recipe][0]).read_text().split("set -euo")[0]
+    if recipe in PRESETS:
+        [header] = (line for line in header.splitlines() if line.startswith(f"#   {recipe} "))
+    return printed, [float(match[1]) if match else 0.0 for match in found], header
 
 
-@pytest.mark.parametrize("recipe", LARGE)
-def test_plans_are_what_headers_say(capsys, record, recipe):
-    window, batch, steps = LARGE[recipe]
-    (first, second), (gib, host, seconds), header = plan(capsys, record, recipe)
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_plans_are_what_the_header_says(capsys, record, recipe):
+    window, batch, steps = PRESETS[recipe]
+    (first, second), (gib, host, seconds), header = plans(capsys, record, recipe)
     assert f"{batch} x {window:,} tokens a step" in first and "128 x 8,192 tokens a step" in second
     assert gib < 76 and host < 240 and "of 76.0: fits" in first
-    assert f"{gib:.0f} GiB and {host + 0.01:.0f} on the host" in header
     a_step = f"{seconds / 60:.0f} min a step" if seconds > 600 else f"{seconds:.0f} s a step"
-    assert f"{a_step}, {seconds * steps / 3600:.0f} h" in header
+    memory = f"{gib:.0f} GiB and {host + 0.01:.0f} on the host" + (" a GPU" if recipe in PAPER else "")
+    assert f" {memory}, {a_step}, {seconds * steps / 3600:.0f} h " in header
 
 
 @pytest.mark.parametrize("recipe", PAPER)
-def test_plans_of_the_papers_grid_are_what_headers_say(capsys, record, recipe):
-    (first, second), (gib, host, seconds), header = plan(capsys, record, recipe, GPUS="256", CP=PAPER[recipe],
-                                                         MEMORY="--recompute mlp")
+def test_plans_of_the_papers_grid_are_what_the_header_says(capsys, record, recipe):
+    (first, second), (gib, host, seconds), header = plans(capsys, record, recipe, GPUS="256", CP=PAPER[recipe],
+                                                          MEMORY="--recompute mlp")
     assert f"x cp {PAPER[recipe]} x tp 8 = 256 x H100-80" in first and "dp 32 x cp 1 x tp 8 = 256" in second
-    assert f"{gib:.0f} GiB, {seconds:.0f} s a step" in header and host == 0
+    hours = seconds * PRESETS[recipe][2] / 3600
+    assert f" {gib:.0f} GiB, {seconds:.0f} s a step, {hours:.2g} h (the paper: " in header and host == 0
 
 
-def test_plan_of_eight_for_the_1b_is_what_its_header_says(capsys, record):
-    (first, second), (gib, host, seconds), header = plan(capsys, record, "llama32_1b_512k", GPUS="8")
+def test_plan_of_eight_for_the_1b_is_what_the_header_says(capsys, record):
+    (first, second), (gib, host, seconds), header = plans(capsys, record, "llama32_1b", GPUS="8")
     assert "dp 1 x cp 8 x tp 1 = 8" in first and "dp 8 x cp 1 x tp 1 = 8" in second
-    assert f"{gib:.0f} GiB and {host:.0f} on the host a GPU, {seconds:.0f} s a step" in header
+    hours = seconds * PRESETS["llama32_1b"][2] / 3600
+    assert f" {gib:.0f} GiB and {host:.0f} on the host a GPU, {seconds:.0f} s a step, {hours:.2g} h" in header
 
 
 def test_plan_of_smollm2_is_what_its_header_says(capsys, record):
-    (first, _), (gib, _, seconds), header = plan(capsys, record, "smollm2_128k", GPU="H100-80")
+    (first, _), (gib, _, seconds), header = plans(capsys, record, "smollm2", GPU="H100-80")
     assert "0.13B parameters, 4 x 131,072 tokens a step" in first
     assert f"{gib:.0f} GiB, {seconds:.0f} s a step, {seconds * 40 / 60:.0f} min" in header
 
 
-@pytest.mark.parametrize("recipe", LARGE)
-def test_commands_of_large_recipes(record, monkeypatch, recipe):
-    window, batch, steps = LARGE[recipe]
-    result, commands = record(f"runs/{recipe}.sh", "model", "text", "chat", "out")
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_commands_of_presets(record, recipe):
+    window, batch, steps = PRESETS[recipe]
+    result, commands = record(*RECIPES[recipe], *ARGUMENTS[recipe])
     assert result.returncode == 0, result.stderr
-    check_all(commands, monkeypatch)
-    [prepare], [stage1], [stage2] = (of(commands, program) for program in ("data.py", "train.py", "sft.py"))
+    check_all(commands)
+    [prepare], [stage1], [stage2] = (of(commands, program) for program in ("tools.prepare", "train.py", "sft.py"))
     assert value(prepare, "--tokens") == str(window * batch * steps)
     assert value(stage1, "--rope-factor") == str(window // 8192) and value(stage1, "--original-length") == "8192"
     assert (value(stage1, "--beta-slow"), value(stage1, "--beta-fast"), value(stage1, "--separator")) == ("1", "4", "<s>")
     assert value(stage1, "--learning-rate") == "3e-5" and value(stage2, "--learning-rate") == "5e-6"
     assert int(value(stage2, "--steps")) * int(value(stage2, "--batch-size")) == 99840
-    result, again = record(f"runs/{recipe}.sh", "model", "text", "chat", "out")  # nothing is prepared or measured twice
-    assert result.returncode == 0 and not of(again, "data.py") and not of(again, "runs/ruler.py")
-    assert len(of(again, "eval_niah.py")) == 1 and "--resume" in of(again, "train.py")[0]
+    launcher = "python" if recipe == "llama32_1b" else "torchrun"  # one GPU needs no torchrun
+    assert {command[0] for command in of(commands, "train.py", "sft.py", "eval_niah.py", "tools.answer")} == {launcher}
+    assert len(of(commands, "tools.plot")) == 1 and "-m tools.chat out/stage2/final" in result.stdout.splitlines()[-1]
+    result, again = record(*RECIPES[recipe], *ARGUMENTS[recipe])  # nothing is prepared, measured or drawn twice
+    assert result.returncode == 0 and not of(again, "tools.prepare", "tools.ruler", "eval_niah.py", "tools.plot")
+    assert len(of(again, "tools.answer")) == 1 and "--resume" in of(again, "train.py")[0]
+
+
+def test_variables_win_over_presets(record):
+    variables = {"GPUS": "4", "TP": "2", "CP": "2", "WAIT": "99", "SAMPLES": "7", "MEMORY": "--recompute none"}
+    for preset in PRESETS:
+        _, commands = record(*RECIPES[preset], *ARGUMENTS[preset][:-1], f"out-{preset}", GPU="H200", **variables)
+        [stage1], [ruled] = of(commands, "train.py"), of(commands, "tools.ruler")
+        assert stage1[:6] == ["torchrun", "--standalone", "--nproc-per-node", "4", "--shutdown-timeout", "99"]
+        assert [value(stage1, option) for option in ("--tp", "--cp", "--recompute", "--timeout")] == ["2", "2", "none", "99"]
+        assert "--offload" not in stage1 and value(ruled, "--samples") == "7" and "H200" in of(commands, "tools.plan")[0]
+    _, commands = record(*RECIPES["1m"], *ARGUMENTS["1m"], LAUNCH="srun torchrun --nproc-per-node 8")
+    assert all(command[:4] == ["srun", "torchrun", "--nproc-per-node", "8"] for command in of(commands, "train.py", "sft.py"))
 
 
 def test_4m_are_evaluated_where_the_cache_fits(record):
-    _, commands = record("runs/ultralong_4m.sh", "model", "text", "chat", "out")
-    assert "2097152" in of(commands, "runs/ruler.py")[0] and "4194304" not in of(commands, "runs/ruler.py")[0]
-    for out, variables in (("other", {"GPU": "H200"}), ("third", {"GPUS": "16", "CP": "2"})):
-        _, commands = record("runs/ultralong_4m.sh", "model", "text", "chat", out, **variables)
-        assert "4194304" in of(commands, "runs/ruler.py")[0]
-    _, commands = record("runs/ultralong_4m.sh", "model", "text", "chat", "fourth", GPUS="16")  # two replicas, each with a cache
-    assert "4194304" not in of(commands, "runs/ruler.py")[0]
+    def longest(out: str, **variables: str) -> str:
+        _, commands = record(*RECIPES["4m"], *ARGUMENTS["4m"][:-1], out, **variables)
+        [needles], [ruled] = of(commands, "eval_niah.py"), of(commands, "tools.ruler")
+        lengths = re.search(r"--lengths ([\d ]+)", " ".join(ruled))[1]
+        assert f"--lengths {lengths}" in " ".join(needles)
+        return lengths.split()[-1]
+
+    assert longest("out") == "2097152"
+    assert longest("other", GPU="H200") == "4194304" and longest("third", GPUS="16", CP="2") == "4194304"
+    assert longest("fourth", GPUS="16") == "2097152"  # two replicas, each with a cache
 
 
 @pytest.mark.parametrize("program, words", [("train.py", "stage 1 was stopped"), ("sft.py", "stage 2 was stopped")])
-@pytest.mark.parametrize("recipe", ["ultralong_1m", "smollm2_128k"])
+@pytest.mark.parametrize("recipe", ["1m", "smollm2"])
 def test_a_stopped_stage_ends_the_recipe(record, recipe, program, words):
-    arguments = ["model", "text", "chat", "out"] if recipe in LARGE else ["model", "chat/train.jsonl", "out"]
-    result, commands = record(f"runs/{recipe}.sh", *arguments, STOPPED=program)
+    result, commands = record(*RECIPES[recipe], *ARGUMENTS[recipe], STOPPED=program)
     assert result.returncode == 1 and words in result.stderr
     assert of(commands, program) and not any("out/stage2/final" in command for command in commands)
 
 
-@pytest.mark.parametrize("recipe", PAPER)
-def test_slurm_file(record, monkeypatch, recipe):
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_slurm_file(record, recipe):
     """Training and evaluation go to 32 nodes by srun; the rest runs on the first."""
-    result, commands = record("runs/ultralong.slurm", "model", "text", "chat", "out", RECIPE=recipe, SLURM_JOB_ID="7",
-                              SLURM_NNODES="32", SLURM_JOB_NODELIST="node[1-32]")
+    result, commands = record("runs/ultralong.slurm", recipe, *ARGUMENTS[recipe], SLURM_JOB_ID="7", SLURM_NNODES="32",
+                              SLURM_JOB_NODELIST="node[1-32]")
     assert result.returncode == 0, result.stderr
-    check_all(commands, monkeypatch)
-    [stage1], [prepare] = of(commands, "train.py"), of(commands, "data.py")
+    check_all(commands)
+    [stage1], measured = of(commands, "train.py"), of(commands, "eval_niah.py", "tools.answer")
     assert stage1[0] == "srun" and value(stage1, "--nnodes") == "32" and value(stage1, "--rdzv-endpoint") == "node1:29500"
-    assert (value(stage1, "--tp"), value(stage1, "--cp"), value(stage1, "--recompute")) == ("8", PAPER[recipe], "mlp")
-    assert prepare[0] == "python" and all(command[0] == "srun" for command in of(commands, "eval_niah.py"))
+    assert (value(stage1, "--tp"), value(stage1, "--recompute")) == ("8", "mlp") and "--offload" not in stage1
+    assert value(stage1, "--cp") == PAPER.get(recipe, "16")
+    assert len(measured) == 2 and all(command[0] == "srun" for command in measured)
+    assert all(command[0] == "python" for command in of(commands, "tools.prepare", "tools.ruler", "tools.plot"))
 
 
 @pytest.mark.parametrize("gpus", ["1", "4"])
-def test_commands_of_smollm2(record, monkeypatch, gpus):
-    result, commands = record("runs/smollm2_128k.sh", "model", "chat/train.jsonl", "out", GPUS=gpus)
+def test_commands_of_smollm2(record, gpus):
+    result, commands = record(*RECIPES["smollm2"], *ARGUMENTS["smollm2"], GPUS=gpus)
     assert result.returncode == 0, result.stderr
-    check_all(commands, monkeypatch)
+    check_all(commands)
     [stage1], [stage2] = of(commands, "train.py"), of(commands, "sft.py")
     tokens = int(value(stage1, "--steps")) * int(value(stage1, "--batch-size")) * int(value(stage1, "--sequence-length"))
     assert 15e6 < tokens < 25e6 and value(stage1, "--rope-factor") == "16" and "--pack" in stage2
-    measured = [command for command in of(commands, "eval_niah.py") if "--compare" not in command]
+    measured = of(commands, "eval_niah.py", "tools.answer", "tools.perplexity")
     assert len(measured) == 12 and sum("--rope-factor" in command for command in measured) == 3
+    assert all(len(of(measured, program)) == 4 for program in ("eval_niah.py", "tools.answer", "tools.perplexity"))
     needles = measured[0][measured[0].index("--lengths") + 1:][:6]
     assert needles == ["4096", "8192", "16384", "32768", "65536", "131072"]
+    assert len(of(commands, "tools.plot")) == 6  # a heat map a model, both comparisons
+    _, again = record(*RECIPES["smollm2"], *ARGUMENTS["smollm2"], GPUS=gpus)
+    assert not of(again, "tools.prepare", "tools.chat_blend", "tools.ruler", "eval_niah.py", "tools.perplexity")
+    assert len(of(again, "tools.plot")) == 2 and len(of(again, "tools.answer")) == 4  # answers know what they have
 
 
-def test_small_numbers_of_smollm2(record, monkeypatch):
-    result, commands = record("runs/smollm2_128k.sh", "model", "chat/train.jsonl", "out", "16384", "2", "1", BATCH="1", ROWS="1")
+def test_small_numbers_of_smollm2(record):
+    result, commands = record(*RECIPES["smollm2"], *ARGUMENTS["smollm2"], "16384", "2", "1", BATCH="1", ROWS="1")
     assert result.returncode == 0, result.stderr
-    check_all(commands, monkeypatch)
+    check_all(commands)
     [stage1], [stage2] = of(commands, "train.py"), of(commands, "sft.py")
     assert (value(stage1, "--rope-factor"), value(stage1, "--steps"), value(stage2, "--steps")) == ("2", "2", "2")
-    assert ["4096", "8192", "16384", "--depths", "3", "--samples", "1"] == of(commands, "eval_niah.py")[0][-11:-4]
+    lengths, depths, samples = ["4096", "8192", "16384"], ["--depths", "3"], ["--samples", "1"]
+    assert [*lengths, *depths, *samples] == of(commands, "eval_niah.py")[0][-9:-2]
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_commands_of_tiny(record, monkeypatch, processes):
+def test_commands_of_tiny(record, processes):
     result, commands = record("runs/tiny.sh", NPROC=processes)
     assert result.returncode == 0, result.stderr
-    check_all(commands, monkeypatch)
-    assert len(of(commands, "train.py")) == 3 and len(of(commands, "sft.py")) == 1 and len(of(commands, "eval_niah.py")) == 7
+    check_all(commands)
+    assert [len(of(commands, program)) for program in ("train.py", "sft.py", "eval_niah.py", "tools.plot")] == [3, 1, 5, 2]
+    assert "-m tools.chat out/tiny-0/stage2/final" in result.stdout.splitlines()[-1]

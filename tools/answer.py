@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--max-length {limit} is too small: the answers alone take {least - 2}")
         # what decides the answers, as the first line of their file states it: results of other settings never mix
         settings = {"prompt": prompt, "system": system, "metric": a.metric, "max_new_tokens": a.max_new_tokens,
-                    "max_length": a.max_length, "dtype": str(checkpoint.dtype).removeprefix("torch."),
+                    "max_length": a.max_length, "dtype": checkpoint.dtype,
                     "jsonl": data.digest(a.jsonl), "model": checkpoint.config.to_hf(), "weights": weights_stamp(a.model)}
         answers = read_answers(a.out, settings) if a.out else {}
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.note_lengths(a.lengths)
         documents = load_long_documents(path, checkpoint.tokenizer, a.lengths, a.samples)
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        results = {"settings": vars(a), "window": a.window or checkpoint.window_before()}
+        results = {"settings": vars(a) | {"dtype": checkpoint.dtype}, "window": a.window or checkpoint.window_before()}
         results |= perplexity_by_position(checkpoint.load(grid), documents, a.buckets, a.device)
         if grid.is_first:
             print(perplexity_table([results], [a.model.name]))
