@@ -425,7 +425,7 @@ class Checkpoint:
     def window_before(self) -> int:
         """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
         own = self.config.max_position_embeddings
-        return own if self.config.rope_scaling.kind == "llama3" else self.config.old_window() or own
+        return own if self.config.rope_scaling.kind == "llama3" else self.config.window_before() or own
 
     def note_lengths(self, longest: int) -> None:
         """Say so if prompts are longer than the window."""

@@ -131,11 +131,12 @@ class ModelConfig:
                    qkv_bias=family == "qwen2" or bias, output_bias=family == "llama" and bias,
                    initializer_range=positive_number(config, "initializer_range", 0.02), hf=dict(config))
 
-    def old_window(self) -> int | None:
+    def window_before(self) -> int | None:
         """The window before extension; None where the checkpoint does not say.
 
         A linear rule's config.json states the new window alone. So does yarn's if it leaves the old one out: its frequencies
-        are then computed as if nothing had been extended, as transformers does.
+        are then computed as if nothing had been extended, as transformers does. (transformers 5 states it when it saves such
+        a model: that file says what Qwen2.5's documented edit says, and is read as that.)
         """
         scaling = self.rope_scaling
         if scaling.kind == "default":
@@ -175,7 +176,7 @@ class ModelConfig:
             note = {NTK_KEY: {"rope_theta": theta, "factor": scaling.factor, "original": scaling.original_max_position}}
             theta, scaling = ntk_theta(theta, scaling.factor, self.head_dim), RopeScaling()
         written = None if scaling.kind == "default" else scaling.to_hf()
-        if scaling.kind == "yarn" and self.old_window() is None:  # stated now, it would be taken for the half of an extension
+        if scaling.kind == "yarn" and self.window_before() is None:  # stated now, it would be read as half an extension
             del written["original_max_position_embeddings"]
         family = self.hf.get("model_type", "qwen2" if self.qkv_bias and not self.output_bias else "llama")
         kept = {key: value for key, value in self.hf.items() if key not in
@@ -678,10 +679,12 @@ class Llama(nn.Module):
         stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
         done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         new = tokens[:, cache.length:]
+        self.grid.restart_timer()
         cache.reserve(-(-new.shape[1] // self.grid.sequence_multiple) * self.grid.sequence_multiple // self.grid.cp
                       + -(-max_new_tokens // self.grid.cp))  # once, for all that follows
         hidden = self.hidden_at(new, torch.full_like(new[:, :1], new.shape[1] - 1), cache)  # (B, 1, hidden)
         for step in range(max_new_tokens):
+            self.grid.restart_timer()
             new = sample(self.logits(hidden[:, 0]).float(), temperature, top_p, generator)  # (B,)
             new = self.grid.broadcast(new, "cp_tp")  # without a seed every rank has drawn its own
             new = torch.where(done, tokens[:, -1], new)
@@ -860,7 +863,7 @@ def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
         return config
     if scaling.kind == "default":
         return replace(config, rope_scaling=scaling)
-    original = scaling.original_max_position or config.old_window()
+    original = scaling.original_max_position or config.window_before()
     if original is None:
         raise ValueError(f"--original-length is needed: a checkpoint with such {config.rope_scaling.kind} scaling does not "
                          "state its window before")

@@ -55,6 +55,7 @@ class Grid:
     rank: int = 0
     groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
     timeout: float = field(default=600.0, repr=False, compare=False)
+    is_owner: bool = field(default=False, repr=False, compare=False)  # of torch's process group, which it closes
 
     @classmethod
     def create(cls, tp: int = 1, cp: int = 1, device: str | None = None, timeout: float = 600.0) -> Grid:
@@ -78,11 +79,13 @@ class Grid:
             torch.cuda.set_device(local)
         patience = timedelta(seconds=2 * timeout + 60)  # torch's own, for programs that start no timer
         if not dist.is_initialized():
+            grid.is_owner = True
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
             store = dist.PrefixStore(f"attempt {restarts()}", store)  # a restarted job must not find its dead ranks' addresses
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
                                     device_id=torch.device("cuda", local) if cuda else None)
-            faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)  # torchrun's, when another rank has failed
+            # torchrun sends it when another rank has failed; while train.py collects signals, that comes first
+            faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
         ranks = torch.arange(world).view(grid.dp, cp, tp)
         for name, axes in GROUPS.items():
             together = [i for i, axis in enumerate(("dp", "cp", "tp")) if axis in axes]
@@ -175,21 +178,26 @@ class Grid:
         if self.groups:
             dist.barrier(group=self.groups["all"])
 
-    def restart_timer(self) -> None:
-        """Give this rank `timeout` seconds from now: then it prints where it stands and ends, and torchrun ends the others.
+    def restart_timer(self, stretches: int = 1) -> None:
+        """Give this rank `timeout` seconds from now for each of so many stretches of work, its own or what it waits for.
 
-        A rank that hangs keeps all others waiting, so each of them says where. Call it wherever a stretch of work begins: a
-        micro-batch, a validation sequence, a prompt, a file; `close` stops the timer. Alone, a process keeps nobody waiting.
+        Then it prints where it stands and ends, and torchrun ends the others: a rank that hangs keeps all others waiting, so
+        each of them says where. Call it wherever a stretch begins: a micro-batch, a validation sequence, a prompt, a token, a
+        file. `close` stops the timer. Alone, a process keeps nobody waiting.
         """
         if self.groups:
-            faulthandler.dump_traceback_later(self.timeout, exit=True)
+            faulthandler.dump_traceback_later(stretches * self.timeout, exit=True)
 
     def close(self) -> None:
-        """Leave the job in step with the others. A program that just ends does no harm, but may end before others have."""
+        """Leave the job in step with the others, and end torch's process group if this grid has made it: close it last.
+
+        A program that just ends does no harm, but may end before others have.
+        """
         self.barrier()
         if self.groups:
             faulthandler.cancel_dump_traceback_later()
             self.groups.clear()
+        if self.is_owner:
             dist.destroy_process_group()
 
 
@@ -843,4 +851,4 @@ def finish(error: Exception) -> None:
         raise SystemExit(f"error: {error}") from None
     time.sleep(2.0 if rank else 0.0)
     print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(1)  # the group may be broken: no orderly way out is left
+    os._exit(1)  # the others may wait for this rank in a communication: there is no orderly way out

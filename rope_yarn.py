@@ -381,8 +381,11 @@ def scaling_from_options(options: dict) -> RopeScaling | None:
 # ----------------------------------------------------------------------------- what a rule does, pair by pair
 
 
-def explain(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> str:
-    """A table of the pairs (wavelengths in tokens, turns in the old window `length`) and a summary."""
+def explain(head_dim: int, theta: float, length: int, scaling: RopeScaling, known: bool = True) -> str:
+    """A table of the pairs (wavelengths in tokens, turns in the old window `length`) and a summary.
+
+    known: whether `length` times the factor is the new window. For llama3 it never is.
+    """
     before, _ = inverse_frequencies(head_dim, theta, RopeScaling())
     after, factor = inverse_frequencies(head_dim, theta, scaling)
     lines = ["pair    wavelength  rotations  change           new wavelength   stretch"]
@@ -396,7 +399,7 @@ def explain(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> s
                      f"{shown:<15}  {2 * math.pi / new:>14,.0f}  {old / new:>7.2f}x")
     reach = f"a window of {length:,} tokens becomes {round(length * scaling.factor):,}"
     aim = "s times slower, so the new window has no new angle"
-    if scaling.kind == "llama3":  # its factor and length are no two windows' ratio
+    if not known or scaling.kind == "llama3":
         reach = f"pairs of few turns in {length:,} tokens are slowed down; config.json says how far that reaches"
         aim = "s times slower"
     return "\n".join(lines + [
@@ -416,8 +419,8 @@ def add_rule_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--theta", type=float, help="RoPE's base (500000)")
 
 
-def read_config(path: Path) -> tuple[int, float, int, RopeScaling]:
-    """Head dim, theta, old window and scaling of a config.json."""
+def read_config(path: Path) -> tuple[int, float, int, RopeScaling, bool]:
+    """Head dim, theta, old window and scaling of a config.json, and whether it says which window that is."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -429,21 +432,23 @@ def read_config(path: Path) -> tuple[int, float, int, RopeScaling]:
     length = scaling.original_max_position or number(str(path), config, "max_position_embeddings")
     if scaling.kind == "linear":  # such a file states the window after the extension
         length = round(length / scaling.factor)
-    return int(number(str(path), config, "head_dim")), theta, int(length), scaling
+    known = scaling.kind != "yarn" or stated_original(config)
+    return int(number(str(path), config, "head_dim")), theta, int(length), scaling, known
 
 
-def rule_from_options(options: dict) -> tuple[int, float, int, RopeScaling]:
-    """Head dim, theta, old window and rule of these options: a config.json's, or yarn at factor 128 on Llama-3.1-8B."""
+def rule_from_options(options: dict) -> tuple[int, float, int, RopeScaling, bool]:
+    """Head dim, theta, old window and rule of these options: a config.json's, or yarn at factor 128 on Llama-3.1-8B; and
+    whether the old window is one: yarn whose config.json does not state it is computed with another number."""
     path = options["config"]
-    head_dim, theta, length, scaling = read_config(path) if path else (128, 500000.0, 8192, None)
+    head_dim, theta, length, scaling, known = read_config(path) if path else (128, 500000.0, 8192, None, True)
     head_dim = head_dim if options["head_dim"] is None else options["head_dim"]
     theta = theta if options["theta"] is None else options["theta"]
     asked, kind = stated_rule(options), options["rope_kind"]
     length = asked.pop("original_max_position", length)  # the table's window, with any rule
     if asked or kind or scaling is None:
         factor = 1.0 if kind == "default" else 128.0
-        scaling = RopeScaling(kind or "yarn", **{"factor": factor} | asked)
-    return head_dim, theta, length, replace(scaling, original_max_position=length)
+        scaling, known = RopeScaling(kind or "yarn", **{"factor": factor} | asked), True
+    return head_dim, theta, length, replace(scaling, original_max_position=length), known
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_given(data=a.data, steps=a.steps, out=a.out)
         optimisation, compute, output = (values_of(kind, vars(a)) for kind in (Optimisation, Compute, Output))
-        check_processes(compute, optimisation, a.sequence_length, a.cross_document_mask)
+        optimisation = check_processes(compute, optimisation, a.sequence_length, a.cross_document_mask)
         config, tokenizer, path = load_start(a.model or a.config, a.tokenizer or a.model, None, a.sequence_length, compute)
         if a.validate_every and not a.validation_data:
             raise ValueError("--validate-every needs --validation-data, held-out chat samples")

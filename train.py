@@ -321,7 +321,7 @@ def extension(config: ModelConfig, length: int) -> str:
     scaling, window = config.rope_scaling, config.max_position_embeddings
     if scaling.kind == "default":
         return f"train.py --rope-kind yarn --rope-factor {math.ceil(length / window)}"
-    known = config.old_window()
+    known = config.window_before()
     original = known or round(window / scaling.factor)
     options = f"train.py --rope-kind yarn --rope-factor {math.ceil(length / original)} --original-length {original}"
     unsure = "" if known else ", if that was its window before; it"
@@ -505,6 +505,7 @@ def validate(model: Llama, dataset, sequences: int, buckets: int) -> tuple[float
         batch = data.batch(dataset, index, 1).to(device)
         sums[0] += model.token_losses(batch.tokens, batch.targets, batch.document_ids)[0]  # (S,)
         sums[1] += batch.targets[0] != -100
+    grid.restart_timer()  # other replicas may have a sequence more
     total, count = grid.all_reduce(sums, "dp").cpu()
     parts = list(zip(total.tensor_split(buckets), count.tensor_split(buckets)))
     by_bucket = [(t.sum() / n.sum()).item() if n.sum() else None for t, n in parts]
@@ -568,20 +569,19 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, optimisat
     """Steps first_step + 1 ... steps, then a checkpoint; returns the last step made: a signal in `stop` ends it early."""
     grid, device, steps, rows = model.grid, model.head_weight.device, optimisation.steps, optimisation.batch_size
     share = rows // grid.dp
-    micro_batch_size = optimisation.micro_batch_size or share
     metrics = Metrics(output.out / "metrics.jsonl", first_step, grid.is_first)
     bar = tqdm(range(first_step + 1, steps + 1), initial=first_step, total=steps, desc=output.out.name, mininterval=1.0,
                disable=not grid.is_first)
     step, length = first_step, training.sequence_length
     products, attention = model.config.forward_flops(length)  # of a whole sequence; shorter ones take a little less
     flops = 3 * (products + (0 if training.document_mask else attention))  # masked documents: their products alone
-    peak, what = peak_rate(device.type, model.head_weight.dtype)
+    peak, what = peak_rate(str(device), model.head_weight.dtype)
     print_line(bar, f"MFU counts causal attention and no recomputation, against {what}")
     for step in bar:
         start = time.perf_counter()
         batch = data.batch(training, (step - 1) * rows + grid.dp_rank * share, share)
         waited = time.perf_counter() - start
-        loss, positions = training_step(model, optimizer, batch, micro_batch_size)
+        loss, positions = training_step(model, optimizer, batch, optimisation.micro_batch_size)
         rate = learning_rate(step, steps, optimisation.learning_rate, optimisation.warmup_steps,
                              optimisation.final_learning_rate)
         try:
@@ -613,24 +613,29 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, optimisat
     return step
 
 
-def build_model(config: ModelConfig, weights: Path | None, grid: Grid, compute: Compute, dtype: str, seed: int) -> Llama:
-    """The model that `config` describes, with the weights of a directory, or random ones."""
-    if weights:
-        model = Llama.from_pretrained(weights, grid, getattr(torch, dtype), compute.device)
+def build_model(config: ModelConfig, weights: Path | None, checkpoint: Path | None, grid: Grid, compute: Compute, dtype: str,
+                seed: int) -> Llama:
+    """The model of a checkpoint, as it is; else the one that `config` describes, with a directory's weights or random ones."""
+    if checkpoint or weights:
+        model = Llama.from_pretrained(checkpoint or weights, grid, getattr(torch, dtype), compute.device)
     else:
         model = Llama(config, grid).initialise(seed).to(compute.device, getattr(torch, dtype))
-    model.config, model.recompute = config, compute.recompute
-    model.host, model.tile_bytes = HostMemory() if compute.offload else None, compute.tile_mib * 2**20
+    if not checkpoint:
+        model.config = config
+    model.recompute, model.tile_bytes = compute.recompute, compute.tile_mib * 2**20
+    model.host = HostMemory() if compute.offload else None
     return model
 
 
-def check_processes(compute: Compute, optimisation: Optimisation, sequence_length: int, document_mask: bool) -> None:
-    """Refuse what cannot work on so many processes and this device. Raises ValueError naming the option."""
+def check_processes(compute: Compute, optimisation: Optimisation, sequence_length: int, document_mask: bool) -> Optimisation:
+    """Refuse what cannot work on so many processes and this device; `optimisation` with its micro-batch size. ValueError."""
     check_least(2, sequence_length=sequence_length)
     check_grid(compute.tp, compute.cp, launched()[1], sequence_length=sequence_length)
-    check_split(optimisation.batch_size, optimisation.micro_batch_size, launched()[1] // (compute.tp * compute.cp))
+    replicas = launched()[1] // (compute.tp * compute.cp)
+    micro_batch_size = check_split(optimisation.batch_size, optimisation.micro_batch_size, replicas)
     check_whole_sequences(document_mask, compute.cp)
     check_device(compute.device)
+    return replace(optimisation, micro_batch_size=micro_batch_size)
 
 
 def load_start(model: Path, tokenizer: Path | None, scaling: RopeScaling | None, sequence_length: int,
@@ -677,7 +682,8 @@ def run_stage(config: ModelConfig, weights: Path | None, tokenizer: Path, traini
     grid = Grid.create(compute.tp, compute.cp, compute.device, compute.timeout)
     check_agreement(grid, output.out, progress.step, settings, compute.device)
     dtype = chosen_dtype(grid, compute, progress)
-    model = build_model(config, progress.checkpoint or weights, grid, compute, dtype, optimisation.seed)
+    model = build_model(config, weights, progress.checkpoint, grid, compute, dtype, optimisation.seed)
+    config = model.config
     optimizer = ShardedAdamW(model, grid, tuple(optimisation.betas), weight_decay=optimisation.weight_decay,
                              on_host=compute.offload_optimizer)
     if progress.checkpoint:
@@ -692,7 +698,7 @@ def run_stage(config: ModelConfig, weights: Path | None, tokenizer: Path, traini
                f"rope {config.rope_scaling.kind}, {batch_size} x {length} tokens a step"
                + (f", resumed after step {progress.step}" if progress.checkpoint else ""))
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}; a rank: "
-               + rank_shapes(config, optimisation.micro_batch_size or batch_size // grid.dp, length, grid.tp, grid.cp))
+               + rank_shapes(config, optimisation.micro_batch_size, length, grid.tp, grid.cp))
 
     def save(step: int) -> Path:
         return save_checkpoint(output.out, step, model, optimizer, tokenizer, settings | {"dtype": dtype},
@@ -715,7 +721,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_given(data=a.data, steps=a.steps, out=a.out)
         optimisation, compute, output = (values_of(kind, vars(a)) for kind in (Optimisation, Compute, Output))
-        check_processes(compute, optimisation, a.sequence_length, a.cross_document_mask)
+        optimisation = check_processes(compute, optimisation, a.sequence_length, a.cross_document_mask)
         scaling = scaling_from_options(vars(a))
         config, tokenizer, path = load_start(a.model or a.config, a.tokenizer or a.model, scaling, a.sequence_length, compute)
         sources = weighted_paths("--data", a.data)

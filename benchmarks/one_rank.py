@@ -23,9 +23,10 @@ from torch import Tensor
 from benchmarks import common
 from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config
 from parallel import Grid, ShardedAdamW, finish
-from tools.plan import DEVICES, NAMES, Plan, measured_device
+from tools.plan import DEVICES, Plan, measured_device
 from train import peak_memory_gib, peak_rate
 
+NAMES = {"H100 80GB HBM3": "H100-80", "NVIDIA H200": "H200", "A100-SXM4-80GB": "A100-80"}  # CUDA's of the planner's devices
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
 
 

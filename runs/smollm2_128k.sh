@@ -71,11 +71,10 @@ YARN=(--rope-kind yarn --rope-factor "$FACTOR" --original-length 8192 --beta-slo
 evaluate() {  # NAME MODEL_DIR [OPTIONS]: needles (a heat map), RULER's needle tasks (a table), perplexity (a curve)
   local name=$1 model=("$2" --cp "$GPUS" --dtype "$DTYPE" "${@:3}")
   echo "== evaluation of $name"
-  [ -e "$OUT/needles-$name.json" ] || {
-    $LAUNCH eval_niah.py "${model[@]}" --window 8192 --haystack "$OUT/corpus" --task mixed --lengths $LENGTHS --depths $DEPTHS \
-      --samples "$SAMPLES" --out "$OUT/needles-$name.json"
-    python -m tools.plot compare "$OUT/needles-$name.json" --figure "$OUT/needles-$name.png" > /dev/null  # its table: above
-  }
+  [ -e "$OUT/needles-$name.json" ] || $LAUNCH eval_niah.py "${model[@]}" --window 8192 --haystack "$OUT/corpus" --task mixed \
+    --lengths $LENGTHS --depths $DEPTHS --samples "$SAMPLES" --out "$OUT/needles-$name.json"
+  [ -e "$OUT/needles-$name.png" ] ||
+    python -m tools.plot compare "$OUT/needles-$name.json" --figure "$OUT/needles-$name.png" > /dev/null
   $LAUNCH -m tools.answer "${model[@]}" --jsonl "$OUT/ruler.jsonl" --prompt chat --system "$SYSTEM" --max-length "$WINDOW" \
     --out "$OUT/ruler-$name.jsonl"
   [ -e "$OUT/perplexity-$name.json" ] || $LAUNCH -m tools.perplexity "${model[@]}" --window 8192 --haystack "$OUT/corpus" \

@@ -101,11 +101,9 @@ $LAUNCH sft.py --model "$OUT/stage1/final" --data "$CHAT/train.jsonl" --validati
 
 echo "== 5. evaluation: needles over lengths and depths, then RULER's tasks"
 TUNED=("$OUT/stage2/final" --tp "$TP" --cp "$CP" --prompt chat --timeout "$WAIT")
-[ -e "$OUT/needles.json" ] || {
-  $LAUNCH eval_niah.py "${TUNED[@]}" --haystack "$OUT/corpus" --task mixed --lengths $LENGTHS --depths 10 \
-    --samples 2 --window 131072 --out "$OUT/needles.json"
-  python -m tools.plot compare "$OUT/needles.json" --figure "$OUT/needles.png" > /dev/null  # its table stands above
-}
+[ -e "$OUT/needles.json" ] || $LAUNCH eval_niah.py "${TUNED[@]}" --haystack "$OUT/corpus" --task mixed --lengths $LENGTHS \
+  --depths 10 --samples 2 --window 131072 --out "$OUT/needles.json"
+[ -e "$OUT/needles.png" ] || python -m tools.plot compare "$OUT/needles.json" --figure "$OUT/needles.png" > /dev/null
 [ -e "$OUT/ruler.jsonl" ] || python -m tools.ruler --tokenizer "$OUT/stage2/final" --tasks all --prompt chat \
   --lengths $LENGTHS --samples "$SAMPLES" --haystack "$OUT/corpus" --out "$OUT/ruler.jsonl"
 $LAUNCH -m tools.answer "${TUNED[@]}" --jsonl "$OUT/ruler.jsonl" --out "$OUT/ruler-answers.jsonl"

@@ -448,6 +448,10 @@ def test_command_line_reads_a_config_and_replaces_its_rule(tmp_path, capsys):
     rope_yarn.main(["--config", str(path)])
     shown = capsys.readouterr().out
     assert "llama3, s = 8: pairs of few turns in 8,192 tokens" in shown and "65,536" not in shown and "becomes" not in shown
+    unstated = {"max_position_embeddings": 131072, "rope_scaling": {"type": "yarn", "factor": 8}, "hidden_size": 64, "num_attention_heads": 1}
+    (tmp_path / "unstated.json").write_text(json.dumps(unstated))
+    rope_yarn.main(["--config", str(tmp_path / "unstated.json")])
+    assert "becomes" not in capsys.readouterr().out
     rope_yarn.main(["--config", str(path), "--kind", "yarn", "--factor", "4", "--no-temperature"])
     shown = capsys.readouterr().out
     assert "yarn, s = 4: a window of 8,192" in shown and "head dim 64" in shown and "factor 1.00000" in shown

@@ -247,6 +247,20 @@ def test_resume_refuses_other_settings_and_a_used_directory(workplace, uninterru
     assert len(train.checkpoints(workplace / "whole")) == checkpoints
 
 
+def test_a_resumed_run_has_its_checkpoints_model_whatever_has_become_of_the_source(workplace, uninterrupted, tmp_path):
+    """The file that --model or --config named may have been edited since."""
+    config = tmp_path / "config.json"
+    config.write_text((workplace / "config.json").read_text())
+    words = ["--config", config, *command(workplace, tmp_path / "run", "--checkpoint-every", 2, "--resume", steps=4)[2:]]
+    stage1(*words)
+    expected, final = metrics(tmp_path / "run"), (tmp_path / "run" / "final" / "config.json").read_text()
+    for path in ("final", "checkpoint-00000004"):
+        shutil.rmtree(tmp_path / "run" / path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 77.0}))
+    stage1(*words)
+    assert metrics(tmp_path / "run") == expected and (tmp_path / "run" / "final" / "config.json").read_text() == final
+
+
 def test_micro_batches_give_the_whole_batch_gradient(workplace, tmp_path):
     """Loss is per token of the global batch, not a mean of micro-batch means: chat rows have unequal numbers of targets."""
     for name, micro in (("whole", 8), ("micro", 2)):

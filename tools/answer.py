@@ -147,12 +147,12 @@ def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Questi
     while True:
         said = []  # index, length of the prompt, how much of it is read, answer
         for indices, rows, lengths in itertools.islice(mine, 1 if grid.dp == 1 else ROUND):
-            grid.restart_timer()
             prompts = torch.tensor(rows, device=device)  # (B, S)
             cache = reader.begin(prompts, prompts.shape[1] - 1)
             whole = reader.model.generate(prompts, questions[indices[0]].max_new_tokens, stop_tokens=stops, cache=cache)
             new = whole[:, prompts.shape[1]:].tolist()
             said += [[index, length, len(row), *answer] for index, length, row, answer in zip(indices, lengths, rows, new)]
+        grid.restart_timer(ROUND)  # another replica may be at its first batch
         found = gather_rows(said, grid, device)
         if not found:
             return

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from data import encode_chat, end_of_turn, load_tokenizer
-from model import Llama, check_device, read_config
-from parallel import Grid, add_grid_arguments, attention_kernel, check_grid, finish, launched, parse_once, print_once
+from data import encode_chat, end_of_turn
+from eval_niah import Checkpoint
+from parallel import Grid, add_grid_arguments, finish, launched, parse_once, print_once
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,7 +25,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus size when sampling")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPU, float32 on CPU")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="auto: bfloat16 on GPU, float32 on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_grid_arguments(parser)
     return parse_once(parser, argv)
@@ -40,10 +41,11 @@ def main(argv: list[str] | None = None) -> None:
                                   ("--top-p", a.top_p, 0 < a.top_p <= 1)):
             if not fits:
                 raise ValueError(f"{name} {value} is out of range")
-        check_device(a.device)
-        config, tokenizer = read_config(a.model), load_tokenizer(a.model)
-        if tokenizer.n_vocab > config.vocab_size:
-            raise ValueError(f"{a.model}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
+        if launched()[1] != a.tp * a.cp:
+            raise ValueError(f"--tp {a.tp} x --cp {a.cp} must be the number of processes, {launched()[1]}: one prompt has no "
+                             "use for data parallelism")
+        checkpoint = Checkpoint.open(a.model, None, a.tp, a.cp, a.device, a.dtype)
+        config, tokenizer = checkpoint.config, checkpoint.tokenizer
         if a.raw:
             tokens, stops = tokenizer.encode_ordinary(a.prompt), ()
         else:
@@ -53,15 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         if not tokens or len(tokens) + a.max_new_tokens > config.max_position_embeddings:
             raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is {a.max_new_tokens}: together they "
                              f"must fit the model's window of {config.max_position_embeddings}, and the prompt not be empty")
-        if launched()[1] != a.tp * a.cp:
-            raise ValueError(f"--tp {a.tp} x --cp {a.cp} must be the number of processes, {launched()[1]}: one prompt has no "
-                             "use for data parallelism")
-        check_grid(a.tp, a.cp, launched()[1], config.shards())
-        dtype = getattr(torch, a.dtype or ("float32" if a.device == "cpu" else "bfloat16"))
-        attention_kernel(a.device, dtype, config.head_dim)
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        model = Llama.from_pretrained(a.model, grid, dtype, a.device)
-        grid.restart_timer()
+        model = checkpoint.load(grid)
         prompt = torch.tensor([tokens], device=a.device)
         output = model.generate(prompt, a.max_new_tokens, a.temperature, a.top_p, stops, a.seed)
         answer = [t for t in output[0, len(tokens):].tolist() if t not in stops and t < tokenizer.n_vocab]

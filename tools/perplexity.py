@@ -55,6 +55,7 @@ def perplexity_by_position(model: Llama, documents: np.ndarray, buckets: int, de
         tokens = torch.from_numpy(documents[row:row + 1]).to(device)
         losses = model.token_losses(tokens[:, :-1].contiguous(), tokens[:, 1:])[0].double()  # (S,)
         sums[row] = torch.stack([part.mean() for part in losses.tensor_split(edges[1:-1])])
+    grid.restart_timer()  # other replicas may have a document more
     sums = grid.all_reduce(sums, "dp").cpu()  # (N, buckets)
     error = sums.std(0) / len(sums) ** 0.5 if len(sums) > 1 else torch.zeros(buckets)
     return {"edges": edges, "loss": sums.mean(0).tolist(), "standard_error": error.tolist(), "documents": len(sums)}

@@ -3,7 +3,7 @@
     python -m tools.plan H100-80 --config runs/llama31_8b.json --sequence-length 1048576 --tp 8 --recompute mlp --offload
     python -m tools.plan measured --model MODEL_DIR --sequence-length 16384      # this machine, timed in a few seconds
 
-Options are train.py's (sft.py's, but for its own), and --processes: how many GPUs there are. Everything is computed from
+Options are train.py's, sft.py's --pack, and --processes: how many GPUs there are. Everything is computed from
 shapes, nothing is allocated. A plan that does not fit is an error that names the smallest change that does.
 """
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 
 from model import RECOMPUTE, TILE_BYTES, VOCABULARY_TILE, ModelConfig, block_tile_bytes, check_device, logit_bytes, read_config
 from parallel import Grid, attention_kernel, block_backward, block_forward, check_grid, check_least, launched
+from rope_yarn import scaling_from_options
 from train import (
     Compute,
+    Optimisation,
     best_seconds,
     check_split,
     check_whole_sequences,
@@ -59,7 +61,6 @@ DEVICES = {
 }
 NODE = 8  # GPUs that share the fast link
 PAGEABLE = 5  # how much slower copies from and to memory that is not pinned are
-NAMES = {"H100 80GB HBM3": "H100-80", "NVIDIA H200": "H200", "A100-SXM4-80GB": "A100-80"}  # as CUDA calls them
 
 
 def measured_device(device: str, dtype: torch.dtype, head_dim: int) -> Device:
@@ -298,7 +299,8 @@ def what_would_fit(plan: Plan, device: Device) -> str:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = stage1_parser()
-    parser.description = "Plan a run: memory and time of a rank. Options are train.py's."
+    parser.description = "Plan a run: memory and time of a rank. Options are train.py's, and sft.py's --pack."
+    parser.add_argument("--pack", dest="cross_document_mask", action="store_true", help="of sft.py")
     parser.add_argument("on", choices=(*DEVICES, "measured"), help="GPU to plan for; measured: this machine")
     parser.add_argument("--processes", type=int, help="GPUs in all (if not given: tp x cp)")
     return parser.parse_args(argv)
@@ -308,8 +310,10 @@ def main(argv: list[str] | None = None) -> None:
     """Print the plan of a command. Exit code 1 if a rank's memory does not suffice, with a line that names what would."""
     a = parse_arguments(argv)
     try:
-        check_least(1, processes=a.processes, batch_size=a.batch_size)
+        check_least(1, processes=a.processes)
         check_least(2, sequence_length=a.sequence_length)
+        values_of(Optimisation, vars(a) | {"steps": 1 if a.steps is None else a.steps})  # a command that cannot run has no plan
+        scaling_from_options(vars(a))
         compute, processes = values_of(Compute, vars(a)), a.processes or max(launched()[1], a.tp * a.cp)
         config, dtype = read_config(a.model or a.config), expected_dtype(a.dtype)
         check_grid(a.tp, a.cp, processes, config.shards(), a.sequence_length)

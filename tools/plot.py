@@ -120,8 +120,8 @@ def accuracy_table(runs: list[dict], labels: list[str]) -> str:
     return "\n".join(lines)
 
 
-def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> bytes:
-    """PNG of each pair's wavelength before and after, with both windows."""
+def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling, known: bool) -> bytes:
+    """PNG of each pair's wavelength before and after, with the windows that are known."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -130,7 +130,7 @@ def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) ->
         inv_freq, _ = inverse_frequencies(head_dim, theta, rule)
         axes.semilogy((2 * math.pi / inv_freq).tolist(), marker=".", label=label)
     windows = [("old", ":", length)]
-    if scaling.kind != "llama3":  # whose factor is no ratio of windows
+    if known and scaling.kind != "llama3":  # whose factor is no ratio of windows
         windows.append(("new", "--", round(length * scaling.factor)))
     for label, style, window in windows:
         axes.axhline(window, color="gray", linestyle=style, label=f"{label} window, {window:,}")

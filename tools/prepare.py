@@ -225,8 +225,9 @@ def in_order(pool: Executor, ahead: int, function: Callable, calls: Iterable[tup
         while under_way:
             yield under_way.popleft().result()
     except BrokenExecutor:
-        raise OSError("a worker process was killed (too little memory?); run the same command again, with fewer --processes: "
-                      "it keeps what is done") from None
+        raise OSError("a worker process was killed (too little memory?), or could not start (a program that uses processes "
+                      "needs `if __name__ == '__main__'`); run the same command again, with fewer --processes: it keeps what "
+                      "is done") from None
 
 
 def part_calls(sources: list[tuple[str, Path]], *arguments) -> Iterator[tuple]:
@@ -245,24 +246,26 @@ def part_calls(sources: list[tuple[str, Path]], *arguments) -> Iterator[tuple]:
 
 @contextmanager
 def workers(processes: int) -> Iterator[Executor]:
-    """A pool of new processes (a fork of one with threads may hang); a single worker is a thread of this one."""
+    """A pool of processes, forks of a server that has these modules and no threads: a fork of this process, which has some,
+    might hang. A single worker is a thread of this process."""
     if processes == 1:
         pool = ThreadPoolExecutor(1)
     else:
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with, (os.getpid(),))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tools.prepare"])
+        pool = ProcessPoolExecutor(processes, context, end_with_parent)
     try:
         yield pool
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def end_with(parent: int) -> None:
-    """End this process soon after `parent`, which alone heeds Ctrl-C: a killed one leaves no worker that waits for ever."""
+def end_with_parent() -> None:
+    """End this process with the one that started it, which alone heeds Ctrl-C: a killed one leaves no worker that waits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

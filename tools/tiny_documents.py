@@ -30,6 +30,7 @@ from data import (
     source_path,
 )
 from eval_niah import KEYS, WORDING, begin_of_text
+from parallel import check_least
 from tools.prepare import is_held_out, write_corpus
 
 
@@ -192,8 +193,9 @@ def main(argv: list[str] | None = None) -> None:
     a = parse_arguments(argv)
     try:
         shortest = a.shortest or a.length
-        if not 64 <= shortest <= a.length or a.count < 1:
-            raise ValueError(f"--shortest {shortest} must be 64 to --length {a.length}, and --count {a.count} at least 1")
+        check_least(1, count=a.count, most_facts=a.most_facts)
+        if not 64 <= shortest <= a.length:
+            raise ValueError(f"--shortest {shortest} must be 64 to --length {a.length}")
         tokenizer = load_tokenizer(a.tokenizer)
         if a.what == "chat":
             lines = [json.dumps(sample) + "\n" for sample in chat_samples(a.corpus, tokenizer, a.length, a.count, a.seed)]

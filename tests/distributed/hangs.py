@@ -25,11 +25,19 @@ def deadlock(grid: Grid) -> None:
 
 
 def works(grid: Grid) -> None:
-    """Each stretch is shorter than the timeout, all together are longer."""
+    """Each stretch is shorter than the timeout, all together are longer; then the others wait for three of rank 1."""
     for _ in range(4):
         grid.restart_timer()
         time.sleep(1.5)
         grid.barrier()
+    grid.restart_timer(3)
+    for _ in range(3 if grid.rank == 1 else 0):
+        grid.restart_timer()
+        time.sleep(1.5)
+    grid.barrier()
+    second = Grid.create(tp=3, device="cpu")
+    second.close()  # the first goes on
+    assert grid.all_reduce(torch.ones(1), "cp").item() == 3
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def test_equal_hashes_of_other_texts_are_no_match(tmp_path, tokenizer, monkeypat
     def few_hashes(tokens, window):
         return true_hashes(tokens, window) % np.uint64(97) << np.uint64(40)
 
-    monkeypatch.setattr(data, "window_hashes", few_hashes)
+    monkeypatch.setattr(chat_blend, "window_hashes", few_hashes)
     bench = write_lines(tmp_path / "bench.jsonl", [item(i) for i in range(20)])
     records = [chat(prose(f"clean {i}"), prose(f"answer {i}")) for i in range(30)]
     options = ("--benchmark", bench, "--common", 1000, "--near-duplicate", 0)
@@ -448,8 +448,8 @@ def test_the_output_trains(tmp_path, tokenizer):
     ("--source a=good.jsonl --benchmark text.md", "--benchmark text.md: needs"),
     ("--source a=good.jsonl --benchmark broken.jsonl", "broken.jsonl, line 2: not valid JSON"),
     ("--source a=good.jsonl --benchmark nothing.jsonl", "--benchmark nothing.jsonl: has no text of 20 letters"),
-    ("--source a=good.jsonl --count 0", "--count 0 must be 1 or more"),
-    ("--source a=good.jsonl --window 19", "--window 19 must be 20"),
+    ("--source a=good.jsonl --count 0", "--count 0 is too small; the least is 1"),
+    ("--source a=good.jsonl --window 19", "--window 19 is too small; the least is 20"),
     ("--source a=good.jsonl --near-duplicate 1", "--near-duplicate 1.0 must be 0"),
     ("--source a=good.jsonl --near-duplicate nan", "--near-duplicate nan"),
     ("--source a=good.jsonl --count 2 --holdout 2", "--holdout 2 must be below --count 2"),
