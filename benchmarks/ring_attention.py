@@ -120,7 +120,7 @@ def main() -> None:
         print(f"{kind}: share of all scores by hop 0 ... {a.ranks - 1}")
         for rank, hops in enumerate(work(a.ranks, kind)):
             print(f"  rank {rank}: " + " ".join(f"{100 * share:5.1f} %" for share in hops) + f"   sum {100 * sum(hops):5.1f} %")
-    context, sides = multiprocessing.get_context("spawn"), {}
+    context, sides, processes = multiprocessing.get_context("spawn"), {}, []
     for name, ranks in (("dense", 1), ("ring", a.ranks)):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -130,7 +130,8 @@ def main() -> None:
             pipe, other = context.Pipe()
             threads = a.ranks // ranks if a.device == "cpu" else 1
             arguments = (other, rank, ranks, port, threads, (a.heads, a.kv_heads), a.head_dim, a.dtype, a.device)
-            context.Process(target=serve, args=arguments, daemon=True).start()
+            processes.append(context.Process(target=serve, args=arguments, daemon=True))
+            processes[-1].start()
             sides[name].append(pipe)
     rows = []
     print(f"{'S':>8} {'dense s':>9} {'zigzag s':>9} {'of dense':>9} {'contiguous s':>13} {'of dense':>9}")
@@ -150,6 +151,8 @@ def main() -> None:
               f"{medians['contiguous']:>13.3f} {100 * share['contiguous']:>7.1f} %", flush=True)
     for pipe in (pipe for pipes in sides.values() for pipe in pipes):
         pipe.send(None)
+    for process in processes:
+        process.join()
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "arguments": vars(a), "rows": rows}, indent=1, default=str))
 

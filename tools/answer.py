@@ -64,6 +64,8 @@ def read_questions(path: Path, metric: str | None = None, max_new_tokens: int | 
     A record may state its own task, metric and max_new_tokens; the arguments win over them, and without either they
     are the file's name, "all" and 128. Raises ValueError naming the line.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"--jsonl {path}: no such file")
     questions = []
     for number, line in data.read_lines(path):
         try:

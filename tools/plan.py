@@ -25,6 +25,7 @@ from train import (
     check_split,
     check_whole_sequences,
     expected_dtype,
+    faster_dtype,
     product_rate,
     rank_shapes,
     stage1_parser,
@@ -316,12 +317,13 @@ def main(argv: list[str] | None = None) -> None:
         scaling_from_options(vars(a))
         compute, processes = values_of(Compute, vars(a)), a.processes or max(launched()[1], a.tp * a.cp)
         config, dtype = read_config(a.model or a.config), expected_dtype(a.dtype)
+        if a.on == "measured":
+            check_device(a.device)
+            dtype = faster_dtype(a.device) if a.dtype == "auto" else dtype  # as training finds it here
         check_grid(a.tp, a.cp, processes, config.shards(), a.sequence_length)
         check_whole_sequences(a.cross_document_mask, a.cp)
         dp = processes // (a.tp * a.cp)
         micro_batch = check_split(a.batch_size, a.micro_batch_size, dp)
-        if a.on == "measured":
-            check_device(a.device)
         on_gpu = a.on in DEVICES or a.device.startswith("cuda")
         attention_kernel("cuda" if on_gpu else a.device, dtype, config.head_dim)
         device = DEVICES[a.on] if a.on in DEVICES else measured_device(a.device, dtype, config.head_dim)
