@@ -45,7 +45,7 @@ train() {  # a training program and its options, --out last
 started=$SECONDS
 NEEDLES="$CP --haystack $OUT/corpus --task mixed --lengths 128 256 512 1024 2048 --depths 5 --samples 10"
 NEEDLES+=" --seed $((7000 + SEED))"
-COMMON="$CP --seed $SEED --dtype float32 --weight-decay 0.05 --warmup-steps 10"  # float32: any CPU gives these results
+COMMON="$CP --seed $SEED --dtype float32 --weight-decay 0.05 --warmup-steps 10"  # float32: fast on any CPU
 
 echo "== base model: 64 tokens first, then its window of 128"
 train train.py --config runs/tiny.json --tokenizer "$OUT/tokenizer" --data "$OUT/facts-64" --separator none \
