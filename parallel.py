@@ -18,6 +18,7 @@ One process is the grid 1 x 1 x 1 and runs the same code: a collective over one 
 from __future__ import annotations
 
 import argparse
+import atexit
 import faulthandler
 import math
 import os
@@ -86,6 +87,7 @@ class Grid:
                                     device_id=torch.device("cuda", local) if cuda else None)
             # torchrun sends it when another rank has failed; while train.py collects signals, that comes first
             faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
+        atexit.register(grid.leave)  # gloo's threads abort a process that ends without
         ranks = torch.arange(world).view(grid.dp, cp, tp)
         for name, axes in GROUPS.items():
             together = [i for i, axis in enumerate(("dp", "cp", "tp")) if axis in axes]
@@ -189,15 +191,16 @@ class Grid:
             faulthandler.dump_traceback_later(stretches * self.timeout, exit=True)
 
     def close(self) -> None:
-        """Leave the job in step with the others, and end torch's process group if this grid has made it: close it last.
-
-        A program that just ends does no harm, but may end before others have.
-        """
+        """Leave the job in step with the others: no rank ends before all have come here."""
         self.barrier()
+        self.leave()
+
+    def leave(self) -> None:
+        """Stop the timer and give the process groups up; a program that just ends does this by itself."""
         if self.groups:
             faulthandler.cancel_dump_traceback_later()
             self.groups.clear()
-        if self.is_owner:
+        if self.is_owner and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -217,8 +217,8 @@ def test_a_rank_at_work_is_not_taken_for_one_that_hangs():
 
 
 def test_programs_that_end_without_close_end_well():
-    """A thread of ours at work in the store, when the interpreter ended, aborted one in two."""
-    for _ in range(5):
+    """Threads at work when the interpreter ended, ours and then gloo's, aborted one in two, later one in ten."""
+    for _ in range(2):
         done = torchrun(2, ROOT / "tests" / "distributed" / "hangs.py", "ends")
         assert done.returncode == 0, done.stderr
 
