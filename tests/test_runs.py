@@ -35,6 +35,8 @@ if name == "scontrol":
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([name, *arguments]) + "\n")
 place = next((i for i, text in enumerate(arguments) if text == "-m" or text.endswith(".py")), None)
+if "--figure" in arguments:
+    open(arguments[arguments.index("--figure") + 1], "a").close()
 if place is not None and "--out" in arguments:
     program, out = arguments[place + (arguments[place] == "-m")], arguments[arguments.index("--out") + 1]
     if os.environ.get("STOPPED") == program:  # as if by SIGTERM: exit code 0, but no `final`
