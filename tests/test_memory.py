@@ -52,12 +52,12 @@ def test_mlp_mode_runs_attention_forward_once_and_block_mode_twice(recompute, ti
 
 
 def test_a_step_allocates_nothing_of_the_forbidden_sizes():
-    """S x V is 4,096 x 512, S x S is 4,096 x 4,096, S x intermediate 4,096 x 640: none may exist, and little above S x hidden."""
-    model = build(torch.bfloat16, "block", tile_bytes=2**16, intermediate_size=640)
-    optimizer, rows = ShardedAdamW(model, Grid()), batch(1, 4096)
+    """S x V is 2,048 x 512, S x S is 2,048 x 2,048, S x intermediate 2,048 x 640: none may exist, and little above S x hidden."""
+    model = build(torch.bfloat16, "block", tile_bytes=2**19, intermediate_size=640)
+    optimizer, rows = ShardedAdamW(model, Grid()), batch(1, 2048)
     with Allocations() as seen:
         training_step(model, optimizer, rows, 1)
-    assert seen.elements <= 4096 * 64, seen.elements
+    assert seen.elements <= 2048 * 64, seen.elements
 
 
 def test_a_second_forward_before_backward_is_refused():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, results, torchrun
+from launch import ROOT, launch, results, torchrun
 
 import eval_niah
 import sft
@@ -77,7 +77,7 @@ def test_model_on_a_grid_computes_generates_and_saves_what_one_process_does(plac
 @pytest.fixture(scope="module")
 def four_ranks(place):
     """Six steps on tp 2 x cp 2, with a checkpoint after the third."""
-    done = torchrun(4, "train.py", *options(place, place / "four", "--tp", 2, "--cp", 2, "--steps", 6, "--checkpoint-every", 3))
+    done = launch(4, "train.py", *options(place, place / "four", "--tp", 2, "--cp", 2, "--steps", 6, "--checkpoint-every", 3))
     assert done.returncode == 0, done.stderr
     return place / "four"
 
@@ -87,7 +87,7 @@ def test_checkpoint_of_one_grid_continues_on_every_other(place, four_ranks, tmp_
     """Same grid: every file equal to the last bit. Another: the next losses to 1e-6."""
     out = tmp_path / "run"
     shutil.copytree(four_ranks, out, ignore=shutil.ignore_patterns("final", "checkpoint-00000006"))
-    done = torchrun(processes, "train.py", *options(place, out, "--tp", tp, "--cp", cp, "--micro-batch-size", micro, "--steps", 6,
+    done = launch(processes, "train.py", *options(place, out, "--tp", tp, "--cp", cp, "--micro-batch-size", micro, "--steps", 6,
                                                     "--checkpoint-every", 3, "--resume"))
     assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr
     if (tp, cp) == (2, 2):
@@ -101,7 +101,7 @@ def test_checkpoint_of_one_grid_continues_on_every_other(place, four_ranks, tmp_
 def test_cross_document_mask_on_tensor_and_data_parallel_ranks(place, tmp_path):
     more = ("--steps", 3, "--cross-document-mask")
     train.main(list(map(str, options(place, tmp_path / "one", *more))))
-    done = torchrun(4, "train.py", *options(place, tmp_path / "four", *more, "--tp", 2))
+    done = launch(4, "train.py", *options(place, tmp_path / "four", *more, "--tp", 2))
     assert done.returncode == 0 and "dp 2 x cp 1 x tp 2" in done.stdout, done.stderr
     assert records(tmp_path / "four") == pytest.approx(records(tmp_path / "one"), rel=1e-6)
 
@@ -114,7 +114,7 @@ def test_needle_evaluation_gives_identical_answers_on_1_2_and_4_ranks(place, tmp
     expected = json.loads((tmp_path / "1.json").read_text())
     assert len({prompt["given"] for cell in expected["cells"] for prompt in cell["prompts"]}) > 2
     for processes, grid in ((2, ("--cp", 2)), (4, ("--cp", 2, "--tp", 2)), (4, ("--tp", 2))):
-        done = torchrun(processes, "eval_niah.py", *arguments, *grid, "--out", tmp_path / "many.json")
+        done = launch(processes, "eval_niah.py", *arguments, *grid, "--out", tmp_path / "many.json")
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / "many.json").read_text())
         assert [found[key] for key in ("cells", "means")] == [expected[key] for key in ("cells", "means")]
@@ -128,7 +128,7 @@ def test_questions_get_identical_answers_on_several_ranks(place, tmp_path):
                                    for i, start in enumerate(starts)))
     arguments = [place / "model", "--jsonl", questions, "--max-length", 2000, "--batch-tokens", 1, "--device", "cpu"]
     answer.main([*map(str, arguments), "--out", str(tmp_path / "1.jsonl")])
-    done = torchrun(2, "-m", "tools.answer", *arguments, "--out", tmp_path / "2.jsonl")
+    done = launch(2, "-m", "tools.answer", *arguments, "--out", tmp_path / "2.jsonl")
     assert done.returncode == 0, done.stderr
     one, two = (sorted(map(json.loads, (tmp_path / f"{n}.jsonl").read_text().splitlines()[1:]), key=lambda line: line["index"])
                 for n in (1, 2))
@@ -138,9 +138,9 @@ def test_questions_get_identical_answers_on_several_ranks(place, tmp_path):
 def test_chat_is_the_same_on_several_processes(place):
     """One answer, printed once."""
     arguments = ("-m", "tools.chat", place / "model", "--raw", "--prompt", "def function_3(value):", "--max-new-tokens", 20, "--device", "cpu")
-    one, three = torchrun(1, *arguments), torchrun(4, *arguments, "--cp", 4)
-    assert one.returncode == three.returncode == 0, three.stderr
-    assert one.stdout == three.stdout != "\n"
+    one, four = launch(1, *arguments), launch(4, *arguments, "--cp", 4)
+    assert one.returncode == four.returncode == 0, four.stderr
+    assert one.stdout == four.stdout != "\n"
 
 
 # ---------------------------------------------------------------------------------------- ranks that die or hang
@@ -181,7 +181,7 @@ def test_a_killed_rank_is_named_and_max_restarts_continues_from_the_last_checkpo
     messages = job.communicate(timeout=60)[1]
     assert job.returncode == 0, messages
     assert re.search(r"failed \(exitcode: -9\) local_rank: 2", messages) and messages.count("in train\n") >= 2, messages
-    whole = torchrun(3, "train.py", *options(place, tmp_path / "whole", "--cp", 3, "--sequence-length", 48, *more))
+    whole = launch(3, "train.py", *options(place, tmp_path / "whole", "--cp", 3, "--sequence-length", 48, *more))
     assert whole.returncode == 0 and records(tmp_path / "run") == records(tmp_path / "whole")
 
 
@@ -206,20 +206,20 @@ def test_a_stopped_rank_ends_the_job_and_the_others_say_where_they_waited(place,
 @pytest.mark.parametrize("what, ranks, places", [("sleeps", 3, ("in rank_1_sleeps", "in barrier")), ("deadlock", 3, ("in deadlock",))])
 def test_ranks_that_hang_end_the_job_and_each_says_where_it_stood(what, ranks, places):
     began = time.monotonic()
-    done = torchrun(3, ROOT / "tests" / "distributed" / "hangs.py", what)
+    done = launch(3, ROOT / "tests" / "distributed" / "hangs.py", what)
     assert done.returncode != 0 and time.monotonic() - began < 55
     assert done.stderr.count("(most recent call first):") == ranks and all(place in done.stderr for place in places), done.stderr
 
 
 def test_a_rank_at_work_is_not_taken_for_one_that_hangs():
-    done = torchrun(3, ROOT / "tests" / "distributed" / "hangs.py", "works")
+    done = launch(3, ROOT / "tests" / "distributed" / "hangs.py", "works")
     assert done.returncode == 0 and "most recent call" not in done.stderr, done.stderr
 
 
 def test_programs_that_end_without_close_end_well():
     """Threads at work when the interpreter ended, ours and then gloo's, aborted one in two, later one in ten."""
     for _ in range(2):
-        done = torchrun(2, ROOT / "tests" / "distributed" / "hangs.py", "ends")
+        done = launch(2, ROOT / "tests" / "distributed" / "hangs.py", "ends")
         assert done.returncode == 0, done.stderr
 
 
@@ -239,7 +239,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(pl
 def test_a_restart_does_not_touch_a_directory_of_another_run(place, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
-    done = torchrun(2, "train.py", *options(place, tmp_path / "run", "--steps", 2), options=("--max-restarts", "1"))
+    done = torchrun(2, "--max-restarts", 1, "train.py", *options(place, tmp_path / "run", "--steps", 2))
     assert done.returncode != 0 and done.stderr.count("holds an earlier run") == 2, done.stderr
     assert files(tmp_path / "run") == {"metrics.jsonl": b'{"step": 1, "loss": 5.0}\n'}
 
@@ -249,7 +249,7 @@ def test_ranks_that_find_different_checkpoints_refuse_to_train(place, four_ranks
     out = tmp_path / "run"
     shutil.copytree(four_ranks, out, ignore=shutil.ignore_patterns("final"))
     shutil.copytree(four_ranks, tmp_path / "run.1", ignore=shutil.ignore_patterns("final", "checkpoint-00000006"))
-    done = torchrun(2, ROOT / "tests" / "distributed" / "stale.py", *options(place, out, "--steps", 6, "--resume"))
+    done = launch(2, ROOT / "tests" / "distributed" / "stale.py", *options(place, out, "--steps", 6, "--resume"))
     assert done.returncode != 0, done.stderr
     assert re.findall("error: .*the ranks have found different checkpoints in .*, of steps 3 to 6;", done.stderr) == \
         re.findall("error: .*?;", done.stderr)
@@ -271,7 +271,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(place, four_ranks
 def test_usage_errors_and_help_are_printed_once(place):
     done = torchrun(3, "train.py", "--frobnicate")
     assert done.returncode != 0 and done.stderr.count("usage: ") == 1
-    done = torchrun(3, "eval_niah.py", "--help")
+    done = launch(3, "eval_niah.py", "--help")
     assert done.returncode == 0 and done.stdout.count("usage: ") == 1
 
 
@@ -284,7 +284,7 @@ def test_chat_tuning_on_several_ranks_gives_one_process_losses(place, tmp_path, 
     arguments = ["--model", place / "model", "--data", tmp_path / "chat.jsonl", "--sequence-length", 96, "--batch-size", 6,
                  "--steps", 4, "--learning-rate", "1e-3", "--warmup-steps", 0, "--dtype", dtype, "--device", "cpu"]
     sft.main([*map(str, arguments), "--out", str(tmp_path / "one")])
-    done = torchrun(4, "sft.py", *arguments, "--out", tmp_path / "four", "--tp", tp, "--cp", cp)
+    done = launch(4, "sft.py", *arguments, "--out", tmp_path / "four", "--tp", tp, "--cp", cp)
     assert done.returncode == 0 and f"dp 2 x cp {cp} x tp {tp}" in done.stdout, done.stderr
     assert records(tmp_path / "four") == pytest.approx(records(tmp_path / "one"), rel=tolerance)
     norms = [records(tmp_path / name, "gradient_norm") for name in ("four", "one")]
@@ -292,7 +292,7 @@ def test_chat_tuning_on_several_ranks_gives_one_process_losses(place, tmp_path, 
 
 
 def test_a_wrong_grid_is_one_line_and_leaves_nothing(place, tmp_path):
-    done = torchrun(4, "train.py", *options(place, tmp_path / "run", "--steps", 1, "--tp", 2, "--cp", 2, "--sequence-length", 60))
+    done = launch(4, "train.py", *options(place, tmp_path / "run", "--steps", 1, "--tp", 2, "--cp", 2, "--sequence-length", 60))
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     assert re.findall("error: .*", done.stderr) == [
         "error: --sequence-length 60 is not a multiple of 8 (2 x cp x tp); the nearest is 56 or 64"]

@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.mark.parametrize("recompute, host", [("none", False), ("mlp", False), ("mlp", True), ("block", False), ("block", True)])
 def test_the_plan_predicts_the_memory_that_is_alive(dtype, recompute, host):
     """Every tensor of a step is counted: the highest sum alive is the plan's, within 5 % (10 % without recomputation)."""
-    for changes, length in (({"vocab_size": 16384, "num_hidden_layers": 1}, 512), ({}, 2048), ({"num_hidden_layers": 6, "hidden_size": 96, "num_attention_heads": 6}, 1024)):
+    for changes, length in (({"vocab_size": 16384, "num_hidden_layers": 1}, 256), ({}, 1024), ({"num_hidden_layers": 6, "hidden_size": 96, "num_attention_heads": 6}, 512)):
         length = length if recompute != "none" else length // 2
         rows = batch(1, length)
         with Allocations() as seen:
-            model = build(dtype, recompute, host, 2**17, tie_word_embeddings=True, **changes)
+            model = build(dtype, recompute, host, 2**18, tie_word_embeddings=True, **changes)
             optimizer = ShardedAdamW(model, Grid())
             seen.peak = 0
             training_step(model, optimizer, rows, 1)
-        expected = Plan(model.config, length, 1, 1, 1, 1, 1, dtype.itemsize, recompute, host, False, 2**17, cuda=False)
+        expected = Plan(model.config, length, 1, 1, 1, 1, 1, dtype.itemsize, recompute, host, False, 2**18, cuda=False)
         memory = expected.memory()
         predicted = sum(memory.values()) + expected.on_host()  # no scratch of the CPU's kernel is counted, nor seen here
         assert seen.peak == pytest.approx(predicted, rel=0.1 if recompute == "none" else 0.05), (seen.peak, predicted, memory)
