@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from allocations import Operators
+from processes import server
 
 import data
 import sft
@@ -180,37 +181,39 @@ def test_recomputation_and_tiles_asked_for_are_made(workplace, tmp_path):
 # ------------------------------------------------------------------------------------------- interruption, failures
 
 
+def train_slowly(arguments):
+    """So that ten kills find something to kill."""
+    torch.set_num_threads(1)
+    step = train.training_step
+    train.training_step = lambda *given: time.sleep(0.05) or step(*given)
+    train.main(arguments)
+
+
 def test_sigkill_at_random_moments_and_resume_gives_the_same_metrics_to_the_last_bit(workplace, uninterrupted, tmp_path):
-    """Ten kills, wherever they fall (import, first step, half-written checkpoint): no step or validation is repeated,
+    """Ten kills, wherever they fall (start, first step, half-written checkpoint): no step or validation is repeated,
     skipped or changed, no norm and no learning rate either."""
     moments = random.Random(0)
     out, kills = tmp_path / "killed", 0
     arguments = command(workplace, out, "--checkpoint-every", 3, "--validate-every", 5, "--resume")
-    program = ("import sys, time, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv.pop(1)); import train\n"
-               "slow = train.training_step\n"
-               "def slower(*a):\n    time.sleep(0.05)\n    return slow(*a)\n"  # so that ten kills find something to kill
-               "train.training_step = slower\n"
-               "train.main()\n")
 
     def written():
         return len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
 
     while not (out / "final").exists():
-        process = subprocess.Popen([sys.executable, "-c", program, str(ROOT), *arguments], stderr=subprocess.PIPE,
-                                   stdout=subprocess.DEVNULL)
+        process = server().Process(target=train_slowly, args=(arguments,))
+        process.start()
         if kills < 10:
             started = written()
             deadline = time.time() + 60
-            while process.poll() is None and time.time() < deadline:  # wait for progress, then strike at random
+            while process.is_alive() and time.time() < deadline:  # wait for progress, then strike at random
                 if started - 3 < written() != started:
                     break
                 time.sleep(0.01)
             time.sleep(moments.random() * 0.25)
             process.kill()
-            kills += process.wait() == -signal.SIGKILL
-            process.stderr.close()
-        else:
-            assert process.wait() == 0, process.stderr.read().decode()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode == -signal.SIGKILL
     assert kills >= 3  # a fast machine may finish before the tenth
     assert records(out) == records(workplace / "whole")
     assert not list(out.glob("*.partial"))

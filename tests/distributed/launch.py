@@ -1,6 +1,5 @@
 """Run a script on several processes of this machine, one thread each, and read what its first rank wrote."""
 import json
-import multiprocessing
 import os
 import runpy
 import signal
@@ -10,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from processes import server
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -29,7 +29,7 @@ def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
     """The same by torchrun's launcher, several times faster: ranks are forks of a server that has imported torch. Their output
     comes rank by rank.
     """
-    multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", "train", "sft", "eval_niah"])  # an optimizer imports the second
+    server()
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     with tempfile.TemporaryDirectory() as place:
         config = LaunchConfig(1, 1, processes, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,

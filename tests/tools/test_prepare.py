@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import server
 from texts import TRAINING_TEXT
 
 import data
@@ -266,19 +267,16 @@ def test_any_number_of_processes_writes_the_same_bytes(web, tokenizer, tmp_path,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4", "other"]  # no parts are left
 
 
+def prepare_in_small_parts(arguments, options):
+    prepare.PART_BYTES = 10_000
+    prepare.prepare_corpus(*arguments, **options)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp_path, monkeypatch, processes):
     """Killed while it tokenises, compares and writes, and every time after something more is done."""
     monkeypatch.setattr(prepare, "PART_BYTES", 10_000)
     prepared(web, tokenizer, tmp_path / "whole", budget=100_000)
-    code = ("import sys\n"
-            "from data import load_tokenizer\n"
-            "from tools import prepare\n"
-            "if __name__ == '__main__':\n"  # workers read this file again
-            "    prepare.PART_BYTES = 10_000\n"
-            f"    prepare.prepare_corpus([('slim', {str(web)!r})], load_tokenizer({str(tokenizer.path)!r}), {str(tmp_path / 'out')!r}, "
-            f"budget=100_000, processes={processes}, **{UPSAMPLED!r})\n")
-    (tmp_path / "run.py").write_text(code)
     parts, whole = tmp_path / "out.parts", 29
 
     def done():
@@ -290,13 +288,14 @@ def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp
         del moments["tokenises"], moments["has done so"], moments["compares"]
     counts = []
     for when, is_reached in moments.items():
-        process = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                   env=os.environ | {"PYTHONPATH": str(ROOT)})
-        while process.poll() is None and not is_reached():
+        process = server().Process(target=prepare_in_small_parts, args=(
+            ([("slim", web)], tokenizer, tmp_path / "out"), {"budget": 100_000, "processes": processes} | UPSAMPLED))
+        process.start()
+        while process.is_alive() and not is_reached():
             time.sleep(0.001)
         process.kill()
-        told = process.communicate(timeout=60)[1].decode()
-        assert process.returncode == (0 if when == "never" else -signal.SIGKILL), told
+        process.join(60)
+        assert process.exitcode == (0 if when == "never" else -signal.SIGKILL)
         assert (tmp_path / "out").exists() == (when == "never")
         counts.append(done())
     assert 4 <= counts[0] <= counts[-3] <= whole == counts[-2] and counts[-1] == 0
