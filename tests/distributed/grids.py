@@ -66,8 +66,10 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
         error = (ours - theirs).norm() / theirs.norm()
         errors[what] = max(errors[what], float("inf") if error.isnan() else error.item())
 
-    def whole(name: str, x: torch.Tensor) -> torch.Tensor:
-        return unshard(x, optimizers[0].dims[name], grid)
+    def own(name: str, x: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a whole tensor."""
+        dim = optimizers[0].dims[name]
+        return x if dim is None else x.chunk(grid.tp, dim)[grid.tp_rank]
 
     for step in range(STEPS):
         batch = make_batch(step, grid)
@@ -75,16 +77,15 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
         for model, optimizer, part in zip(models, optimizers, (rows(batch, grid), batch)):
             losses.append(training_step(model, optimizer, part, micro_batch)[0])
         for name, theirs in optimizers[1].parameters.items():
-            ours = grid.all_reduce(optimizers[0].parameters[name].grad.clone(), "dp_cp")
-            if optimizers[0].dims[name] is None:
-                grid.all_reduce(ours, "tp")
-            note("gradients", whole(name, ours), theirs.grad)
+            among = "all" if optimizers[0].dims[name] is None else "dp_cp"
+            ours = grid.all_reduce(optimizers[0].parameters[name].grad.clone(), among)
+            note("gradients", ours, own(name, theirs.grad))
         for optimizer in optimizers:
             norms.append(optimizer.step(1e-4, max_norm=1.0))
         note("loss", *torch.tensor(losses, dtype=torch.float64))
         note("norm", *torch.tensor(norms, dtype=torch.float64))
     for name, theirs in optimizers[1].parameters.items():
-        note("weights", whole(name, optimizers[0].parameters[name].detach()), theirs.detach())
+        note("weights", optimizers[0].parameters[name].detach(), own(name, theirs.detach()))
     return {what: grid.all_reduce(torch.tensor(error, dtype=torch.float64), "all", dist.ReduceOp.MAX).item() for what, error in errors.items()}
 
 
@@ -96,7 +97,7 @@ if __name__ == "__main__":
         grids.append(grid)
         for dtype in (torch.float32, torch.float64):
             for tied in (False, True):
-                errors = run(grid, tied, dtype, micro_batch=1 if tied else ROWS // grid.dp)
+                errors = run(grid, tied, dtype, micro_batch=ROWS // grid.dp // (2 if tied else 1))
                 key = f"{grid.tp},{grid.cp},{grid.dp} {str(dtype).removeprefix('torch.')} {'tied' if tied else 'untied'}"
                 found[key] = errors
     if grid.is_first:

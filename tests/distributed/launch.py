@@ -2,10 +2,11 @@
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HANDLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]  # by the launcher, which leaves its handlers there
 
 
 def torchrun(processes: int, *arguments) -> subprocess.CompletedProcess:
@@ -25,36 +25,60 @@ def torchrun(processes: int, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
-    """The same by torchrun's launcher, several times faster: ranks are forks of a server that has imported torch. Their output
-    comes rank by rank.
+class Job:
+    """The same by torchrun's launcher, several times faster: ranks are forks of a server that has imported torch. What each of
+    them prints is in a file of its own under `logs`.
     """
-    server()
-    handlers = {number: signal.getsignal(number) for number in HANDLED}
-    with tempfile.TemporaryDirectory() as place:
-        config = LaunchConfig(1, 1, processes, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
-                              start_method="forkserver", logs_specs=DefaultLogsSpecs(log_dir=place, redirects=Std.ALL))
+
+    def __init__(self, processes: int, *arguments, logs: Path, restarts: int = 0) -> None:
+        server()
+        self.logs, self.arguments = logs, list(map(str, arguments))
+        self.config = LaunchConfig(1, 1, processes, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                                   max_restarts=restarts, start_method="forkserver",
+                                   logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL))
+        self.ended = ThreadPoolExecutor(1).submit(self.returncode)  # in a thread, the launcher leaves signals alone
+
+    def returncode(self) -> int:
         try:
-            elastic_launch(config, run)(*map(str, arguments))
-            code = 0
+            elastic_launch(self.config, run)(str(self.logs), *self.arguments)
         except ChildFailedError:
-            code = 1
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        shown = ["".join(file.read_text() for file in sorted(Path(place).rglob(name))) for name in ("stdout.log", "stderr.log")]
-    return subprocess.CompletedProcess(arguments, code, *shown)
+            return 1
+        return 0
+
+    def process(self, rank: int) -> int:
+        """The process id of a rank."""
+        return int((self.logs / f"{rank}.pid").read_text())
+
+    def printed(self, stream: str) -> str:
+        """All of stdout or stderr, rank by rank."""
+        return "".join(file.read_text() for file in sorted(self.logs.rglob(f"{stream}.log")))
+
+    def result(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        """Wait for its end."""
+        code = self.ended.result(timeout)
+        return subprocess.CompletedProcess(self.arguments, code, self.printed("stdout"), self.printed("stderr"))
 
 
-def run(*arguments: str) -> None:
+def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
+    """Run a job to its end."""
+    with tempfile.TemporaryDirectory() as place:
+        return Job(processes, *arguments, logs=Path(place)).result()
+
+
+def run(logs: str, *arguments: str) -> None:
     """What a rank does: `python ARGUMENTS`."""
+    Path(logs, f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     torch.set_num_threads(1)
-    if arguments[0] == "-m":
-        sys.argv = list(arguments[1:])
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = list(arguments)
-        runpy.run_path(arguments[0], run_name="__main__")
+    is_module = arguments[0] == "-m"
+    sys.argv = list(arguments[is_module:])
+    try:
+        if is_module:
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+    except Exception:  # the launcher would keep it for itself
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def results(processes: int, script: str, *arguments):

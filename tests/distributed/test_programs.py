@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, launch, results, torchrun
+from launch import ROOT, Job, launch, results, torchrun
 
 import eval_niah
 import sft
@@ -146,23 +146,9 @@ def test_chat_is_the_same_on_several_processes(place):
 # ---------------------------------------------------------------------------------------- ranks that die or hang
 
 
-def start(place: Path, out: Path, *more, restarts: int = 0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--max-restarts", str(restarts),
-               "train.py", *map(str, options(place, out, "--cp", 3, "--sequence-length", 48, *more))]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True)
-
-
-def process_of(out: Path, rank: int) -> int:
-    """Process id of a rank of the job that writes `out`."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments, environment = ((entry / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
-        except OSError:
-            continue
-        if str(out).encode() in arguments and f"RANK={rank}".encode() in environment:
-            return int(entry.name)
-    raise AssertionError(f"no process of rank {rank}")
+def training(place: Path, out: Path, *more) -> list:
+    """Words for a job of three ranks that lasts."""
+    return ["train.py", *options(place, out, "--cp", 3, "--sequence-length", 48, *more)]
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -172,34 +158,26 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
-def test_a_killed_rank_is_named_and_max_restarts_continues_from_the_last_checkpoint(place, tmp_path):
+def test_after_a_killed_rank_the_others_say_where_they_were_and_a_restart_continues_from_the_last_checkpoint(place, tmp_path):
     more = ("--steps", 30, "--checkpoint-every", 10)
-    job = start(place, tmp_path / "run", *more, restarts=1)
+    job = Job(3, *training(place, tmp_path / "run", *more), logs=tmp_path / "logs", restarts=1)
     wait_for((tmp_path / "run" / "checkpoint-00000010").is_dir)
-    os.kill(process_of(tmp_path / "run", 2), signal.SIGKILL)
-    messages = job.communicate(timeout=60)[1]
-    assert job.returncode == 0, messages
-    assert re.search(r"failed \(exitcode: -9\) local_rank: 2", messages) and messages.count("in train\n") >= 2, messages
-    whole = launch(3, "train.py", *options(place, tmp_path / "whole", "--cp", 3, "--sequence-length", 48, *more))
+    os.kill(job.process(2), signal.SIGKILL)
+    done = job.result(60)
+    assert done.returncode == 0 and len(re.findall(r"line \d+,? in train\n", done.stderr)) >= 2, done.stderr
+    whole = launch(3, *training(place, tmp_path / "whole", *more))
     assert whole.returncode == 0 and records(tmp_path / "run") == records(tmp_path / "whole")
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
 def test_a_stopped_rank_ends_the_job_and_the_others_say_where_they_waited(place, tmp_path):
-    job = start(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5, "--timeout", 5)
+    words = training(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5, "--timeout", 5)
+    job = Job(3, *words, logs=tmp_path / "logs")
     wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
-    stopped = process_of(tmp_path / "run", 1)
-    os.kill(stopped, signal.SIGSTOP)
-    began, lines = time.monotonic(), []
-    for line in job.stderr:
-        lines.append(line)
-        if "".join(lines).count("Timeout (0:00:05)!") == 2:
-            break
-    waited = time.monotonic() - began
-    os.kill(stopped, signal.SIGCONT)  # torchrun would kill it after 30 s
-    messages = "".join(lines) + job.communicate(timeout=60)[1]
-    assert job.returncode != 0 and waited < 20 and len(re.findall(r"line \d+ in train\n", messages)) >= 2, messages
+    os.kill(job.process(1), signal.SIGSTOP)
+    wait_for(lambda: job.printed("stderr").count("Timeout (0:00:05)!") == 2, 20)
+    os.kill(job.process(1), signal.SIGCONT)  # torchrun would kill it after 30 s
+    done = job.result(60)
+    assert done.returncode != 0 and len(re.findall(r"line \d+,? in train\n", done.stderr)) >= 2, done.stderr
     assert train.checkpoints(tmp_path / "run")
 
 
@@ -223,15 +201,14 @@ def test_programs_that_end_without_close_end_well():
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks by /proc")
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(place, tmp_path):
     """Ranks receive a signal at different moments: one that stopped a step early would hang the others."""
-    job = start(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5)
+    job = Job(3, *training(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5), logs=tmp_path / "logs")
     wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
-    os.kill(process_of(tmp_path / "run", 1), signal.SIGTERM)
-    shown, messages = job.communicate(timeout=60)
-    assert job.returncode == 0, messages
-    step = int(re.search(r"stopped by a signal after step (\d+)", shown)[1])
+    os.kill(job.process(1), signal.SIGTERM)
+    done = job.result(60)
+    assert done.returncode == 0, done.stderr
+    step = int(re.search(r"stopped by a signal after step (\d+)", done.stdout)[1])
     assert train.checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{step:08d}"
     assert len(records(tmp_path / "run")) == step
 
