@@ -1,13 +1,12 @@
 """Training: options reach their place, the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation by position."""
 import json
 import math
+import os
 import random
 import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from parallel import Grid, ShardedAdamW
 from rope_yarn import RopeScaling, inverse_frequencies, scaling_from_options
 from tools.prepare import prepare_corpus
 from tools.train_tokenizer import train_bpe
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +222,13 @@ def test_sigkill_at_random_moments_and_resume_gives_the_same_metrics_to_the_last
 def test_a_signal_saves_exits_cleanly_and_resumes(number, workplace, uninterrupted, tmp_path):
     out = tmp_path / "stopped"
     arguments = command(workplace, out, "--resume", steps=40)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stderr=subprocess.DEVNULL)
+    process = server().Process(target=train.main, args=(arguments,))
+    process.start()
     while not (out / "metrics.jsonl").exists() or not metrics(out):
         time.sleep(0.01)
-    process.send_signal(number)
-    assert process.wait() == 0
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 0
     if not (out / "final").exists():  # it may have been at its last step already
         assert len(train.checkpoints(out)) == 1
         stage1(*arguments)

@@ -246,7 +246,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(place, four_ranks
 
 
 def test_usage_errors_and_help_are_printed_once(place):
-    done = torchrun(3, "train.py", "--frobnicate")
+    done = launch(3, "train.py", "--frobnicate")
     assert done.returncode != 0 and done.stderr.count("usage: ") == 1
     done = launch(3, "eval_niah.py", "--help")
     assert done.returncode == 0 and done.stdout.count("usage: ") == 1
