@@ -2,8 +2,9 @@
 import multiprocessing
 
 
-def server():
-    """A multiprocessing context; torch.distributed's launcher and tools.prepare take the same server."""
+def fork_context():
+    """A multiprocessing context whose server has imported what tests need, if it is the first to start one in this process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch._dynamo", "train", "sft", "eval_niah", "tools.prepare"])  # AdamW takes the second
+    # torch.optim.AdamW imports torch._dynamo
+    context.set_forkserver_preload(["pytest", "torch._dynamo", "train", "sft", "eval_niah", "tools.prepare"])
     return context

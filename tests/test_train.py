@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from allocations import Operators
-from processes import server
+from processes import fork_context
 
 import data
 import sft
@@ -197,7 +197,7 @@ def test_sigkill_at_random_moments_and_resume_gives_the_same_metrics_to_the_last
         return len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
 
     while not (out / "final").exists():
-        process = server().Process(target=train_slowly, args=(arguments,))
+        process = fork_context().Process(target=train_slowly, args=(arguments,))
         process.start()
         if kills < 10:
             started = written()
@@ -222,9 +222,10 @@ def test_sigkill_at_random_moments_and_resume_gives_the_same_metrics_to_the_last
 def test_a_signal_saves_exits_cleanly_and_resumes(number, workplace, uninterrupted, tmp_path):
     out = tmp_path / "stopped"
     arguments = command(workplace, out, "--resume", steps=40)
-    process = server().Process(target=train.main, args=(arguments,))
+    process = fork_context().Process(target=train.main, args=(arguments,))
     process.start()
     while not (out / "metrics.jsonl").exists() or not metrics(out):
+        assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, number)
     process.join()

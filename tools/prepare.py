@@ -257,6 +257,7 @@ def workers(processes: int) -> Iterator[Executor]:
     try:
         yield pool
     finally:
+        # and wait: left to itself, it hangs the end of a caller that multiprocessing started
         pool.shutdown(cancel_futures=True)
 
 

@@ -97,7 +97,8 @@ if __name__ == "__main__":
         grids.append(grid)
         for dtype in (torch.float32, torch.float64):
             for tied in (False, True):
-                errors = run(grid, tied, dtype, micro_batch=ROWS // grid.dp // (2 if tied and dtype == torch.float64 else 1))
+                parts = 2 if tied and dtype == torch.float64 else 1  # gradients add up over two micro-batches
+                errors = run(grid, tied, dtype, micro_batch=ROWS // grid.dp // parts)
                 key = f"{grid.tp},{grid.cp},{grid.dp} {str(dtype).removeprefix('torch.')} {'tied' if tied else 'untied'}"
                 found[key] = errors
     if grid.is_first:

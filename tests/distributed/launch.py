@@ -2,15 +2,19 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from processes import server
+from processes import fork_context
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -26,21 +30,31 @@ def torchrun(processes: int, *arguments) -> subprocess.CompletedProcess:
 
 
 class Job:
-    """The same by torchrun's launcher, several times faster: ranks are forks of a server that has imported torch. What each of
-    them prints is in a file of its own under `logs`.
+    """A script on several ranks, started by torchrun's launcher, but as forks of a server that has imported torch: several times
+    faster. What each rank prints is in a file of its own under `logs`. Leaving `with` kills what still runs.
     """
 
     def __init__(self, processes: int, *arguments, logs: Path, restarts: int = 0) -> None:
-        server()
+        fork_context()  # before the launcher starts the server
         self.logs, self.arguments = logs, list(map(str, arguments))
-        self.config = LaunchConfig(1, 1, processes, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        self.config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                                    max_restarts=restarts, start_method="forkserver",
                                    logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL))
-        self.ended = ThreadPoolExecutor(1).submit(self.returncode)  # in a thread, the launcher leaves signals alone
 
-    def returncode(self) -> int:
+    def __enter__(self):
+        self.code = ThreadPoolExecutor(1).submit(self.run)  # in a thread, the launcher leaves this process's signals alone
+        return self
+
+    def __exit__(self, *_) -> None:
+        while not self.code.done():  # again: a restart makes new ones
+            for file in self.logs.glob("*.pid"):
+                with suppress(ProcessLookupError, ValueError):
+                    os.kill(int(file.read_text()), signal.SIGKILL)
+            time.sleep(0.1)
+
+    def run(self) -> int:
         try:
-            elastic_launch(self.config, run)(str(self.logs), *self.arguments)
+            elastic_launch(self.config, be_rank)(str(self.logs), *self.arguments)
         except ChildFailedError:
             return 1
         return 0
@@ -49,25 +63,28 @@ class Job:
         """The process id of a rank."""
         return int((self.logs / f"{rank}.pid").read_text())
 
-    def printed(self, stream: str) -> str:
-        """All of stdout or stderr, rank by rank."""
-        return "".join(file.read_text() for file in sorted(self.logs.rglob(f"{stream}.log")))
+    def printed(self, stream: str) -> list[str]:
+        """What each rank has printed to stdout or stderr, attempt by attempt, rank by rank."""
+        return [file.read_text() for file in sorted(self.logs.rglob(f"{stream}.log"))]
 
     def result(self, timeout: float = 240) -> subprocess.CompletedProcess:
         """Wait for its end."""
-        code = self.ended.result(timeout)
-        return subprocess.CompletedProcess(self.arguments, code, self.printed("stdout"), self.printed("stderr"))
+        wait([self.code], timeout)
+        printed = ["".join(self.printed(stream)) for stream in ("stdout", "stderr")]
+        assert self.code.done(), printed
+        return subprocess.CompletedProcess(self.arguments, self.code.result(), *printed)
 
 
 def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
     """Run a job to its end."""
-    with tempfile.TemporaryDirectory() as place:
-        return Job(processes, *arguments, logs=Path(place)).result()
+    with tempfile.TemporaryDirectory() as place, Job(processes, *arguments, logs=Path(place)) as job:
+        return job.result()
 
 
-def run(logs: str, *arguments: str) -> None:
-    """What a rank does: `python ARGUMENTS`."""
+def be_rank(logs: str, *arguments: str) -> None:
+    """Run a script or module in this fork, which then, unlike `python`, ends without atexit or finalisation."""
     Path(logs, f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    os.chdir(ROOT)
     torch.set_num_threads(1)
     is_module = arguments[0] == "-m"
     sys.argv = list(arguments[is_module:])

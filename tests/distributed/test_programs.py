@@ -76,8 +76,8 @@ def test_model_on_a_grid_computes_generates_and_saves_what_one_process_does(plac
 
 @pytest.fixture(scope="module")
 def four_ranks(place):
-    """Six steps on tp 2 x cp 2, with a checkpoint after the third."""
-    done = launch(4, "train.py", *options(place, place / "four", "--tp", 2, "--cp", 2, "--steps", 6, "--checkpoint-every", 3))
+    """Six steps on tp 2 x cp 2, with a checkpoint after the third: the command itself, ranks with hash seeds of their own."""
+    done = torchrun(4, "train.py", *options(place, place / "four", "--tp", 2, "--cp", 2, "--steps", 6, "--checkpoint-every", 3))
     assert done.returncode == 0, done.stderr
     return place / "four"
 
@@ -88,7 +88,7 @@ def test_checkpoint_of_one_grid_continues_on_every_other(place, four_ranks, tmp_
     out = tmp_path / "run"
     shutil.copytree(four_ranks, out, ignore=shutil.ignore_patterns("final", "checkpoint-00000006"))
     done = launch(processes, "train.py", *options(place, out, "--tp", tp, "--cp", cp, "--micro-batch-size", micro, "--steps", 6,
-                                                    "--checkpoint-every", 3, "--resume"))
+                                                  "--checkpoint-every", 3, "--resume"))
     assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr
     if (tp, cp) == (2, 2):
         assert records(out) == records(four_ranks) and files(out / "final") == files(four_ranks / "final")
@@ -158,26 +158,33 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def said_where(job: Job, ranks: tuple[int, ...]) -> bool:
+    """Whether each of these ranks of the first attempt has printed a traceback through train()."""
+    files = [next(job.logs.glob(f"*/attempt_0/{rank}/stderr.log")) for rank in ranks]
+    return all(re.search(r"line \d+,? in train\n", file.read_text()) for file in files)
+
+
 def test_after_a_killed_rank_the_others_say_where_they_were_and_a_restart_continues_from_the_last_checkpoint(place, tmp_path):
+    """Which rank was killed, torchrun says."""
     more = ("--steps", 30, "--checkpoint-every", 10)
-    job = Job(3, *training(place, tmp_path / "run", *more), logs=tmp_path / "logs", restarts=1)
-    wait_for((tmp_path / "run" / "checkpoint-00000010").is_dir)
-    os.kill(job.process(2), signal.SIGKILL)
-    done = job.result(60)
-    assert done.returncode == 0 and len(re.findall(r"line \d+,? in train\n", done.stderr)) >= 2, done.stderr
+    with Job(3, *training(place, tmp_path / "run", *more), logs=tmp_path / "logs", restarts=1) as job:
+        wait_for((tmp_path / "run" / "checkpoint-00000010").is_dir)
+        os.kill(job.process(2), signal.SIGKILL)
+        done = job.result(60)
+    assert done.returncode == 0 and said_where(job, (0, 1)), done.stderr
     whole = launch(3, *training(place, tmp_path / "whole", *more))
     assert whole.returncode == 0 and records(tmp_path / "run") == records(tmp_path / "whole")
 
 
 def test_a_stopped_rank_ends_the_job_and_the_others_say_where_they_waited(place, tmp_path):
     words = training(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5, "--timeout", 5)
-    job = Job(3, *words, logs=tmp_path / "logs")
-    wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
-    os.kill(job.process(1), signal.SIGSTOP)
-    wait_for(lambda: job.printed("stderr").count("Timeout (0:00:05)!") == 2, 20)
-    os.kill(job.process(1), signal.SIGCONT)  # torchrun would kill it after 30 s
-    done = job.result(60)
-    assert done.returncode != 0 and len(re.findall(r"line \d+,? in train\n", done.stderr)) >= 2, done.stderr
+    with Job(3, *words, logs=tmp_path / "logs") as job:
+        wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
+        os.kill(job.process(1), signal.SIGSTOP)
+        wait_for(lambda: "".join(job.printed("stderr")).count("Timeout (0:00:05)!") == 2, 20)
+        os.kill(job.process(1), signal.SIGCONT)  # torchrun would kill it after 30 s
+        done = job.result(60)
+    assert done.returncode != 0 and said_where(job, (0, 2)), done.stderr
     assert train.checkpoints(tmp_path / "run")
 
 
@@ -196,17 +203,16 @@ def test_a_rank_at_work_is_not_taken_for_one_that_hangs():
 
 def test_programs_that_end_without_close_end_well():
     """Threads at work when the interpreter ended, ours and then gloo's, aborted one in two, later one in ten."""
-    for _ in range(2):
-        done = launch(2, ROOT / "tests" / "distributed" / "hangs.py", "ends")
-        assert done.returncode == 0, done.stderr
+    done = torchrun(2, ROOT / "tests" / "distributed" / "hangs.py", "ends")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(place, tmp_path):
     """Ranks receive a signal at different moments: one that stopped a step early would hang the others."""
-    job = Job(3, *training(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5), logs=tmp_path / "logs")
-    wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
-    os.kill(job.process(1), signal.SIGTERM)
-    done = job.result(60)
+    with Job(3, *training(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5), logs=tmp_path / "logs") as job:
+        wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
+        os.kill(job.process(1), signal.SIGTERM)
+        done = job.result(60)
     assert done.returncode == 0, done.stderr
     step = int(re.search(r"stopped by a signal after step (\d+)", done.stdout)[1])
     assert train.checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{step:08d}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import server
+from processes import fork_context
 from texts import TRAINING_TEXT
 
 import data
@@ -288,13 +288,14 @@ def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp
         del moments["tokenises"], moments["has done so"], moments["compares"]
     counts = []
     for when, is_reached in moments.items():
-        process = server().Process(target=prepare_in_small_parts, args=(
+        process = fork_context().Process(target=prepare_in_small_parts, args=(
             ([("slim", web)], tokenizer, tmp_path / "out"), {"budget": 100_000, "processes": processes} | UPSAMPLED))
         process.start()
-        while process.is_alive() and not is_reached():
+        end = time.monotonic() + 120
+        while process.is_alive() and not is_reached() and time.monotonic() < end:
             time.sleep(0.001)
         process.kill()
-        process.join(60)
+        process.join()
         assert process.exitcode == (0 if when == "never" else -signal.SIGKILL)
         assert (tmp_path / "out").exists() == (when == "never")
         counts.append(done())
