@@ -250,6 +250,18 @@ def test_resume_refuses_other_settings_and_a_used_directory(workplace, uninterru
     assert len(train.checkpoints(workplace / "whole")) == checkpoints
 
 
+def test_a_finished_run_is_left_alone_and_a_damaged_checkpoint_is_named(workplace, tmp_path, capsys):
+    words = command(workplace, tmp_path / "run", "--checkpoint-every", 2, "--resume", steps=2)
+    stage1(*words)
+    files = sorted((tmp_path / "run").rglob("*"))
+    stage1(*words)
+    assert "run/final is already there; nothing to do" in capsys.readouterr().out and sorted((tmp_path / "run").rglob("*")) == files
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "checkpoint-00000002" / "training.json").write_text("{")
+    with pytest.raises(SystemExit, match="checkpoint-00000002/training.json: not valid JSON"):
+        stage1(*words)
+
+
 def test_a_resumed_run_has_its_checkpoints_model_whatever_has_become_of_the_source(workplace, uninterrupted, tmp_path):
     """The file that --model or --config named may have been edited since."""
     config = tmp_path / "config.json"
