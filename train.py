@@ -281,8 +281,9 @@ def best_seconds(function) -> float:
     return min(seconds[1:])
 
 
-def product_rate(device: str, dtype: torch.dtype, size: int = 512) -> float:
-    """FLOP/s of a square matrix product here."""
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product here, of a size that keeps the device busy."""
+    size = 8192 if device.startswith("cuda") else 512
     matrix = torch.ones(size, size, dtype=dtype, device=device)
     return 2 * size**3 / best_seconds(lambda: matrix @ matrix)
 
@@ -301,7 +302,7 @@ def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
         for part, peak in PEAKS.items():
             if part in name:
                 return peak, f"the {peak / 1e12:.0f} TFLOP/s of {name}"
-    rate = product_rate(device, dtype, 8192 if device.startswith("cuda") else 512)
+    rate = product_rate(device, dtype)
     return rate, f"{rate / 1e12:.3g} TFLOP/s, a measured matrix product"
 
 

@@ -67,7 +67,7 @@ PAGEABLE = 5  # how much slower copies from and to memory that is not pinned are
 def measured_device(device: str, dtype: torch.dtype, head_dim: int) -> Device:
     """This machine, for a plan: a matrix product, the attention kernel and a copy, timed in a few seconds."""
     cuda = device.startswith("cuda")
-    size, length, heads = (8192, 16384, 16) if cuda else (1024, 1024, 4)
+    length, heads = (16384, 16) if cuda else (1024, 4)
     shape = (1, heads, length, head_dim)
     q, k, v, d_out = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
     large = torch.empty(2**28 if cuda else 2**25, dtype=torch.uint8, device=device)
@@ -77,7 +77,7 @@ def measured_device(device: str, dtype: torch.dtype, head_dim: int) -> Device:
     flops, copy = heads * 2 * length**2 * head_dim, 2 * large.nbytes / best_seconds(large.clone)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total = torch.cuda.get_device_properties(0).total_memory - 3 * 2**30 if cuda else host
-    rate = product_rate(device, dtype, size)
+    rate = product_rate(device, dtype)
     return Device(total, rate, rate, flops / forward, 2.5 * flops / backward, copy, copy, copy, copy, host)
 
 

@@ -20,6 +20,11 @@ CONFIG = {"model_type": "llama", "vocab_size": 96, "hidden_size": 40, "intermedi
           "attention_bias": True, "initializer_range": 0.1}
 
 
+def own(whole: torch.Tensor, dim: int | None, grid: Grid) -> torch.Tensor:
+    """This rank's shard of a whole tensor."""
+    return whole if dim is None else whole.chunk(grid.tp, dim)[grid.tp_rank]
+
+
 def make_model(tied: bool, dtype: torch.dtype, grid: Grid) -> Llama:
     """Every parameter away from 0 and 1, biases and norms too, the same whatever the grid."""
     model = Llama(ModelConfig.from_hf(CONFIG | {"tie_word_embeddings": tied}), grid).initialise(3)
@@ -27,7 +32,7 @@ def make_model(tied: bool, dtype: torch.dtype, grid: Grid) -> Llama:
     for i, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.ndim == 1:
             whole = torch.randn(unshard(parameter.detach(), dims[name], grid).shape, generator=torch.Generator().manual_seed(i))
-            parameter.data += 0.3 * (whole if dims[name] is None else whole.chunk(grid.tp)[grid.tp_rank])
+            parameter.data += 0.3 * own(whole, dims[name], grid)
     return model.to(dtype)
 
 
@@ -60,16 +65,12 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
     models[0].tile_bytes = tile * micro_batch * grid.tp * block_tile_bytes(models[0].config, grid.tp, dtype.itemsize)
     models[0].host = HostMemory() if tied and dtype == torch.float64 else None
     optimizers = [ShardedAdamW(m, g) for m, g in zip(models, (grid, alone))]
+    dims = optimizers[0].dims
     errors = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
 
     def note(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         error = (ours - theirs).norm() / theirs.norm()
         errors[what] = max(errors[what], float("inf") if error.isnan() else error.item())
-
-    def own(name: str, x: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of a whole tensor."""
-        dim = optimizers[0].dims[name]
-        return x if dim is None else x.chunk(grid.tp, dim)[grid.tp_rank]
 
     for step in range(STEPS):
         batch = make_batch(step, grid)
@@ -77,15 +78,15 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
         for model, optimizer, part in zip(models, optimizers, (rows(batch, grid), batch)):
             losses.append(training_step(model, optimizer, part, micro_batch)[0])
         for name, theirs in optimizers[1].parameters.items():
-            among = "all" if optimizers[0].dims[name] is None else "dp_cp"
+            among = "all" if dims[name] is None else "dp_cp"
             ours = grid.all_reduce(optimizers[0].parameters[name].grad.clone(), among)
-            note("gradients", ours, own(name, theirs.grad))
+            note("gradients", ours, own(theirs.grad, dims[name], grid))
         for optimizer in optimizers:
             norms.append(optimizer.step(1e-4, max_norm=1.0))
         note("loss", *torch.tensor(losses, dtype=torch.float64))
         note("norm", *torch.tensor(norms, dtype=torch.float64))
     for name, theirs in optimizers[1].parameters.items():
-        note("weights", optimizers[0].parameters[name].detach(), own(name, theirs.detach()))
+        note("weights", optimizers[0].parameters[name].detach(), own(theirs.detach(), dims[name], grid))
     return {what: grid.all_reduce(torch.tensor(error, dtype=torch.float64), "all", dist.ReduceOp.MAX).item() for what, error in errors.items()}
 
 
