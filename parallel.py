@@ -26,9 +26,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -782,6 +783,70 @@ def launched() -> tuple[int, int]:
 def restarts() -> int:
     """How often torchrun --max-restarts has started this job anew."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults, and whose usage errors `one_line_errors` tells like any other mistake."""
+
+    def __init__(self, description: str, **more) -> None:
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def checked(kind: Callable, text: str, fits: Callable, right: str):
+    """An option's text as a `kind` that `fits`; argparse puts the option's name before what is raised."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text} must be {right}")
+    return value
+
+
+def positive(text: str) -> int:
+    return checked(int, text, lambda n: n >= 1, "a whole number, 1 or more")
+
+
+def nonnegative(text: str) -> int:
+    return checked(int, text, lambda n: n >= 0, "a whole number, 0 or more")
+
+
+def nonnegative_number(text: str) -> float:
+    return checked(float, text, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
+
+
+def fraction(text: str) -> float:
+    return checked(float, text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+
+def existing(text: str) -> Path:
+    return checked(Path, text, Path.exists, "a file or directory that exists")
+
+
+def writable(text: str) -> Path:
+    return checked(Path, text, lambda path: path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK),
+                   "a file in a directory that exists and can be written")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around a whole command: a mistake of its user becomes one line and exit code 1.
+
+    A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the others before they speak. An
+    error of one rank alone is told by that one.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ArithmeticError) as error:
+        rank, world = launched()
+        if world == 1:
+            raise SystemExit(f"error: {error}") from None
+        time.sleep(2.0 if rank else 0.0)
+        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the others may wait for this rank in a communication: there is no orderly way out
 
 
 def print_once(text: str) -> None:
