@@ -11,10 +11,9 @@ answer, ruler, perplexity.
 """
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import os
+import math
 import random
 import re
 import sys
@@ -28,19 +27,23 @@ from tiktoken import Encoding
 from tqdm import tqdm
 
 import data
-from model import Llama, ModelConfig, check_device, read_config, rescale
+from model import KVCache, Llama, ModelConfig, read_config, rescale
 from parallel import (
     Grid,
+    Parser,
     add_grid_arguments,
     attention_kernel,
-    check_grid,
-    check_least,
-    finish,
-    launched,
-    parse_once,
+    available_device,
+    existing,
+    nonnegative,
+    one_line_errors,
+    positive,
     print_once,
+    writable,
 )
 from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
+from sft import encode_chat
+from train import default_dtype
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
 WORDING = {
@@ -148,7 +151,7 @@ def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat:
     answer begins."""
     if chat:
         messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
-        return data.encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
+        return encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
     return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
 
 
@@ -178,12 +181,18 @@ def insertion_point(tokenizer: Encoding, window: list[int], target: int) -> int:
         return tokenizer.decode_single_token_bytes(window[i]) if 0 <= i < len(window) else b"\n"
 
     reach = min(max(8, len(window) // 50), 256)
-    near = range(max(0, target - reach), min(len(window), target + reach) + 1)
-    places = sorted(near, key=lambda place: abs(place - target))
-    line = (p for p in places if text(p - 1).endswith(b"\n") or text(p).startswith(b"\n"))
-    word = (p for p in places if text(p - 1)[-1:].isspace() or text(p)[:1].isspace())
-    character = (p for p in places if not b"\x80" <= text(p)[:1] < b"\xc0")  # UTF-8 continues with 80 to BF
-    return next(itertools.chain(line, word, character), target)
+    places = range(max(0, target - reach), min(len(window), target + reach) + 1)
+    places = sorted(places, key=lambda place: abs(place - target))
+    for place in places:
+        if text(place - 1).endswith(b"\n") or text(place).startswith(b"\n"):
+            return place
+    for place in places:
+        if text(place - 1)[-1:].isspace() or text(place)[:1].isspace():
+            return place
+    for place in places:
+        if not b"\x80" <= text(place)[:1] < b"\xc0":  # UTF-8 continues a character with bytes 80 to BF
+            return place
+    return target
 
 
 # --------------------------------------------------------------------------------------------------- scoring
@@ -225,30 +234,37 @@ def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[
 
 class Reader:
     """Reads rows of tokens with a model and leaves what they share out: the tokens with which they begin like the rows
-    read before stay in the KV cache. `read` counts tokens of rows, `computed` those that went through the model.
+    read before stay in the KV cache. `read` counts tokens of rows, `computed` those that went through the model. `more` is
+    how many tokens may be generated after a row.
     """
 
-    def __init__(self, model: Llama, device: str) -> None:
-        self.model, self.device, self.rows, self.cache, self.read, self.computed = model, device, None, None, 0, 0
+    def __init__(self, model: Llama, more: int = 0) -> None:
+        self.model, self.more = model, more
+        self.rows, self.cache = None, None  # what was read last
+        self.read, self.computed = 0, 0
 
-    def begin(self, rows: torch.Tensor, most: int):
+    def begin(self, rows: torch.Tensor, most: int) -> KVCache:
         """The cache, truncated to what it shares with rows (B, S) int64: `most` tokens at most."""
-        if self.rows is None or len(self.rows) != len(rows):
-            self.rows, self.cache = rows, self.model.new_cache(len(rows))  # empty: nothing to compare
+        grid, length = self.model.grid, rows.shape[1]
+        most_held = length if grid.cp == 1 else math.ceil(1.5 * length / grid.cp)  # by one rank of the ring
+        needed = most_held + grid.sequence_multiple + self.more
+        if self.rows is None or len(self.rows) != len(rows) or self.cache.capacity < needed:
+            self.rows, self.cache = rows, None  # given back before the next one is made
+            self.cache = self.model.new_cache(len(rows), needed + needed // 32)  # a little over, for rows a little longer
         width = min(self.rows.shape[1], most, self.cache.length)
-        other = (self.rows[:, :width] != rows[:, :width]).any(0)  # (width,)
-        self.cache.truncate(int(other.int().argmax()) if other.any() else width)
-        cp, new = self.model.grid.cp, rows.shape[1] - self.cache.length
-        if self.cache.fullest() * cp + new > 1.5 * rows.shape[1]:  # one rank of the ring would hold and do too much
-            self.cache.truncate(0)
+        differ = (self.rows[:, :width] != rows[:, :width]).any(0).nonzero()  # places
+        self.cache.truncate(int(differ[0]) if len(differ) else width)
+        if self.cache.fullest() * grid.cp + length - self.cache.length > 1.5 * length:
+            self.cache.truncate(0)  # one rank would hold and do too much
         self.rows = rows
-        self.read, self.computed = self.read + rows.numel(), self.computed + rows[:, self.cache.length:].numel()
+        self.read += rows.numel()
+        self.computed += rows[:, self.cache.length:].numel()
         return self.cache
 
     def counts(self) -> list[int]:
         """`read` and `computed` of all replicas."""
-        grid = self.model.grid
-        return grid.all_reduce(torch.tensor([self.read, self.computed], device=self.device), "dp").tolist()
+        counts = torch.tensor([self.read, self.computed], device=self.model.head_weight.device)
+        return self.model.grid.all_reduce(counts, "dp").tolist()
 
 
 @torch.inference_mode()
@@ -257,27 +273,28 @@ def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
 
     Data-parallel replicas share the prompts; every rank returns all predictions.
     """
-    model, grid, device = reader.model, reader.model.grid, reader.device
+    model, grid, device = reader.model, reader.model.grid, reader.model.head_weight.device
     grid.restart_timer()
     widths = [len(prompt.tokens) - prompt.answer_start + 1 for prompt in prompts]
     best = torch.zeros(len(prompts), max(widths), dtype=torch.int64, device=device)
-    mine = slice(grid.dp_rank, None, grid.dp)
-    if prompts[mine]:
-        tokens = torch.tensor([prompt.tokens for prompt in prompts[mine]], device=device)  # (B, S)
-        first = tokens.shape[1] - max(widths)  # place that predicts the first answer token
+    mine = prompts[grid.dp_rank::grid.dp]
+    if mine:
+        tokens = torch.tensor([prompt.tokens for prompt in mine], device=device)  # (B, S)
+        first = tokens.shape[1] - max(widths)  # the place that predicts the first answer token
         cache = reader.begin(tokens, first)
         places = torch.arange(first, tokens.shape[1], device=device) - cache.length  # (answer + 1,)
         hidden = model.hidden_at(tokens[:, cache.length:], places.expand(len(tokens), -1), cache)
-        best[mine] = model.logits(hidden).argmax(dim=-1)  # the head never sees S rows
+        best[grid.dp_rank::grid.dp] = model.logits(hidden).argmax(dim=-1)  # the head never sees S rows
     best = grid.all_reduce(best, "dp").tolist()
-    return [row[-width:] for row, width in zip(best, widths)]
+    return [row[-width:] for row, width in zip(best, widths, strict=True)]
 
 
 OFFSETS = 2**20  # a window begins at one of the haystack's first places, the same for every length and depth
 
 
-def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *, seed: int,
-                task: str, chat: bool, distractors: int, digits: int, system: str | None = None) -> Prompt:
+def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *, seed: int = 1234,
+                task: str = "passkey", chat: bool = False, distractors: int = 0, digits: int = 5,
+                system: str | None = None) -> Prompt:
     """Prompt number `sample` of one cell; depends on no other cell. "mixed" alternates tasks by sample.
 
     A sample's window of the haystack begins at the same place in all cells, so that their prompts begin alike.
@@ -290,53 +307,61 @@ def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float,
 
 
 def standard_error(right: np.ndarray) -> float:
-    """Of the mean of (depths, samples): over samples, since prompts of one share their text and fail together; binomial for
-    a single sample."""
+    """Standard error of the mean of `right` (depths, samples): over samples, since prompts of one share their text and fail
+    together; binomial for a single sample."""
     if right.shape[1] == 1:
         return float((right.mean() * (1 - right.mean()) / right.size) ** 0.5)
     return float(right.mean(0).std(ddof=1) / right.shape[1] ** 0.5)
 
 
-def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int], depths: list[float],
-             samples: int, seed: int = 1234, *, task: str = "passkey", chat: bool = False,
-             distractors: int = 0, digits: int = 5, system: str | None = None, batch_tokens: int = 16384,
-             device: str = "cpu", progress: bool = False) -> dict:
-    """Retrieval accuracy of every length x depth, `samples` prompts each.
+def last_fact_first(lengths: list[int], depths: list[float]) -> list[tuple[int, float]]:
+    """(length, depth) of every cell, from the last place of the fact to the first: each prompt then begins like the one
+    before, and only what follows its fact is computed."""
+    return sorted(itertools.product(lengths, depths), key=lambda cell: -cell[0] * cell[1])
+
+
+def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int], depths: list[float], samples: int, *,
+             batch_tokens: int = 16384, progress: bool = False, **options) -> dict:
+    """Retrieval accuracy of every length x depth, `samples` prompts each; `options` are those of `cell_prompt`.
 
     Returns {"lengths", "depths", "cells", "means", "read", "computed"}. A cell has its length, depth, accuracy in % and
-    every prompt's expected and given answer; a mean has a length's accuracy in % and standard error in points. Samples of a
-    cell share forwards of up to `batch_tokens` tokens a replica; that changes no result, but by rounding. Cells go from the
-    last place of the fact to the first, so that each begins like the one before and only what follows its fact is computed:
-    of `read` tokens, `computed`.
+    every prompt's expected and given answer; a mean has a length's accuracy in % and standard error in points. Samples share
+    forwards of up to `batch_tokens` tokens a replica; that changes no result, but by rounding. Of `read` tokens, `computed`
+    went through the model.
     """
-    options = {"seed": seed, "task": task, "chat": chat, "distractors": distractors, "digits": digits, "system": system}
-    lengths, found, reader = sorted(set(lengths)), {}, Reader(model, device)
-    bar = tqdm(total=len(lengths) * len(depths) * samples, unit="prompt", disable=None if progress else True)
-    sizes = {length: min(samples, max(1, batch_tokens // length) * model.grid.dp) for length in lengths}
-    for size in sorted(set(sizes.values())):
-        cells = sorted(itertools.product([n for n in lengths if sizes[n] == size], depths),
-                       key=lambda cell: -cell[0] * cell[1])
-        for start, (length, depth) in itertools.product(range(0, samples, size), cells):
-            batch = range(start, min(start + size, samples))
-            prompts = [cell_prompt(tokenizer, haystack_tokens, length, depth, sample, **options) for sample in batch]
-            for sample, prompt, said in zip(batch, prompts, predict(reader, prompts), strict=True):
+    lengths = sorted(set(lengths))
+    reader = Reader(model)
+    size = max(1, batch_tokens // lengths[-1]) * model.grid.dp  # prompts read side by side
+    found = {(length, depth): [] for length in lengths for depth in depths}
+    bar = tqdm(total=len(found) * samples, unit="prompt", disable=None if progress else True)
+    for start in range(0, samples, size):
+        group = range(start, min(start + size, samples))
+        for length, depth in last_fact_first(lengths, depths):
+            prompts = [cell_prompt(tokenizer, haystack_tokens, length, depth, sample, **options) for sample in group]
+            for sample, prompt, said in zip(group, prompts, predict(reader, prompts), strict=True):
                 match, given = score(tokenizer, prompt, said)
-                found.setdefault((length, depth), []).append({
+                found[length, depth].append({
                     "sample": sample, "task": prompt.task, "key": prompt.key, "expected": prompt.answer,
                     "given": given, "correct": match, "needle_start": prompt.needle_start})
-            bar.update(len(batch))
+            bar.update(len(group))
     bar.close()
-    cells = [{"length": length, "depth": depth, "prompts": found[length, depth],
-              "accuracy": 100 * sum(p["correct"] for p in found[length, depth]) / samples}
-             for length, depth in itertools.product(lengths, depths)]
+    read, computed = reader.counts()
+    return {"lengths": lengths, "depths": list(depths), **summary(found), "read": read, "computed": computed}
+
+
+def summary(found: dict[tuple[int, float], list[dict]]) -> dict:
+    """{"means": of every length, "cells": of every length and depth} from the prompts of each (length, depth)."""
+    cells, by_length = [], {}
+    for (length, depth), prompts in found.items():
+        right = [prompt["correct"] for prompt in prompts]
+        cells.append({"length": length, "depth": depth, "prompts": prompts, "accuracy": 100 * sum(right) / len(right)})
+        by_length.setdefault(length, []).append(right)
     means = []
-    for length in lengths:
-        right = [[p["correct"] for p in cell["prompts"]] for cell in cells if cell["length"] == length]
-        right = np.array(right)  # (depths, samples)
+    for length, rows in by_length.items():
+        right = np.array(rows)  # (depths, samples)
         means.append({"length": length, "prompts": right.size, "accuracy": 100 * float(right.mean()),
                       "standard_error": 100 * standard_error(right)})
-    read, computed = reader.counts()
-    return {"lengths": lengths, "depths": list(depths), "means": means, "cells": cells, "read": read, "computed": computed}
+    return {"means": means, "cells": cells}
 
 
 # ---------------------------------------------------------------------------------------------------- output
@@ -402,17 +427,14 @@ class Checkpoint:
     device: str
 
     @classmethod
-    def open(cls, path: Path, scaling: RopeScaling | None, tp: int, cp: int, device: str, dtype: str) -> Checkpoint:
-        """Check everything that can be checked without the weights. Raises ValueError or OSError naming what is wrong.
+    def open(cls, options: dict) -> Checkpoint:
+        """Check everything that can be checked without the weights; `options` are those of `checkpoint_parser`.
 
-        dtype auto: bfloat16 on a GPU, float32 on a CPU.
+        Raises ValueError or OSError naming what is wrong.
         """
-        check_device(device)
-        check_grid(tp, cp, launched()[1])
+        path, device, scaling = options["model"], options["device"], scaling_from_options(options)
+        dtype = options["dtype"] or default_dtype(device)
         config, tokenizer = rescale(read_config(path), scaling), data.load_tokenizer(path)
-        check_grid(tp, cp, launched()[1], config.shards())
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else "bfloat16"
         attention_kernel(device, getattr(torch, dtype), config.head_dim)
         if tokenizer.n_vocab > config.vocab_size:
             raise ValueError(f"{path}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
@@ -433,21 +455,16 @@ class Checkpoint:
             print_once(f"note: lengths above {self.config.max_position_embeddings} lie beyond this model's window")
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+def checkpoint_parser(description: str) -> Parser:
     """The options that say which model is evaluated, and how it is computed."""
-    parser.add_argument("model", type=Path, help="Hugging Face model directory")
-    compute = parser.add_argument_group("compute")
-    compute.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                         help="auto: bfloat16 on GPU, float32 on CPU")
-    compute.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser = Parser(description)
+    parser.add_argument("model", type=existing, help="Hugging Face model directory")
+    add = parser.add_argument_group("compute").add_argument
+    add("--dtype", choices=("float32", "bfloat16"), help="if not given: bfloat16 on a GPU, float32 on a CPU")
+    add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add_grid_arguments(parser)
     add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Raise OSError unless a file can be written there."""
-    if path and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise OSError(f"{option} {path}: cannot be written; give a file in a directory that exists")
+    return parser
 
 
 def as_json(results: dict) -> bytes:
@@ -481,63 +498,55 @@ def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
     return tokens
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Needles over lengths and depths.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_checkpoint_arguments(parser)
-    prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--haystack", type=Path, required=True, help="text that was not trained on: a corpus directory (of "
-                         "which the held-out split is used), a directory, .txt or .jsonl of text, or stdlib")
-    prompts.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens, the answer's included")
-    prompts.add_argument("--depths", type=int, default=10, help="how many, evenly from 0 to 1")
-    prompts.add_argument("--samples", type=int, default=5, help="prompts a cell, shared by data-parallel replicas")
-    prompts.add_argument("--task", choices=(*WORDING, "mixed"), default="passkey")
-    prompts.add_argument("--prompt", choices=("plain", "chat"), default="plain")
-    prompts.add_argument("--system", help="a system message before each chat prompt")
-    prompts.add_argument("--distractors", type=int, default=0, help="facts of other keys (task needle)")
-    prompts.add_argument("--digits", type=int, default=5, help="length of the numbers")
-    prompts.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward of a replica, or one prompt")
-    prompts.add_argument("--seed", type=int, default=1234)
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="results, JSON")
-    output.add_argument("--window", type=int, help="old window to mark (default: before extension)")
-    return parse_once(parser, argv)
+def parser() -> Parser:
+    parser = checkpoint_parser("Needles over lengths and depths.")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--haystack", type=existing, required=True,
+        help="text that was not trained on: a corpus (its held-out split is used) or a text file")
+    add("--lengths", type=positive, nargs="+", required=True, help="tokens, the answer's included")
+    add("--depths", type=positive, default=10, help="how many, evenly from 0 to 1")
+    add("--samples", type=positive, default=5, help="prompts a cell, shared by data-parallel replicas")
+    add("--task", choices=(*WORDING, "mixed"), default="passkey")
+    add("--prompt", choices=("plain", "chat"), default="plain")
+    add("--system", help="a system message before each chat prompt")
+    add("--distractors", type=nonnegative, default=0, help="facts of other keys (task needle)")
+    add("--digits", type=positive, default=5, help="length of the numbers")
+    add("--batch-tokens", type=positive, default=16384, help="tokens a forward of a replica, or one prompt")
+    add("--seed", type=nonnegative, default=1234)
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=writable, help="results, JSON")
+    add("--window", type=positive, help="old window to mark (if not given: the one before extension)")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check everything, build the shortest prompts, load the model, evaluate, show and write."""
-    a = parse_arguments(argv)
-    try:
-        check_least(1, depths=a.depths, samples=a.samples, digits=a.digits, batch_tokens=a.batch_tokens, window=a.window)
-        check_least(0, distractors=a.distractors)
+    with one_line_errors():
+        a = parser().parse_args(argv)
         if a.distractors and a.task == "passkey":
             raise ValueError("--distractors need keys to tell facts apart: use --task needle or mixed")
         if a.system is not None and a.prompt != "chat":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
-        check_output("--out", a.out)
-        path, longest = data.source_path(a.haystack, "--haystack"), max(a.lengths)
-        checkpoint = Checkpoint.open(a.model, scaling_from_options(vars(a)), a.tp, a.cp, a.device, a.dtype)
+        grid, longest = Grid.create(a.tp, a.cp, a.device, a.timeout), max(a.lengths)
+        checkpoint = Checkpoint.open(vars(a))
         checkpoint.note_lengths(longest)
-        tokenizer, haystack = checkpoint.tokenizer, load_haystack(path, checkpoint.tokenizer, OFFSETS + longest)
+        tokenizer, haystack = checkpoint.tokenizer, load_haystack(a.haystack, checkpoint.tokenizer, OFFSETS + longest)
         if len(haystack) < longest:
-            raise ValueError(f"--haystack {path}: {len(haystack)} tokens; length {longest} needs as many")
+            raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; length {longest} needs as many")
         depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
         options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "distractors": a.distractors,
                    "digits": a.digits, "system": a.system}
         for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
             cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
-        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         results = {"settings": vars(a) | {"dtype": checkpoint.dtype}, "window": a.window or checkpoint.window_before()}
         results |= evaluate(checkpoint.load(grid), tokenizer, haystack, a.lengths, depths, a.samples,
-                            batch_tokens=a.batch_tokens, device=a.device, progress=grid.is_first, **options)
+                            batch_tokens=a.batch_tokens, progress=grid.is_first, **options)
         if grid.is_first:
             print(terminal_map(results, sys.stdout.isatty()))
             print_saved(results["read"], results["computed"])
             if a.out:
                 data.write_complete(a.out, as_json(results))
         grid.close()
-    except (ValueError, OSError, ArithmeticError) as error:
-        finish(error)
 
 
 if __name__ == "__main__":

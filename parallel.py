@@ -20,13 +20,14 @@ from __future__ import annotations
 import argparse
 import atexit
 import faulthandler
+import itertools
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -67,35 +68,25 @@ class Grid:
         grid that does not fit the number of processes.
         """
         rank, world = launched()
-        check_grid(tp, cp, world)
-        if not 0 < timeout < 1e7:
-            raise ValueError(f"--timeout {timeout:g} must be a number of seconds above 0")
+        if min(tp, cp) < 1 or world % (tp * cp):
+            raise ValueError(f"--tp {tp} x --cp {cp} must divide the number of processes, {world}; change them or start "
+                             f"{max(1, tp * cp)} or a multiple (torchrun --standalone --nproc-per-node N)")
         grid = cls(world // (cp * tp), cp, tp, rank, timeout=timeout)
         if world == 1:
             return grid
-        cuda = (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if cuda:
-            if local >= torch.cuda.device_count():
-                raise ValueError(f"more processes than GPUs on this machine: it has {torch.cuda.device_count()}; start as many")
-            torch.cuda.set_device(local)
         patience = timedelta(seconds=2 * timeout + 60)  # torch's own, for programs that start no timer
         if not dist.is_initialized():
             grid.is_owner = True
-            store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-            store = dist.PrefixStore(f"attempt {restarts()}", store)  # a restarted job must not find its dead ranks' addresses
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
-                                    device_id=torch.device("cuda", local) if cuda else None)
-            # torchrun sends it when another rank has failed; while train.py collects signals, that comes first
-            faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
+            start_processes(device or ("cuda" if torch.cuda.is_available() else "cpu"), patience)
         atexit.register(grid.leave)  # gloo's threads abort a process that ends without
         ranks = torch.arange(world).view(grid.dp, cp, tp)
         for name, axes in GROUPS.items():
-            together = [i for i, axis in enumerate(("dp", "cp", "tp")) if axis in axes]
-            size = grid.size(name)
-            if size > 1:
-                members = ranks.movedim(together, tuple(range(-len(together), 0))).reshape(-1, size)
-                grid.groups[name] = dist.new_subgroups_by_enumeration(members.tolist(), timeout=patience)[0]
+            if grid.size(name) == 1:
+                continue
+            inside = [i for i, axis in enumerate(("dp", "cp", "tp")) if axis in axes]
+            outside = [i for i in range(3) if i not in inside]
+            members = ranks.permute(*outside, *inside).reshape(-1, grid.size(name))  # a row is a group
+            grid.groups[name], _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=patience)
         return grid
 
     @property
@@ -130,11 +121,11 @@ class Grid:
             dist.all_reduce(x, op=operation, group=self.groups[group])
         return x
 
-    def all_gather(self, x: Tensor, group: str, out: Tensor | None = None) -> Tensor:
-        """(...) -> (ranks, ...): every rank's x, into `out` if that is given. One rank's x is not copied."""
+    def all_gather(self, x: Tensor, group: str) -> Tensor:
+        """(...) -> (ranks, ...): every rank's x. One rank's x is not copied."""
         if group not in self.groups:
             return x[None]
-        out = x.new_empty(self.size(group), *x.shape) if out is None else out
+        out = x.new_empty(self.size(group), *x.shape)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
         gather(out.view(-1), x.contiguous().view(-1), group=self.groups[group])
         return out
@@ -154,27 +145,24 @@ class Grid:
             dist.broadcast(x, group=self.groups[group], group_src=0)
         return x
 
-    def post_hop(self, *leaving: Tensor, tag: int = 0):
-        """Start sending tensors to the next rank of the ring and receiving the previous one's; call the result to wait for
-        those, a tuple. The caller leaves its own alone until then. One rank's ring is itself.
+    def send_around(self, *leaving: Tensor, tag: int = 0) -> Hop:
+        """Start to send tensors to the next rank of the ring and to receive the previous one's: `.wait()` gives those.
+
+        The caller leaves its own alone until then. One rank's ring is itself. `tag` tells apart hops that are under way at
+        once.
         """
         if "cp" not in self.groups:
-            return lambda: leaving
-        group, leaving = self.groups["cp"], [x.contiguous() for x in leaving]
-        arriving = tuple(torch.empty_like(x) for x in leaving)
+            return Hop(leaving, [])
+        group = self.groups["cp"]
         ring = dist.get_process_group_ranks(group)
-        to, origin = ring[(self.cp_rank + 1) % self.cp], ring[(self.cp_rank - 1) % self.cp]
-        messages = []
-        for number, (out, into) in enumerate(zip(leaving, arriving), len(leaving) * tag):
-            messages += [dist.P2POp(dist.isend, out, to, group, number), dist.P2POp(dist.irecv, into, origin, group, number)]
-        works = dist.batch_isend_irecv(messages)
-
-        def wait() -> tuple[Tensor, ...]:
-            for work in works:
-                work.wait()
-            return arriving
-
-        return wait
+        following, previous = ring[(self.cp_rank + 1) % self.cp], ring[(self.cp_rank - 1) % self.cp]
+        arriving, messages = [], []
+        for number, x in enumerate(leaving, len(leaving) * tag):
+            x = x.contiguous()
+            arriving.append(torch.empty_like(x))
+            messages.append(dist.P2POp(dist.isend, x, following, group, number))
+            messages.append(dist.P2POp(dist.irecv, arriving[-1], previous, group, number))
+        return Hop(tuple(arriving), dist.batch_isend_irecv(messages))
 
     def barrier(self) -> None:
         """Return once every rank has called this."""
@@ -203,6 +191,39 @@ class Grid:
             self.groups.clear()
         if self.is_owner and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@dataclass
+class Hop:
+    """Tensors on their way around the ring."""
+
+    arriving: tuple[Tensor, ...]
+    works: list
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """What the previous rank has sent, once it is here."""
+        for work in self.works:
+            work.wait()
+        return self.arriving
+
+
+def start_processes(device: str, patience: timedelta) -> None:
+    """Start torch.distributed. Raises ValueError if there are more processes than GPUs."""
+    rank, world = launched()
+    gpu = None
+    if device.startswith("cuda"):
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"more processes than GPUs on this machine: it has {torch.cuda.device_count()}; start as many")
+        gpu = torch.device("cuda", local)
+        torch.cuda.set_device(gpu)
+    store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)  # a restarted job must not find its dead ranks' addresses
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
+                            device_id=gpu)
+    # torchrun sends it when another rank has failed; while train.py collects signals, that comes first
+    faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
 
 
 # ------------------------------------------------------------------------ tensor parallel with sequence parallel
@@ -263,16 +284,6 @@ class SumOverRing(torch.autograd.Function):
         return gradient, None
 
 
-def gather_sequence(x: Tensor, grid: Grid) -> Tensor:
-    """(B, m, hidden) -> (B, tp, m, hidden): call it once before all column-parallel layers that read x."""
-    return GatherSequence.apply(x, grid)
-
-
-def scatter_sequence(x: Tensor, grid: Grid) -> Tensor:
-    """Partial sums (B, tp, m, hidden) of every tp rank -> (B, m, hidden), summed."""
-    return ScatterSequence.apply(x, grid)
-
-
 class ColumnParallelLinear(nn.Linear):
     """The rank's 1 / tp of the outputs: x (..., in), whole -> (..., out / tp). Arguments are the whole layer's sizes."""
 
@@ -280,43 +291,6 @@ class ColumnParallelLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, grid: Grid, bias: bool = False) -> None:
         super().__init__(in_features, out_features // grid.tp, bias)
-
-
-class FusedLinear(torch.autograd.Function):
-    """x @ (weights below each other).T, one product for several layers that read the same x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
-        return F.linear(x, stacked(weights))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
-        x, *weights = ctx.saved_tensors
-        d_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # (all outputs, in)
-        return gradient @ stacked(weights), *d_weight.split([len(weight) for weight in weights])
-
-
-def adjacent(weights: tuple[Tensor, ...]) -> bool:
-    """Whether matrices follow each other in memory: ShardedAdamW sees to it."""
-    shared = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    return shared and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in zip(weights, weights[1:]))
-
-
-def stacked(weights: tuple[Tensor, ...]) -> Tensor:
-    """Matrices below each other: as they lie, if they are adjacent, else a copy."""
-    if adjacent(weights):
-        return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
-    return torch.cat(weights)
-
-
-def fused_linear(x: Tensor, *layers: ColumnParallelLinear) -> list[Tensor]:
-    """[layer(x) for layer in layers], computed as one product: x (..., in) -> (..., out / tp) each."""
-    weights = tuple(layer.weight for layer in layers)
-    if not torch.is_grad_enabled() and not adjacent(weights):
-        return [layer(x) for layer in layers]  # inference: a copy of the weights would cost more than a token's products
-    outputs = FusedLinear.apply(x, *weights).split([len(weight) for weight in weights], -1)
-    return [out if layer.bias is None else out + layer.bias for out, layer in zip(outputs, layers)]
 
 
 class RowParallelLinear(nn.Linear):
@@ -329,14 +303,15 @@ class RowParallelLinear(nn.Linear):
         self.grid = grid
 
     def forward(self, x: Tensor) -> Tensor:
-        x = scatter_sequence(F.linear(x, self.weight), self.grid)
+        x = ScatterSequence.apply(F.linear(x, self.weight), self.grid)
         return x if self.bias is None else x + self.bias
 
 
 class VocabParallelEmbedding(nn.Embedding):
     """The rank's V / tp rows of the table: tokens (B, tp, m) int64 -> (B, m, hidden). Arguments are the whole table's.
 
-    `rows` of the m positions are looked up at a time, so that no tensor of tp m x hidden is made.
+    A token of another rank's rows gives zeros here, and the sum over tp ranks is what its own rank found. `tile` of the m
+    positions are looked up at a time, so that no tensor of tp m x hidden is made.
     """
 
     shard_dims = {"weight": 0}
@@ -345,30 +320,32 @@ class VocabParallelEmbedding(nn.Embedding):
         super().__init__(num_embeddings // grid.tp, embedding_dim)
         self.grid = grid
 
-    def forward(self, tokens: Tensor, rows: int) -> Tensor:
-        return Lookup.apply(self.weight, tokens, rows, self.grid)
+    def forward(self, tokens: Tensor, tile: int) -> Tensor:
+        return Lookup.apply(self.weight, tokens, tile, self.grid)
 
 
 class Lookup(torch.autograd.Function):
     """The rows of tokens. Their gradients are summed in float32: a token that occurs thousands of times needs that."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, tokens: Tensor, rows: int, grid: Grid) -> Tensor:
+    def forward(ctx, weight: Tensor, tokens: Tensor, tile: int, grid: Grid) -> Tensor:
         ctx.save_for_backward(weight, tokens)
-        ctx.rows, ctx.grid = rows, grid
-        out = weight.new_empty(tokens.shape[0], tokens.shape[2], weight.shape[1])
-        for part, x in zip(tokens.split(rows, 2), out.split(rows, 1)):
+        ctx.tile, ctx.grid = tile, grid
+        parts = []
+        for part in tokens.split(tile, dim=2):
             row, mine = local_rows(part, len(weight), grid)
-            x.copy_(scattered(F.embedding(row, weight).masked_fill_(~mine[..., None], 0.0), grid))
-        return out
+            x = F.embedding(row, weight).masked_fill_(~mine[..., None], 0.0)  # (B, tp, tile, hidden)
+            parts.append(scattered(x, grid))  # (B, tile, hidden)
+        return torch.cat(parts, dim=1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         weight, tokens = ctx.saved_tensors
         d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for part, d_x in zip(tokens.split(ctx.rows, 2), gradient.split(ctx.rows, 1)):
+        for part, d_x in zip(tokens.split(ctx.tile, dim=2), gradient.split(ctx.tile, dim=1), strict=True):
             row, mine = local_rows(part, len(weight), ctx.grid)
-            d_x = gathered(d_x, ctx.grid).to(d_weight.dtype).masked_fill_(~mine[..., None], 0.0)
+            d_x = gathered(d_x, ctx.grid).to(d_weight.dtype)  # (B, tp, tile, hidden)
+            d_x = d_x.masked_fill_(~mine[..., None], 0.0)
             d_weight.index_add_(0, row.flatten(), d_x.flatten(0, 2))
         return d_weight, None, None, None
 
@@ -398,8 +375,12 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, grid: Grid) ->
 
 def shard_dims(model: nn.Module) -> dict[str, int | None]:
     """Along which dimension tp cuts each parameter of a model, by name; None: every tp rank holds all of it (norms)."""
-    return {f"{prefix}.{name}" if prefix else name: getattr(module, "shard_dims", {}).get(name)
-            for prefix, module in model.named_modules() for name, _ in module.named_parameters(recurse=False)}
+    dims = {}
+    for prefix, module in model.named_modules():
+        cut = getattr(module, "shard_dims", {})
+        for name, _ in module.named_parameters(prefix, recurse=False):
+            dims[name] = cut.get(name.rpartition(".")[2])
+    return dims
 
 
 def whole_shape(shape: tuple[int, ...], dim: int | None, grid: Grid) -> tuple[int, ...]:
@@ -469,19 +450,21 @@ class RingAttention(torch.autograd.Function):
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None = None) -> tuple[Tensor, Tensor]:
     """Shapes of `ring_attention` -> out (B, H, S / cp, D) in q's type and lse (B, H, S / cp), of whole rows."""
     if segments is not None:
-        return by_document(lambda *x: ring_forward(*x, grid), segments, grid, q, k, v)
-    kv = (k, v)
+        return by_document(ring_forward, segments, grid, q, k, v)
+    wide = torch.promote_types(q.dtype, torch.float32)
     for hop in range(grid.cp):
-        arrives = grid.post_hop(*kv) if hop + 1 < grid.cp else None
-        rows, keys = zigzag_block(grid.cp_rank, (grid.cp_rank - hop) % grid.cp, q.shape[2])
-        part, part_lse = block_forward(q[:, :, rows], kv[0][:, :, keys], kv[1][:, :, keys], causal=hop == 0)
+        source, is_last = (grid.cp_rank - hop) % grid.cp, hop == grid.cp - 1  # `source`: whose keys and values are at hand
+        if not is_last:
+            next_keys_values = grid.send_around(k, v)
+        queries, keys = zigzag_block(grid.cp_rank, source, q.shape[2])
+        part, part_lse = block_forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=hop == 0)
         if hop == 0:
             out, lse = part, part_lse
         else:
-            out = out.to(torch.promote_types(q.dtype, torch.float32))  # a copy at the first merge only
-            merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
-        if arrives:
-            kv = arrives()
+            out = out.to(wide)  # a copy at the first merge only
+            merge(out[:, :, queries], lse[:, :, queries], part, part_lse)
+        if not is_last:
+            k, v = next_keys_values.wait()
     return out.to(q.dtype), lse
 
 
@@ -489,45 +472,58 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
                   segments: list[list[int]] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of this rank's positions, summed in float32 over the ring."""
     if segments is not None:
-        return by_document(lambda *x: ring_backward(*x, grid), segments, grid, d_out, q, k, v, out, lse)
-    wide, kv, gradients_arrive = torch.promote_types(q.dtype, torch.float32), (k, v), None
+        return by_document(ring_backward, segments, grid, d_out, q, k, v, out, lse)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    next_gradients = None  # from the rank before: dK, dV of the keys and values that arrive with them
     for hop in range(grid.cp):
-        arrives = grid.post_hop(*kv) if hop + 1 < grid.cp else None
-        rows, keys = zigzag_block(grid.cp_rank, (grid.cp_rank - hop) % grid.cp, q.shape[2])
-        d_q, *parts = block_backward(d_out[:, :, rows], q[:, :, rows], kv[0][:, :, keys], kv[1][:, :, keys], out[:, :, rows],
-                                     lse[:, :, rows], causal=hop == 0)
+        source, is_last = (grid.cp_rank - hop) % grid.cp, hop == grid.cp - 1
+        if not is_last:
+            next_keys_values = grid.send_around(k, v)
+        queries, keys = zigzag_block(grid.cp_rank, source, q.shape[2])
+        d_q, d_k, d_v = block_backward(d_out[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
+                                       out[:, :, queries], lse[:, :, queries], causal=hop == 0)
         if hop == 0:
-            dq, d_kv = d_q, parts
+            dq, dk, dv = d_q, d_k, d_v
         else:
             dq = dq.to(wide)
-            dq[:, :, rows] += d_q
-            d_kv = [x.to(wide) for x in gradients_arrive()]  # of the K V at hand, from the ranks that had them before
-            d_kv[0][:, :, keys] += parts[0]
-            d_kv[1][:, :, keys] += parts[1]
-        gradients_arrive = grid.post_hop(*d_kv, tag=1)  # to the rank that has these K V next; at last, home
-        if arrives:
-            kv = arrives()
-    dk, dv = gradients_arrive()
+            dq[:, :, queries] += d_q
+            dk, dv = next_gradients.wait()
+            dk, dv = dk.to(wide), dv.to(wide)
+            dk[:, :, keys] += d_k
+            dv[:, :, keys] += d_v
+        next_gradients = grid.send_around(dk, dv, tag=1)  # to the rank that has these keys and values next; at last, home
+        if not is_last:
+            k, v = next_keys_values.wait()
+    dk, dv = next_gradients.wait()
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def by_document(attention: Callable, segments: list[list[int]], grid: Grid, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`attention` of each document of each row alone, put together along (B, H, S, ...)."""
+    """`attention(..., grid)` of each document of each row alone: `inputs` and results are (B, H, S, ...).
+
+    Raises ValueError on a ring of several ranks.
+    """
     if grid.cp > 1:
         raise ValueError(f"the cross-document mask works on whole sequences, --cp 1; this grid has cp {grid.cp}")
     rows = []
     for row, borders in enumerate(segments):
-        documents = [attention(*(x[row:row + 1, :, start:end] for x in inputs)) for start, end in zip(borders, borders[1:])]
-        rows.append([torch.cat(parts, dim=2) for parts in zip(*documents)])  # (1, H, S, ...) each
-    return tuple(torch.cat(parts) for parts in zip(*rows))
+        documents = []
+        for start, end in itertools.pairwise(borders):
+            parts = [x[row:row + 1, :, start:end] for x in inputs]
+            documents.append(attention(*parts, grid))
+        rows.append([torch.cat(parts, dim=2) for parts in zip(*documents, strict=True)])  # (1, H, S, ...) each
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
 
 def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:
     """Which of `rank`'s queries see which of `source`'s keys, both of `length` local positions (see `ring_attention`)."""
-    half, everything = length // 2, slice(None)
-    if source == rank:
-        return everything, everything  # under the causal mask: local order is global order
-    return (everything, slice(half)) if source < rank else (slice(half, None), everything)
+    early, late, everything = slice(0, length // 2), slice(length // 2, length), slice(0, length)
+    if source == rank:  # own keys, under the causal mask: local order is global order
+        return everything, everything
+    elif source < rank:  # its early chunk lies before all our queries, its late chunk after all of them
+        return everything, early
+    else:  # its chunks lie between ours: only our late queries see them, and see them all
+        return late, everything
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -580,8 +576,12 @@ def zigzag_shard(x: Tensor, grid: Grid, dim: int) -> Tensor:
 
 def zigzag_unshard(x: Tensor, grid: Grid, dim: int) -> Tensor:
     """The whole sequence on every rank, S / cp -> S along `dim`; no gradient flows through it."""
-    early, late = zip(*(shard.tensor_split(2, dim) for shard in grid.all_gather(x, "cp")))
-    return torch.cat((*early, *late[::-1]), dim)
+    early, late = [], []
+    for shard in grid.all_gather(x, "cp"):
+        first, second = shard.tensor_split(2, dim)
+        early.append(first)
+        late.insert(0, second)
+    return torch.cat(early + late, dim)
 
 
 def zigzag_positions(seq_len: int, grid: Grid) -> Tensor:
@@ -605,25 +605,13 @@ def attend_earlier(q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, gr
     any order -> out. Ranks may hold unequal numbers of keys, so queries go around the ring and keys stay (the pass-Q of
     arXiv 2411.01783); with them goes what they have found, and the last hop brings it home.
     """
-    visiting = q, out.to(lse.dtype), lse
+    dtype, out = q.dtype, out.to(lse.dtype)
     for _ in range(grid.cp):
         if k.shape[2]:
-            merge(*visiting[1:], *block_forward(visiting[0], k, v, causal=False))
-        visiting = grid.post_hop(*visiting)()
-    return visiting[1].to(q.dtype)
-
-
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
-    """Attention of one new token over keys spread over the ring, in any order: each rank's part is weighted by its lse.
-
-    q (B, H, 1, D), the same on every cp rank; k and v (B, Hkv, N, D), this rank's N >= 0 -> (B, H, 1, D) on every rank.
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
-    if k.shape[2]:
-        out, lse = block_forward(q, k, v, causal=False)
-    share = grid.all_gather(lse, "cp").softmax(0)[..., None]  # (cp, B, H, 1, 1)
-    return (share * grid.all_gather(out, "cp")).sum(0).to(q.dtype)
+            part, part_lse = block_forward(q, k, v, causal=False)
+            merge(out, lse, part, part_lse)
+        q, out, lse = grid.send_around(q, out, lse).wait()
+    return out.to(dtype)
 
 
 # ------------------------------------------------------------------------------- data parallel: the sharded optimizer
@@ -632,81 +620,63 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
 class ShardedAdamW:
     """AdamW (arXiv 1711.05101) whose float32 state is spread over the dp x cp ranks (ZeRO-1, arXiv 1910.02054).
 
-    Every parameter owns one aligned range of two flat buffers: the weights, of which the parameters are views, and their
-    float32 gradients, in which micro-batches accumulate (`parameter.grad` is a view too, whatever the parameter's type).
-    Both are cut into dp x cp equal shards at any place. A step is: sum the gradients and keep the own shard of the sum
-    (reduce-scatter), update that shard's master weights and moments, give the new weights to all (all-gather).
-    Matrices decay; vectors (norms and biases) do not.
+    Every parameter is cut into dp x cp equal pieces, and rank r updates piece r of each: only there are its float32 master
+    weights and its two moments. Gradients accumulate over micro-batches in float32, in `parameter.grad`, whatever the
+    parameter's type. A step does four things for each parameter:
 
-    Order of the ranges: matrices, vectors that tp cuts, vectors that every tp rank holds whole. The last each saw only
-    their rank's positions, so their gradients are summed over tp, and they count once in the norm.
+        1. reduce-scatter   the gradients of all dp x cp ranks are summed, and each rank keeps its own piece of the sum
+        2. norm and clip    over the pieces of all ranks
+        3. AdamW            on the own piece; matrices decay, vectors (norms and biases) do not
+        4. all-gather       every rank's new piece, rounded to the parameter's type
 
-    Args: model (its parameters move into the flat buffers), grid; betas, eps and weight_decay as in torch; `on_host` keeps the
-    float32 state in host memory, where the update then runs: 12 bytes a parameter less on the GPU, two copies a step more.
+    What every tp rank holds whole (norms) saw only that rank's positions: such gradients are summed over tp as well, and
+    count once in the norm.
+
+    Args: model, grid; betas, eps and weight_decay as in torch; `on_host` keeps the float32 state in host memory, where the
+    update then runs: 12 bytes a parameter less on the GPU, two copies a step more.
     """
 
-    ALIGNMENT = 64  # elements: every view starts on a 128-byte border or better, so kernels round alike in every run
     KINDS = ("master", "exp_avg", "exp_avg_sq")
 
     def __init__(self, model: nn.Module, grid: Grid, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1, on_host: bool = False) -> None:
-        self.grid, self.dims = grid, shard_dims(model)
-        ordered = sorted(model.named_parameters(), key=lambda item: (item[1].ndim < 2, self.dims[item[0]] is None))  # stable
-        self.parameters, self._ranges, total, matrices, cut = dict(ordered), {}, 0, 0, 0
-        for name, parameter in ordered:
-            self._ranges[name] = slice(total, total + parameter.numel())
-            total += -(-parameter.numel() // self.ALIGNMENT) * self.ALIGNMENT
-            matrices = total if parameter.ndim >= 2 else matrices
-            cut = total if self.dims[name] is not None else cut
-        self._whole_from = cut  # where the ranges begin that every tp rank holds whole
-        shards = grid.size("dp_cp")
-        total = -(-total // (self.ALIGNMENT * shards)) * self.ALIGNMENT * shards
-        first, size = ordered[0][1], total // shards
-        dtype = torch.promote_types(first.dtype, torch.float32)  # float64 models (tests) keep float64
-        self.weights = torch.zeros(total, dtype=first.dtype, device=first.device)
-        self.gradient = torch.zeros(total, dtype=dtype, device=first.device)
-        for name in self.parameters:
-            self._adopt(name)
-        self._start = (grid.dp_rank * grid.cp + grid.cp_rank) * size  # of this rank's shard
-        self._own = self.weights[self._start:self._start + size]
-        self._device = torch.device("cpu") if on_host else first.device  # of the state
-        shared = first.dtype == dtype and not on_host  # float32 weights are their own master
-        self.master = self._own if shared else self._own.to(self._device, dtype, copy=True)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        border = min(max(matrices - self._start, 0), size)
-        self._parts = [slice(0, border), slice(border, size)]
-        self._adamw = torch.optim.AdamW([{"params": [self.master[part]], "weight_decay": decay}
-                                         for part, decay in zip(self._parts, (weight_decay, 0.0))],
-                                        lr=0.0, betas=betas, eps=eps, fused=True)
-        for part, group in zip(self._parts, self._adamw.param_groups):
-            self._adamw.state[group["params"][0]] = {"step": torch.zeros((), device=self._device),
-                                                     "exp_avg": self.exp_avg[part], "exp_avg_sq": self.exp_avg_sq[part]}
+        self.grid = grid
+        self.dims = shard_dims(model)
+        self.parameters = dict(model.named_parameters())
+        self.pieces = grid.size("dp_cp")
+        self.piece = grid.dp_rank * grid.cp + grid.cp_rank
+        self.masters = {}
+        for name, parameter in self.parameters.items():
+            wide = torch.promote_types(parameter.dtype, torch.float32)  # float64 models (tests) keep float64
+            parameter.grad_dtype = wide
+            parameter.grad = torch.zeros_like(parameter, dtype=wide)
+            own = self.cut(parameter.detach())[self.piece]
+            self.masters[name] = own.to("cpu" if on_host else parameter.device, wide)  # float32 weights are their own master
+        matrices = [self.masters[name] for name, parameter in self.parameters.items() if parameter.ndim >= 2]
+        vectors = [self.masters[name] for name, parameter in self.parameters.items() if parameter.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        for master in self.masters.values():  # now rather than in the first step, so that a checkpoint has a place to go
+            self.adamw.state[master] = {"step": torch.zeros((), device=master.device),
+                                        "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
 
-    def _view(self, flat: Tensor, name: str) -> Tensor:
-        return flat[self._ranges[name]].view(self.parameters[name].shape)
+    def cut(self, x: Tensor) -> Tensor:
+        """A parameter's elements, padded with zeros, in equal pieces: any shape -> (dp cp, n)."""
+        flat = x.flatten()
+        padding = -len(flat) % self.pieces
+        if padding:
+            flat = F.pad(flat, (0, padding))
+        return flat.view(self.pieces, -1)
 
-    def _adopt(self, name: str) -> None:
-        """Move one parameter and its gradient into the flat buffers."""
-        parameter, place = self.parameters[name], self._view(self.weights, name)
-        place.copy_(parameter.detach())
-        parameter.data = place
-        parameter.grad_dtype = self.gradient.dtype
-        parameter.grad = self._view(self.gradient, name)
+    def join(self, piece: Tensor, shape: torch.Size) -> Tensor:
+        """The opposite, on every rank: its own piece (n,) -> `shape`."""
+        flat = self.grid.all_gather(piece, "dp_cp").flatten()
+        return flat[:shape.numel()].view(shape)
 
     def zero_gradients(self) -> None:
         """Forget the accumulated gradients: call before the first backward of a step."""
-        self.gradient.zero_()
-
-    def reduce_gradients(self) -> Tensor:
-        """Sum every rank's accumulated gradients: this rank's shard of the sum, a flat float32 tensor. Call once a step."""
-        self.grid.all_reduce(self.gradient[self._whole_from:], "tp")
-        return self.grid.reduce_scatter(self.gradient.view(self.grid.size("dp_cp"), -1), "dp_cp")
-
-    def gradient_norm(self, shard: Tensor) -> float:
-        """Euclidean norm over all parameters of the whole model, each counted once, from every rank's reduced shard."""
-        counted = shard if self.grid.tp_rank == 0 else shard[:max(0, self._whole_from - self._start)]
-        square = torch.linalg.vector_norm(counted).double() ** 2
-        return self.grid.all_reduce(square, "all").sqrt().item()
+        for parameter in self.parameters.values():
+            parameter.grad.zero_()
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_norm: float = 0.0) -> float:
@@ -714,62 +684,74 @@ class ShardedAdamW:
 
         Returns the gradient norm before clipping. Raises ArithmeticError, with nothing updated, if it is not finite.
         """
-        shard = self.reduce_gradients()
-        norm = self.gradient_norm(shard)
-        if not norm < float("inf"):
+        gradients = self.reduce_gradients()
+        norm = self.gradient_norm(gradients)
+        if not norm < math.inf:
             raise ArithmeticError(f"the gradient norm is {norm}")
-        if 0 < max_norm < norm:
-            shard.mul_(max_norm / norm)
-        for part, group in zip(self._parts, self._adamw.param_groups):
-            group["lr"], group["params"][0].grad = learning_rate, shard[part].to(self._device)
-        self._adamw.step()
-        self._publish()
+        for name, master in self.masters.items():
+            if 0 < max_norm < norm:
+                gradients[name] *= max_norm / norm
+            master.grad = gradients[name].to(master.device)
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self.publish()
         return norm
 
-    def _publish(self) -> None:
-        """Round the master weights into this rank's shard of the weights, and collect the others'."""
-        self._own.copy_(self.master)
-        self.grid.all_gather(self._own, "dp_cp", out=self.weights.view(self.grid.size("dp_cp"), -1))
+    def reduce_gradients(self) -> dict[str, Tensor]:
+        """This rank's piece of every parameter's gradient, summed over all ranks: float32 (n,)."""
+        pieces = {}
+        for name, parameter in self.parameters.items():
+            if self.dims[name] is None:
+                self.grid.all_reduce(parameter.grad, "tp")
+            pieces[name] = self.grid.reduce_scatter(self.cut(parameter.grad), "dp_cp")
+        return pieces
+
+    def gradient_norm(self, pieces: dict[str, Tensor]) -> float:
+        """Euclidean norm over all parameters of the whole model, each counted once."""
+        counted = [piece for name, piece in pieces.items() if self.dims[name] is not None or self.grid.tp_rank == 0]
+        norms = torch.stack([torch.linalg.vector_norm(piece) for piece in counted])
+        square = norms.double().square().sum()
+        return self.grid.all_reduce(square, "all").sqrt().item()
+
+    def publish(self) -> None:
+        """Give every rank's piece of the weights to all, rounded to the parameter's type."""
+        for name, parameter in self.parameters.items():
+            piece = self.masters[name].to(parameter.device, parameter.dtype)
+            parameter.copy_(self.join(piece, parameter.shape))
 
     @property
     def steps(self) -> int:
         """How many updates have been made: AdamW's bias correction needs it."""
-        return int(next(iter(self._adamw.state.values()))["step"])
+        return int(next(iter(self.adamw.state.values()))["step"])
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of every parameter's whole tensor of one kind of state, in the order of `state`."""
-        return {name: (whole_shape(parameter.shape, self.dims[name], self.grid), self.master.dtype)
-                for name, parameter in self.parameters.items()}
+        shapes = {}
+        for name, parameter in self.parameters.items():
+            shapes[name] = whole_shape(parameter.shape, self.dims[name], self.grid), self.masters[name].dtype
+        return shapes
+
+    def own_piece(self, kind: str, name: str) -> Tensor:
+        """This rank's piece of a parameter's state of a kind of KINDS."""
+        master = self.masters[name]
+        return master if kind == "master" else self.adamw.state[master][kind]
 
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every parameter for a kind of KINDS, on every rank, one at a time.
-
-        The gradient buffer is where a kind is put together: call this between steps, and use a kind up before the next.
-        """
-        parts = self.gradient.view(self.grid.size("dp_cp"), -1)
-        own = parts[self._start // parts.shape[1]].copy_(getattr(self, kind))
-        whole = self.grid.all_gather(own, "dp_cp", out=parts).view(-1)
-        for name in self.parameters:
-            yield name, unshard(self._view(whole, name), self.dims[name], self.grid)
-
-    def needed(self) -> list[str]:
-        """Names of the parameters of which this rank holds some state."""
-        end = self._start + self.master.numel()
-        return [name for name, place in self._ranges.items() if place.start < end and place.stop > self._start]
+        """(name, whole tensor) of every parameter for a kind of KINDS, on every rank, one at a time."""
+        for name, parameter in self.parameters.items():
+            piece = self.own_piece(kind, name).to(parameter.device)
+            yield name, unshard(self.join(piece, parameter.shape), self.dims[name], self.grid)
 
     @torch.no_grad()
-    def load_state(self, kinds: dict[str, dict[str, Tensor]], steps: int) -> None:
-        """Restore from this tp rank's shards of the `needed` parameters, for every kind, and the number of `steps`."""
-        end = self._start + self.master.numel()
-        for kind, tensors in kinds.items():
-            for name, tensor in tensors.items():
-                place = self._ranges[name]
-                low, high = max(place.start, self._start), min(place.stop, end)
-                part = tensor.reshape(-1)[low - place.start:high - place.start]
-                getattr(self, kind)[low - self._start:high - self._start] = part
-        for part in self._adamw.state.values():
-            part["step"].fill_(steps)
-        self._publish()
+    def load_state(self, kind: str, tensors: dict[str, Tensor], steps: int) -> None:
+        """Restore a kind of state from this tp rank's shards of all parameters, and the number of `steps`."""
+        for name, tensor in tensors.items():
+            self.own_piece(kind, name).copy_(self.cut(tensor)[self.piece])
+            self.adamw.state[self.masters[name]]["step"].fill_(steps)
+        if kind == "master":
+            self.publish()
 
 
 # ------------------------------------------------------------------------------------------ what every command needs
@@ -778,11 +760,6 @@ class ShardedAdamW:
 def launched() -> tuple[int, int]:
     """(rank, number of processes) of this job, as torchrun tells its processes; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def restarts() -> int:
-    """How often torchrun --max-restarts has started this job anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -822,6 +799,16 @@ def fraction(text: str) -> float:
     return checked(float, text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 
+def seconds(text: str) -> float:
+    return checked(float, text, lambda x: 0 < x < 1e7, "a number of seconds above 0")
+
+
+def available_device(text: str) -> str:
+    here = text == "cpu" or text.startswith("cuda") and torch.cuda.is_available()
+    assigned = text in ("cpu", "cuda") or launched()[1] == 1  # of several processes each takes its own GPU
+    return checked(str, text, lambda _: here and assigned, "cpu, or cuda where there is a GPU")
+
+
 def existing(text: str) -> Path:
     return checked(Path, text, Path.exists, "a file or directory that exists")
 
@@ -858,65 +845,7 @@ def print_once(text: str) -> None:
 def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a grid; what is left of the processes is data parallel."""
     group = parser.add_argument_group("parallelism, under torchrun --standalone --nproc-per-node N (data: N / tp / cp)")
-    group.add_argument("--tp", type=int, default=1, help="tensor parallel: ranks that share every matrix")
-    group.add_argument("--cp", type=int, default=1, help="context parallel: ranks that share every sequence")
-    group.add_argument("--timeout", type=float, default=600.0, help="seconds for a micro-batch, a validation "
+    group.add_argument("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
+    group.add_argument("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
+    group.add_argument("--timeout", type=seconds, default=600.0, help="seconds for a micro-batch, a validation "
                        "sequence, a prompt or a file: a rank that takes longer prints where it stands and ends the job")
-
-
-def check_least(least: int, **options: int | None) -> None:
-    """Raise ValueError naming the option unless every value that is given is `least` or more."""
-    for name, value in options.items():
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is too small; the least is {least}")
-
-
-def check_grid(tp: int, cp: int, world: int, shards: dict[str, int] | None = None, sequence_length: int | None = None) -> None:
-    """Refuse a grid that cannot run, before any process group exists.
-
-    `shards`: what tp must divide, by name (heads, vocabulary). Raises ValueError naming the option and the nearest values.
-    """
-    check_least(1, tp=tp, cp=cp)
-    if world % (tp * cp):
-        raise ValueError(f"--tp {tp} x --cp {cp} = {tp * cp} does not divide the number of processes, {world}; change them or "
-                         f"start {nearest_multiples(world, tp * cp)} (torchrun --standalone --nproc-per-node N)")
-    for name, size in (shards or {}).items():
-        if size % tp:
-            fits = [n for n in range(1, max(shards.values()) + 1) if not any(size % n for size in shards.values())]
-            near = [*[n for n in fits if n < tp][-1:], *[n for n in fits if n > tp][:1]]
-            raise ValueError(f"--tp {tp} does not divide the model's {name}, {size}; the nearest that fits the model is "
-                             f"{' or '.join(map(str, near))}")
-    multiple = Grid(cp=cp, tp=tp).sequence_multiple
-    if sequence_length and sequence_length % multiple:
-        raise ValueError(f"--sequence-length {sequence_length} is not a multiple of {multiple} (2 x cp x tp); the nearest is "
-                         f"{nearest_multiples(sequence_length, multiple)}")
-
-
-def nearest_multiples(value: int, of: int) -> str:
-    """'low or high' around a value that is none; without the low one if that is 0."""
-    return " or ".join(str(n) for n in (value // of * of, (value // of + 1) * of) if n)
-
-
-def parse_once(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, on every rank; help and usage errors are printed by the first, which then ends the others."""
-    if launched()[0] == 0:
-        return parser.parse_args(argv)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        try:
-            return parser.parse_args(argv)
-        except SystemExit:
-            time.sleep(2.0)
-            raise
-
-
-def finish(error: Exception) -> None:
-    """Leave a command after `error` with one line and exit code 1.
-
-    A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the others before they speak.
-    """
-    rank, world = launched()
-    if world == 1:
-        raise SystemExit(f"error: {error}") from None
-    time.sleep(2.0 if rank else 0.0)
-    print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(1)  # the others may wait for this rank in a communication: there is no orderly way out

@@ -29,5 +29,5 @@ def step(model: Llama, optimizer: ShardedAdamW, batch: Batch) -> float:
     """One step of train.py, all rows in one micro-batch: the mean loss, once the device has done everything."""
     loss, _ = training_step(model, optimizer, batch, len(batch.tokens))
     optimizer.step(LEARNING_RATE, max_norm=1.0)
-    optimizer.weights[0].item()  # waits for the device
+    model.head_weight[0, 0].item()  # waits for the device
     return loss

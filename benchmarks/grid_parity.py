@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 
 import data
-from model import Llama, read_config
-from parallel import Grid, add_grid_arguments, check_grid, finish, launched
+from model import Llama
+from parallel import Grid, add_grid_arguments, one_line_errors
 
 
 def run(path: Path, tp: int, cp: int, timeout: float) -> None:
     """Compare on the first rank and print; every rank computes its share."""
-    check_grid(tp, cp, launched()[1], read_config(path).shards())
     grid = Grid.create(tp, cp, "cpu", timeout)
     source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()
     tokens = torch.tensor([data.load_tokenizer(path).encode_ordinary(source)[:511]])
@@ -51,11 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     add_grid_arguments(parser)
-    try:
+    with one_line_errors():
         a = parser.parse_args()
         run(a.model, a.tp, a.cp, a.timeout)
-    except (ValueError, OSError) as error:
-        finish(error)
 
 
 if __name__ == "__main__":

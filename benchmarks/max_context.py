@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config
-from parallel import Grid, ShardedAdamW, finish
+from model import RECOMPUTE, Llama, ModelConfig, read_config
+from parallel import Grid, ShardedAdamW, one_line_errors
 from tools.plan import Plan
 from train import peak_memory_gib
 
@@ -35,7 +35,7 @@ class Step:
     recompute: str
     offload: bool
     offload_optimizer: bool
-    tile_bytes: int
+    tile: int
     dtype: str
     device: str
     threads: int
@@ -44,7 +44,7 @@ class Step:
         """On a CPU the host's memory is the device's."""
         plan = Plan(self.config, length, batch=1, micro_batch=1, tp=1, cp=1, dp=1, itemsize=getattr(torch, self.dtype).itemsize,
                     recompute=self.recompute, offload=self.offload, offload_optimizer=self.offload_optimizer,
-                    tile_bytes=self.tile_bytes or TILE_BYTES[self.device], cuda=self.device == "cuda")
+                    tile=self.tile, cuda=self.device == "cuda")
         return (sum(plan.memory().values()) + (plan.on_host() if self.device == "cpu" else 0.0)) / 2**30
 
     def serve(self, pipe, length: int) -> None:
@@ -52,8 +52,7 @@ class Step:
         torch.set_num_threads(self.threads)
         try:
             model = Llama(self.config).to(self.device, getattr(torch, self.dtype))
-            model.recompute, model.host = self.recompute, HostMemory() if self.offload else None
-            model.tile_bytes = self.tile_bytes
+            model.recompute, model.offload, model.tile = self.recompute, self.offload, self.tile
             optimizer = ShardedAdamW(model, Grid(), on_host=self.offload_optimizer)
             batch = common.random_batch(self.config.vocab_size, length)
             start = time.perf_counter()
@@ -107,7 +106,7 @@ def main() -> None:
     parser.add_argument("--recompute", choices=RECOMPUTE, default="mlp")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--offload-optimizer", action="store_true")
-    parser.add_argument("--tile-mib", type=int, default=16, help="small, so that tiles are full at the shortest length")
+    parser.add_argument("--tile", type=int, default=1024, help="positions; few, so that tiles are full at the shortest length")
     parser.add_argument("--largest", action="store_true", help="also look for the longest sequence")
     parser.add_argument("--memory-gib", type=float, help="for --largest (default: a GPU's memory less 1; needed on a CPU)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -117,7 +116,7 @@ def main() -> None:
     a = parser.parse_args()
     cuda = a.device == "cuda"
     config = read_config(a.config) if a.config else ModelConfig.from_hf(common.small_llama(a.hidden_size, a.layers, 1024, 2**22))
-    step = Step(config, a.recompute, a.offload, a.offload_optimizer, a.tile_mib * 2**20, a.dtype, a.device, a.threads)
+    step = Step(config, a.recompute, a.offload, a.offload_optimizer, a.tile, a.dtype, a.device, a.threads)
     memory_gib = a.memory_gib or float("inf")
     if a.largest and a.memory_gib is None:
         if not cuda:
@@ -153,7 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except (ValueError, OSError) as error:
-        finish(error)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from model import RECOMPUTE, TILE_BYTES, HostMemory, Llama, ModelConfig, read_config
-from parallel import Grid, ShardedAdamW, finish
+from model import RECOMPUTE, Llama, ModelConfig, read_config
+from parallel import Grid, Hop, ShardedAdamW, one_line_errors
 from tools.plan import DEVICES, Plan, measured_device
-from train import peak_memory_gib, peak_rate
+from train import forward_flops, peak_memory_gib, peak_rate
 
 NAMES = {"H100 80GB HBM3": "H100-80", "NVIDIA H200": "H200", "A100-SXM4-80GB": "A100-80"}  # CUDA's of the planner's devices
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
@@ -33,18 +33,15 @@ KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
 class StandInGrid(Grid):
     """A rank whose partners are itself: every collective has its shapes and memory, and no meaning."""
 
-    def all_gather(self, x: Tensor, group: str, out: Tensor | None = None) -> Tensor:
-        if self.size(group) == 1:
-            return super().all_gather(x, group, out)
-        out = x.new_empty(self.size(group), *x.shape) if out is None else out
-        return out.view(self.size(group), *x.shape).copy_(x.expand(self.size(group), *x.shape))
+    def all_gather(self, x: Tensor, group: str) -> Tensor:
+        return x[None] if self.size(group) == 1 else x.expand(self.size(group), *x.shape).clone()
 
     def reduce_scatter(self, x: Tensor, group: str) -> Tensor:
         return x[0] if self.size(group) == 1 else x[0].clone(memory_format=torch.contiguous_format)
 
-    def post_hop(self, *leaving: Tensor, tag: int = 0):
+    def send_around(self, *leaving: Tensor, tag: int = 0) -> Hop:
         arriving = tuple(x.clone(memory_format=torch.contiguous_format) for x in leaving) if self.cp > 1 else leaving
-        return lambda: arriving
+        return Hop(arriving, [])
 
 
 def configuration(path: Path | None, layers: int | None, hidden_size: int, length: int) -> ModelConfig:
@@ -77,7 +74,7 @@ def main() -> None:
     parser.add_argument("--recompute", choices=RECOMPUTE, default="mlp")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--offload-optimizer", action="store_true")
-    parser.add_argument("--tile-mib", type=int, default=0)
+    parser.add_argument("--tile", type=int, help="positions")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -91,7 +88,7 @@ def main() -> None:
     model.to_empty(device=a.device).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.02)
-    model.recompute, model.host, model.tile_bytes = a.recompute, HostMemory() if a.offload else None, a.tile_mib * 2**20
+    model.recompute, model.offload, model.tile = a.recompute, a.offload, a.tile
     optimizer = ShardedAdamW(model, grid, on_host=a.offload_optimizer)
     batch = common.random_batch(config.vocab_size, a.length)
 
@@ -108,26 +105,25 @@ def main() -> None:
     device = DEVICES[known] if known else measured_device(a.device, dtype, config.head_dim)
     plan = Plan(config, a.length, batch=1, micro_batch=1, tp=a.tp, cp=a.cp, dp=1, itemsize=dtype.itemsize,
                 recompute=a.recompute, offload=a.offload, offload_optimizer=a.offload_optimizer,
-                tile_bytes=model.tile_bytes or TILE_BYTES[a.device], cuda=cuda)
+                tile=a.tile, cuda=cuda)
     times = {name: value for name, value in plan.times(device).items() if "communication" not in name and "ring" not in name}
-    rate, what = peak_rate(a.device, dtype)
+    peak_flops = peak_rate(a.device)
+    mfu = 3 * sum(forward_flops(config, a.length)) / share / seconds / peak_flops if peak_flops else None
     row = {"length": a.length, "tp": a.tp, "cp": a.cp, "recompute": a.recompute, "offload": a.offload, "seconds": seconds,
            "tokens_per_second_per_gpu": a.length / share / seconds, "peak_gib": peak,
-           "mfu": 3 * sum(config.forward_flops(a.length)) / share / seconds / rate, "kernel_seconds": kernels,
+           "mfu": mfu, "kernel_seconds": kernels,
            "planned_gib": sum(plan.memory().values()) / 2**30, "planned_seconds": sum(times.values())}
     name = torch.cuda.get_device_name() if cuda else "CPU"
     print(f"one rank of tp {a.tp} x cp {a.cp}, collectives replaced by local stand-ins; {name}, torch {torch.__version__}, {a.dtype}")
-    print(f"MFU: causal, no recomputation, of {what}")
+    print("MFU: causal, no recomputation, of the data sheet's dense bfloat16" if mfu else "no data sheet of this device: no MFU")
     print(f"{'S':>9} {'s a step':>9} {'tokens/s/GPU':>13} {'MFU':>6} {'products + attention':>21} {'peak GiB':>9} {'planned GiB':>12} "
           f"{'planned s':>10}")
-    print(f"{a.length:>9} {seconds:>9.2f} {row['tokens_per_second_per_gpu']:>13,.0f} {row['mfu']:>6.1%} {kernels:>19.2f} s {peak:>9.2f} "
+    print(f"{a.length:>9} {seconds:>9.2f} {row['tokens_per_second_per_gpu']:>13,.0f} {f'{mfu:.1%}' if mfu else '-':>6} {kernels:>19.2f} s {peak:>9.2f} "
           f"{row['planned_gib']:>12.2f} {row['planned_seconds']:>10.2f}")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps({"device": name, "torch": torch.__version__, "arguments": vars(a), "row": row}, indent=1, default=str))
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except (ValueError, OSError) as error:
-        finish(error)

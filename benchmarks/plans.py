@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from model import TILE_BYTES, read_config
+from model import read_config
 from tools.plan import DEVICES, Plan, fitting_plans, options_of
+from train import forward_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 2**23
@@ -21,7 +22,7 @@ def line(title: str, plan: Plan, device) -> str:
     """One row of the first table."""
     seconds, memory = sum(plan.times(device).values()), sum(plan.memory().values())
     rate = plan.batch * plan.length / seconds / plan.processes
-    flops = 3 * plan.batch * sum(plan.config.forward_flops(plan.length)) / plan.processes / seconds / device.peak
+    flops = 3 * plan.batch * sum(forward_flops(plan.config, plan.length)) / plan.processes / seconds / device.peak
     options = f"{plan.recompute}" + ", offload" * plan.offload + ", offload-optimizer" * plan.offload_optimizer
     return (f"| {plan.length // 2**20}M | {title} | {plan.tp}, {plan.cp}, {plan.dp} | {options} | {memory / 2**30:.1f} | "
             f"{plan.on_host() / 2**30:.0f} | {seconds:,.0f} | {rate:,.0f} | {flops:.0%} | {1e9 / rate / 3600:,.0f} |")
@@ -39,9 +40,9 @@ def main() -> None:
         same = [p for p in fitting_plans(plan, 256, device) if (p.tp, p.cp) == (tp, cp)]
         print(line("256, the paper's grid", same[0], device))
     print("\nwhere the memory goes: one of 8 ranks, tp 8, S = 1M, GiB")
-    plan = Plan(config, 2**20, 1, 1, 8, 1, 1, tile_bytes=2**60)
+    plan = Plan(config, 2**20, 1, 1, 8, 1, 1, tile=2**40)
     steps = {"everything kept, no tiles": plan, "blocks recomputed whole": replace(plan, recompute="block")}
-    steps["and tiles"] = replace(steps["blocks recomputed whole"], tile_bytes=TILE_BYTES["cuda"])
+    steps["and tiles"] = replace(steps["blocks recomputed whole"], tile=None)
     steps["out and lse kept (mlp)"] = replace(steps["and tiles"], recompute="mlp")
     steps["mlp, kept on the host"] = replace(steps["out and lse kept (mlp)"], offload=True)
     steps["and the optimizer"] = replace(steps["mlp, kept on the host"], offload_optimizer=True)

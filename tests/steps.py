@@ -2,15 +2,15 @@
 import torch
 
 from data import Batch
-from model import HostMemory, Llama, ModelConfig
+from model import Llama, ModelConfig
 
 SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096, "rope_theta": 10000.0, "attention_bias": True}
 
 
-def build(dtype=torch.float64, recompute="none", host=False, tile_bytes=2**30, **changes):
+def build(dtype=torch.float64, recompute="none", offload=False, tile=None, **changes):
     model = Llama(ModelConfig.from_hf(SHAPE | changes)).initialise(0).to(dtype)
-    model.recompute, model.host, model.tile_bytes = recompute, HostMemory() if host else None, tile_bytes
+    model.recompute, model.offload, model.tile = recompute, offload, tile
     return model
 
 

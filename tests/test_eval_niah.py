@@ -37,8 +37,8 @@ def build(tokenizer, haystack, length=400, depth=0.5, seed=0, **options):
 class Remembered:
     """The tokens themselves in place of keys and values."""
 
-    def __init__(self, batch):
-        self.tokens = torch.empty(batch, 0, dtype=torch.int64)
+    def __init__(self, batch, capacity):
+        self.tokens, self.capacity = torch.empty(batch, 0, dtype=torch.int64), capacity
 
     @property
     def length(self):
@@ -55,13 +55,13 @@ class Oracle:
     """Reads the fact and the question, and continues the lead with `change(number)`. Its hidden states are
     (B, S, 1): the token it would say next."""
 
-    grid = Grid()
+    grid, head_weight = Grid(), torch.zeros(1)
 
     def __init__(self, tokenizer, change=lambda number: number):
         self.tokenizer, self.change, self.head_rows = tokenizer, change, []
 
-    def new_cache(self, batch):
-        return Remembered(batch)
+    def new_cache(self, batch, capacity):
+        return Remembered(batch, capacity)
 
     def hidden_states(self, tokens):
         assert tokens.dtype == torch.int64

@@ -10,10 +10,10 @@ from train import training_step
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("recompute, host", [("none", False), ("mlp", False), ("mlp", True), ("block", False), ("block", True)])
-def test_tiled_recomputed_offloaded_equal_plain(recompute, host, tied):
-    """Tiles of 7 and fewer positions in 101, a scaled loss, two micro-batches through the same host buffers."""
-    models = [build(tie_word_embeddings=tied), build(recompute=recompute, host=host, tile_bytes=7 * 2 * 8 * 1600, tie_word_embeddings=tied)]
+@pytest.mark.parametrize("recompute, offload", [("none", False), ("mlp", False), ("mlp", True), ("block", False), ("block", True)])
+def test_tiled_recomputed_offloaded_equal_plain(recompute, offload, tied):
+    """Tiles of 7 and fewer positions in 101, a scaled loss, two micro-batches."""
+    models = [build(tie_word_embeddings=tied), build(recompute=recompute, offload=offload, tile=14, tie_word_embeddings=tied)]
     rows = batch(2, 101)
     losses = []
     for model in models:
@@ -29,13 +29,13 @@ def test_tiled_recomputed_offloaded_equal_plain(recompute, host, tied):
 def test_an_unknown_mode_is_refused():
     """False was a mode once, and would silently recompute."""
     rows = batch(1, 16)
-    with pytest.raises(ValueError, match="recompute is False"):
+    with pytest.raises(AssertionError, match="recompute is False"):
         build(recompute=False).loss(rows.tokens, rows.targets)
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 def test_recomputation_with_the_cross_document_mask(recompute):
-    models = [build(), build(recompute=recompute, tile_bytes=2**16)]
+    models = [build(), build(recompute=recompute, tile=14)]
     rows, ids = batch(2, 40), (torch.arange(40) // 13).expand(2, 40)
     for model in models:
         model.loss(rows.tokens, rows.targets, ids)[0].backward()
@@ -53,21 +53,24 @@ def test_mlp_mode_runs_attention_forward_once_and_block_mode_twice(recompute, ti
 
 def test_a_step_allocates_nothing_of_the_forbidden_sizes():
     """S x V is 2,048 x 512, S x S is 2,048 x 2,048, S x intermediate 2,048 x 640: none may exist, and little above S x hidden."""
-    model = build(torch.bfloat16, "block", tile_bytes=2**19, intermediate_size=640)
+    model = build(torch.bfloat16, "block", tile=64, intermediate_size=640)
     optimizer, rows = ShardedAdamW(model, Grid()), batch(1, 2048)
     with Allocations() as seen:
         training_step(model, optimizer, rows, 1)
     assert seen.elements <= 2048 * 64, seen.elements
 
 
-def test_a_second_forward_before_backward_is_refused():
-    """Its tensors would have taken the first one's place: silently wrong gradients."""
-    model, rows = build(recompute="mlp", host=True), batch(1, 16)
-    first, _ = model.loss(rows.tokens, rows.targets)
-    second, _ = model.loss(rows.tokens.flip(1), rows.targets)
-    second.backward()
-    with pytest.raises(RuntimeError, match="another forward pass"):
+def test_gradients_of_two_forwards_do_not_mix_on_the_host():
+    """What the first one left there must still be there after the second."""
+    rows, gradients = batch(1, 16), []
+    for offload in (False, True):
+        model = build(recompute="mlp", offload=offload)
+        first, _ = model.loss(rows.tokens, rows.targets)
+        second, _ = model.loss(rows.tokens.flip(1), rows.targets)
+        (2 * second).backward()
         first.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def test_optimizer_state_on_the_host_is_the_same_update():
@@ -79,21 +82,20 @@ def test_optimizer_state_on_the_host_is_the_same_update():
         for _ in range(3):
             training_step(model, optimizer, rows, 1)
             optimizer.step(1e-3, 1.0)
-        weights.append(optimizer.weights.clone())
-        assert (optimizer.master.data_ptr() == optimizer.weights.data_ptr()) != on_host
-        assert torch.equal(torch.cat([x.flatten() for _, x in optimizer.state("master")]),
-                           torch.cat([x.detach().flatten() for x in optimizer.parameters.values()]))
-    assert torch.equal(*weights)
+        weights.append(dict(model.named_parameters()))
+        for name, x in optimizer.state("master"):
+            assert torch.equal(x, weights[-1][name])
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_gpu_memory_and_gradients(recompute):
-    """On a GPU: pinned buffers on their own stream give the gradients of resident ones, to the kernel's own noise."""
-    models = [build(torch.bfloat16, recompute, host, 2**20).cuda() for host in (False, recompute != "none")]
+    """On a GPU: what went through host memory gives the gradients of what stayed, to the kernel's own noise."""
+    models = [build(torch.bfloat16, recompute, offload, 256).cuda() for offload in (False, recompute != "none")]
     rows = batch(1, 1024).to("cuda")
     for model in models:
-        for length in (1024, 640, 1024):  # buffers are used again, and made anew for another length
+        for length in (1024, 640, 1024):
             model.loss(rows.tokens[:, :length], rows.targets[:, :length])[0].backward()
     for plain, other in zip(*(model.parameters() for model in models), strict=True):
         assert (other.grad - plain.grad).float().norm() <= 1e-2 * plain.grad.float().norm()

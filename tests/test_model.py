@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model import VOCABULARY_TILE, Llama, ModelConfig, read_config, rescale, tiled_cross_entropy
+from model import VOCABULARY_TILE, Llama, ModelConfig, TiledCrossEntropy, read_config, rescale
 from parallel import Grid, ShardedAdamW
-from rope_yarn import RopeScaling
+from rope_yarn import RopeScaling, ntk_theta
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
@@ -70,7 +70,7 @@ def test_greedy_generation_equals_transformers(tiny_model, tmp_path):
 def test_loss_and_gradients_equal_dense_cross_entropy(tied, tiny_model):
     """Tiles of 3 rows with an odd remainder, half of the targets masked: the same numbers as S x V logits give."""
     ours, dense = (tiny_model(torch.float64, tie_word_embeddings=tied) for _ in range(2))
-    ours.tile_bytes = 3 * 12 * 97
+    ours.tile = 3
     tokens, targets = tokens_of((3, 11)), tokens_of((3, 11), seed=4)
     targets[torch.rand(3, 11, generator=torch.Generator().manual_seed(5)) < 0.5] = -100
     loss, count = ours.loss(tokens, targets)
@@ -99,12 +99,13 @@ def test_bfloat16_loss_and_gradients_equal_dense_cross_entropy(tiny_model):
     targets = tokens_of((1, 1201), size, seed=4).masked_fill(tokens_of((1, 1201)) % 2 == 0, 5)  # half of all are one token: large sums
     hidden = (torch.randn(1, 1201, 48, generator=torch.Generator().manual_seed(6)) + 0.5).bfloat16().requires_grad_()
     exact, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    (0.37 * tiled_cross_entropy(hidden, norm, weight, targets[:, None], Grid(), tile=300)).backward()  # four tiles and one row
+    arguments = (hidden, norm.weight, weight, norm, targets[:, None], Grid(), 300)  # four tiles and one row
+    (0.37 * TiledCrossEntropy.apply(*arguments)).backward()
     normed = F.rms_norm(exact, (48,), norm.weight.detach().double(), model.config.rms_norm_eps)
     expected = F.cross_entropy((normed @ exact_weight.T)[0], targets[0], reduction="sum")
     (expected * 0.37).backward()
     with torch.no_grad():
-        loss = tiled_cross_entropy(hidden, norm, weight, targets[:, None], Grid(), tile=300)
+        loss = TiledCrossEntropy.apply(*arguments)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=2e-3)
     assert relative_error(hidden.grad, exact.grad) < 0.01
     assert relative_error(weight.grad, exact_weight.grad) < 0.01
@@ -213,16 +214,15 @@ def test_yarn_replaces_llama3_scaling_and_exports_explicitly(tiny_model, tmp_pat
 
 
 def test_no_rule_stacks_on_a_saved_one(tiny_model, tiny_config, tmp_path):
-    """NTK-aware scaling is exported as a larger theta, yet yarn starts from the original; linear must be told its window."""
+    """Linear must be told its window before. An exported NTK-aware model is a model with a larger theta and window."""
     for kind in ("ntk", "linear"):
         model = tiny_model()
         model.config = rescale(model.config, RopeScaling(kind, 4.0))
         model.save_pretrained(tmp_path / kind)
-        again = read_config(tmp_path / kind)
-        assert (again.rope_theta, again.max_position_embeddings, again.rope_scaling.kind) == (10000.0, 256, kind)
-    assert json.loads((tmp_path / "ntk" / "config.json").read_text())["rope_theta"] > 10000
-    config = Llama.from_pretrained(tmp_path / "ntk", rope_scaling=RopeScaling("yarn", 8.0)).config
-    assert (config.rope_theta, config.max_position_embeddings) == (10000.0, 64 * 8)
+    linear, ntk = read_config(tmp_path / "linear"), read_config(tmp_path / "ntk")
+    assert (linear.rope_theta, linear.max_position_embeddings, linear.rope_scaling.kind) == (10000.0, 256, "linear")
+    theta = ntk_theta(10000.0, 4.0, linear.head_dim)
+    assert (ntk.rope_theta, ntk.max_position_embeddings, ntk.rope_scaling.kind) == (theta, 256, "default")
     with pytest.raises(ValueError, match="--original-length is needed"):
         rescale(read_config(tmp_path / "linear"), RopeScaling("yarn", 8.0))
     assert rescale(read_config(tmp_path / "linear"), RopeScaling("yarn", 8.0, 64)).max_position_embeddings == 64 * 8

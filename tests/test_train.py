@@ -1,4 +1,4 @@
-"""Training: options reach their place, the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation by position."""
+"""Training: options reach their place, the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation."""
 import json
 import math
 import os
@@ -114,13 +114,13 @@ def textbook_loss(model, rows):
 def test_memory_options_change_memory_alone_and_may_change_at_a_resume(workplace, tmp_path):
     """Recomputed in tiles, kept on the host, optimizer too: the same losses; and a checkpoint of such a run continues without."""
     words = ["--checkpoint-every", "3", "--keep-checkpoints", "2"]
-    lean = ["--recompute", "mlp", "--offload", "--offload-optimizer", "--tile-mib", "1"]
+    lean = ["--recompute", "mlp", "--offload", "--offload-optimizer", "--tile", "40"]
     stage1(*command(workplace, tmp_path / "plain", steps=6), *words)
     stage1(*command(workplace, tmp_path / "lean", steps=6), *words, *lean)
     expected = pytest.approx(metrics(tmp_path / "plain"), rel=1e-5)
     assert metrics(tmp_path / "lean") == expected
-    assert all(0 < line["mfu"] and 0 <= line["data_wait"] < 1 for line in map(json.loads, (tmp_path / "lean" / "metrics.jsonl").open())
-               if "loss" in line)
+    for line in map(json.loads, (tmp_path / "lean" / "metrics.jsonl").open()):
+        assert "loss" not in line or 0 <= line["data_wait"] < 1 and line["mfu"] is None  # a CPU has no data sheet here
     shutil.rmtree(tmp_path / "lean" / "final")
     shutil.rmtree(tmp_path / "lean" / "checkpoint-00000006")
     stage1(*command(workplace, tmp_path / "lean", steps=6), *words, "--resume")
@@ -165,7 +165,7 @@ def test_a_run_of_stage_2_is_the_textbooks_on_its_files_and_held_out_chat(workpl
 def test_recomputation_and_tiles_asked_for_are_made(workplace, tmp_path):
     """Counted in the operators that run: their results are the same, so no number would tell."""
     counts = []
-    for name, words in (("plain", []), ("lean", ["--recompute", "block", "--tile-mib", "1", "--batch-size", "64"])):
+    for name, words in (("plain", []), ("lean", ["--recompute", "block", "--tile", "100", "--batch-size", "4"])):
         with Operators() as seen:
             stage1(*command(workplace, tmp_path / name, steps=1), "--validation-sequences", "0", *words)
         forward, backward = (seen.count["_scaled_dot_product_flash_attention_for_cpu" + end] for end in ("", "_backward"))
@@ -328,15 +328,13 @@ def test_signal_handlers_are_given_back_after_a_failure(workplace, tmp_path):
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_yarn_stage_extends_the_window_and_validation_is_by_position(workplace, uninterrupted, tmp_path):
+def test_yarn_stage_extends_the_window(workplace, uninterrupted, tmp_path):
     out = tmp_path / "long"
     stage1("--model", workplace / "whole" / "final", "--data", workplace / "corpus", "--sequence-length", 256, "--steps", 2,
-           "--rope-kind", "yarn", "--rope-factor", 4, "--device", "cpu", "--validation-sequences", 2,
-           "--validation-buckets", 8, "--out", out)
+           "--rope-kind", "yarn", "--rope-factor", 4, "--device", "cpu", "--validation-sequences", 2, "--out", out)
     config = Llama.from_pretrained(out / "final").config
     assert config.max_position_embeddings == 256 and config.rope_scaling.original_max_position == 64
-    (by_position,) = metrics(out, "validation_loss_by_position")
-    assert len(by_position) == 8 and all(math.isfinite(value) for value in by_position)
+    assert math.isfinite(metrics(out, "validation_loss")[0])
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -405,8 +403,8 @@ def test_a_sequence_beyond_the_window_gets_a_hint_that_works(name, length, said,
     assert extended.max_position_embeddings >= length and extended.rope_scaling.kind == "yarn"
 
 
-def test_validation_by_position_sees_where_the_loss_is(tiny_model):
-    """Losses land in the bucket of their own position, targets of -100 in none."""
+def test_validation_is_the_mean_over_targets(tiny_model):
+    """Targets of -100 count nowhere."""
     class Fixed:
         sequence_length, document_mask = 8, False
 
@@ -415,11 +413,8 @@ def test_validation_by_position_sees_where_the_loss_is(tiny_model):
             return tokens, tokens >= 5, tokens * 0
 
     model = tiny_model()
-    mean, buckets = train.validate(model, Fixed(), sequences=1, buckets=4)
     losses = model.token_losses(torch.arange(8)[None], torch.arange(1, 9)[None])[0]
-    assert buckets[:2] == [None, None]
-    assert buckets[2:] == pytest.approx([losses[4:6].mean().item(), losses[6:].mean().item()], rel=1e-5)
-    assert mean == pytest.approx(losses[4:].mean().item(), rel=1e-5)
+    assert train.validate(model, Fixed(), sequences=1) == pytest.approx(losses[4:].mean().item(), rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
@@ -466,9 +461,9 @@ def test_padding_is_not_computed(tiny_model):
         optimizer = ShardedAdamW(model, Grid())
         loss, positions = train.training_step(model, optimizer, batch, micro)
         losses.append(loss)
-        gradients.append(optimizer.gradient)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
         assert positions == {4: 4 * 9, 2: 2 * 9 + 2 * 3, 1: 5 + 9 + 3 + 1}[micro]
-    for loss, gradient in zip(losses[1:], gradients[1:]):
+    for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-12)
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-9, atol=1e-12)
 

@@ -8,29 +8,19 @@ shapes, nothing is allocated. A plan that does not fit is an error that names th
 """
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from model import RECOMPUTE, TILE_BYTES, VOCABULARY_TILE, ModelConfig, block_tile_bytes, check_device, logit_bytes, read_config
-from parallel import Grid, attention_kernel, block_backward, block_forward, check_grid, check_least, launched
+from model import RECOMPUTE, SPLIT_BY_TP, TILE_BYTES, VOCABULARY_TILE, ModelConfig, read_config
+from parallel import Grid, Parser, attention_kernel, block_backward, block_forward, launched, one_line_errors, positive
 from rope_yarn import scaling_from_options
-from train import (
-    Compute,
-    Optimisation,
-    best_seconds,
-    check_split,
-    check_whole_sequences,
-    expected_dtype,
-    faster_dtype,
-    product_rate,
-    rank_shapes,
-    stage1_parser,
-    values_of,
-)
+from train import Settings, check_batch, default_dtype, forward_flops, rank_shapes, stage1_parser
 
 # ------------------------------------------------------------------------------------------------------------- devices
 
@@ -62,6 +52,32 @@ DEVICES = {
 }
 NODE = 8  # GPUs that share the fast link
 PAGEABLE = 5  # how much slower copies from and to memory that is not pinned are
+
+
+def best_seconds(function: Callable[[], Tensor]) -> float:
+    """Seconds of a function, after a call that warms up: the best of five, or of what a second holds."""
+    seconds = []
+    while len(seconds) < 2 or len(seconds) < 6 and sum(seconds[1:]) < 1:
+        start = time.perf_counter()
+        function().flatten()[0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product here, of a size that keeps the device busy."""
+    size = 8192 if device.startswith("cuda") else 512
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / best_seconds(lambda: matrix @ matrix)
+
+
+def matrices(config: ModelConfig) -> dict[str, int]:
+    """Elements of the weight matrices, by part: a forward pass multiplies each token by all but the embedding."""
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    table, layers = config.vocab_size * hidden, config.num_hidden_layers
+    return {"embedding": table, "head": 0 if config.tie_word_embeddings else table,
+            "qkv": layers * hidden * (heads + 2 * kv_heads) * config.head_dim, "o": layers * hidden * heads * config.head_dim,
+            "mlp": layers * 3 * hidden * config.intermediate_size}
 
 
 def measured_device(device: str, dtype: torch.dtype, head_dim: int) -> Device:
@@ -102,7 +118,7 @@ class Plan:
     recompute: str = "none"
     offload: bool = False
     offload_optimizer: bool = False
-    tile_bytes: int = TILE_BYTES["cuda"]
+    tile: int | None = None  # positions, see Llama
     cuda: bool = True
 
     @property
@@ -113,12 +129,17 @@ class Plan:
     def parameters(self) -> float:
         """Of one tp rank."""
         norms = (2 * self.config.num_hidden_layers + 1) * self.config.hidden_size
-        return sum(self.config.matrices().values()) / self.tp + norms
+        return sum(matrices(self.config).values()) / self.tp + norms
 
     @property
     def shard(self) -> float:
         """Parameters that this rank's optimizer updates."""
         return self.parameters / (self.dp * self.cp)
+
+    @property
+    def offloaded(self) -> bool:
+        """On a CPU there is no other place to go."""
+        return self.offload and self.cuda
 
     def sizes(self) -> dict[str, float]:
         """Bytes of the tensors that a rank's positions come in, by what one of them is."""
@@ -141,11 +162,13 @@ class Plan:
         c, s, layers = self.config, self.sizes(), self.config.num_hidden_layers
         positions, size = self.micro_batch * self.length / self.cp, self.itemsize
         state = (12 if size < 4 else 8) * self.shard  # float32 weights are their own master
-        kept = (min(layers, 2) if self.offload else layers) * self.kept_by_block()  # offloaded: one at hand, one arriving
-        tile = min(self.tile_bytes, block_tile_bytes(c, self.tp, size) * positions)
-        logits = min(self.tile_bytes, logit_bytes(c, self.tp, size) * positions)
-        logits = logits if size < 4 else logits / 2  # float32 logits need no second buffer
+        kept = (1 if self.offloaded else layers) * self.kept_by_block()  # offloaded: the one at hand
         rows = c.vocab_size / self.tp
+        in_tile = self.tile or TILE_BYTES["cuda" if self.cuda else "cpu"] / (rows * (size + 4))  # as Llama.positions_a_tile
+        in_tile = min(in_tile, positions)
+        # a block's position, there and back: its gathered input and that one's gradient, twice; gate, up, product, gradients
+        tile = in_tile * size * (4 * c.hidden_size + 8 * c.intermediate_size / self.tp)
+        logits = in_tile * rows * (4 if size == 4 else size + 4)  # float32 logits need no second buffer
         head = rows * c.hidden_size * 4
         ring = 4 / size * (s["q"] + s["kv"]) + 3 * s["kv"] if self.cp > 1 else 0.0  # float32 sums; K V, dK dV under way
         kernel = 2 * s["q"] + 4 / size * s["q"] if self.cuda else 0.0  # dK dV of every query head, dQ in float32
@@ -153,7 +176,7 @@ class Plan:
         qkv = 0.0 if self.recompute == "none" else s["q"] + s["kv"]
         tied = head if c.tie_word_embeddings else 0.0  # the head's gradient waits for the embedding's, and their sum is a third
         summed = 4 * self.shard if self.dp * self.cp > 1 else 0.0
-        name = f"kept by {layers} blocks" + (", 2 on the device" if self.offload else "")
+        name = f"kept by {layers} blocks" + (", 1 on the device" if self.offloaded else "")
         within = {name: kept, "tied head: its gradient": tied}
         block = within | {"block: q k v, out": qkv + again, "block: gradients of x and out": 2 * s["x"] + s["q"]}
         moments = [
@@ -173,7 +196,7 @@ class Plan:
     def on_host(self) -> float:
         """Bytes of host memory for what is offloaded."""
         state = 16 * self.shard if self.offload_optimizer else 0.0  # master, moments and the gradient of an update
-        return state + (self.config.num_hidden_layers * self.kept_by_block() if self.offload else 0.0)
+        return state + (self.config.num_hidden_layers * self.kept_by_block() if self.offloaded else 0.0)
 
     def traffic(self) -> dict[str, float]:
         """Bytes a rank sends in a step, by dimension."""
@@ -183,7 +206,7 @@ class Plan:
         hops = (self.cp - 1) * s["kv"] * (3 if self.recompute == "block" else 2) + s["kv"]
         hops += (self.cp - 1) * s["kv"] * 4 / self.itemsize  # dK dV: the first hop in the compute type, the others in float32
         others = (self.dp * self.cp - 1) / (self.dp * self.cp)
-        kept = 2 * rounds * c.num_hidden_layers * self.kept_by_block() if self.offload else 0.0  # out and in
+        kept = 2 * rounds * c.num_hidden_layers * self.kept_by_block() if self.offloaded else 0.0  # out and in
         return {"tp": rounds * c.num_hidden_layers * per_block,
                 "cp": rounds * c.num_hidden_layers * hops if self.cp > 1 else 0.0,
                 "dp": others * self.parameters * (4 + self.itemsize), "host": kept}
@@ -192,10 +215,10 @@ class Plan:
         return sum(self.memory().values()) <= device.memory and self.on_host() <= device.host_memory
 
     def times(self, device: Device) -> dict[str, float]:
-        """Seconds of a step, by what they go to; the ring and the host's copies run beside the computation."""
+        """Seconds of a step, by what they go to; the ring runs beside the computation."""
         c, traffic, rows = self.config, self.traffic(), self.batch / self.dp
-        share, size = self.tp * self.cp, self.config.matrices()
-        products, attention = (rows * flops / share for flops in c.forward_flops(self.length))
+        share, size = self.tp * self.cp, matrices(self.config)
+        products, attention = (rows * flops / share for flops in forward_flops(c, self.length))
         tokens = rows * self.length / share
         again = 0 if self.recompute == "none" else 2 * tokens * (2 * size["qkv"] + size["o"] + size["mlp"])
         pointwise = tokens * c.num_hidden_layers * (30 * c.hidden_size + 16 * c.intermediate_size) * self.itemsize
@@ -206,7 +229,7 @@ class Plan:
                 "attention": attention * (forwards / device.attention + 2.5 / device.attention_backward),
                 "norms, rotations, activations": pointwise / device.bandwidth, "tp communication": link["tp"]}
         beside = {"ring, beyond attention": max(0.0, link["cp"] - work["attention"]),
-                  "host copies, beyond the rest": max(0.0, traffic["host"] / device.host - sum(work.values()))}
+                  "host copies": traffic["host"] / device.host}
         update = 28 * self.shard / (device.host if self.offload_optimizer else device.bandwidth)  # bytes AdamW reads and writes
         update += PAGEABLE * self.shard * (4 + self.itemsize) / device.host if self.offload_optimizer else 0.0
         return work | beside | {"dp communication": link["dp"], "update": update}
@@ -214,8 +237,8 @@ class Plan:
 
 def fitting_plans(plan: Plan, processes: int, device: Device) -> list[Plan]:
     """Every grid of so many GPUs with every memory option that trains the same batch and fits, the fastest first."""
-    found, shards = [], plan.config.shards().values()
-    for tp in (n for n in range(1, min(NODE, processes) + 1) if not any(size % n for size in shards)):
+    found, sizes = [], [getattr(plan.config, name) for name in SPLIT_BY_TP]
+    for tp in (n for n in range(1, min(NODE, processes) + 1) if not any(size % n for size in sizes)):
         for cp in (n for n in range(1, processes // tp + 1) if processes % (n * tp) == 0
                    and plan.length % Grid(cp=n, tp=tp).sequence_multiple == 0):
             for recompute, offload, on_host in itertools.product(RECOMPUTE, (False, True), (False, True)):
@@ -260,7 +283,7 @@ def print_memory(plan: Plan, device: Device) -> None:
 
 def print_times(plan: Plan, device: Device) -> None:
     """The second: what is computed and sent, and how long a step takes under which assumptions."""
-    traffic, times, (products, attention) = plan.traffic(), plan.times(device), plan.config.forward_flops(plan.length)
+    traffic, times, (products, attention) = plan.traffic(), plan.times(device), forward_flops(plan.config, plan.length)
     step, flops = sum(times.values()), 3 * plan.batch * (products + attention)
     print("\nsent by a rank a step, GiB: " + ", ".join(f"{axis} {size / 2**30:.2f}" for axis, size in traffic.items()))
     print(f"FLOPs a step (causal, nothing counted twice): {flops:.4g}, {attention / (products + attention):.0%} in attention")
@@ -273,16 +296,16 @@ def print_times(plan: Plan, device: Device) -> None:
     print(f"assumed: products at {device.product / 1e12:.3g} TFLOP/s, attention {device.attention / 1e12:.3g} forward and "
           f"{device.attention_backward / 1e12:.3g} backward, memory {device.bandwidth / 1e12:.3g} TB/s, links "
           f"{device.link / 1e9:.0f} GB/s in a node of {NODE}, {device.network / 1e9:.0f} between nodes, host "
-          f"{device.host / 1e9:.0f}; tp communication is not hidden, the ring and the host's copies are")
+          f"{device.host / 1e9:.0f}; the ring is hidden behind attention, nothing else is")
 
 
 def print_plan(plan: Plan, name: str, device: Device) -> None:
     """What is planned, on which device, and both tables."""
     config = plan.config
-    print(f"{sum(config.matrices().values()) / 1e9:.2f}B parameters, {plan.batch} x {plan.length:,} tokens a step; "
+    print(f"{sum(matrices(config).values()) / 1e9:.2f}B parameters, {plan.batch} x {plan.length:,} tokens a step; "
           f"dp {plan.dp} x cp {plan.cp} x tp {plan.tp} = {plan.processes} x {name}; --recompute {plan.recompute}"
           + ", --offload" * plan.offload + ", --offload-optimizer" * plan.offload_optimizer)
-    print("a rank: " + rank_shapes(config, plan.micro_batch, plan.length, plan.tp, plan.cp))
+    print("a rank: " + rank_shapes(config, plan.micro_batch, plan.length, Grid(plan.dp, plan.cp, plan.tp)))
     print_memory(plan, device)
     print_times(plan, device)
 
@@ -298,45 +321,39 @@ def what_would_fit(plan: Plan, device: Device) -> str:
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = stage1_parser()
+def parser() -> Parser:
+    parser = stage1_parser(required=False)
     parser.description = "Plan a run: memory and time of a rank. Options are train.py's, and sft.py's --pack."
     parser.add_argument("--pack", dest="cross_document_mask", action="store_true", help="of sft.py")
     parser.add_argument("on", choices=(*DEVICES, "measured"), help="GPU to plan for; measured: this machine")
-    parser.add_argument("--processes", type=int, help="GPUs in all (if not given: tp x cp)")
-    return parser.parse_args(argv)
+    parser.add_argument("--processes", type=positive, help="GPUs in all (if not given: tp x cp)")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the plan of a command. Exit code 1 if a rank's memory does not suffice, with a line that names what would."""
-    a = parse_arguments(argv)
-    try:
-        check_least(1, processes=a.processes)
-        check_least(2, sequence_length=a.sequence_length)
-        values_of(Optimisation, vars(a) | {"steps": 1 if a.steps is None else a.steps})  # a command that cannot run has no plan
-        scaling_from_options(vars(a))
-        compute, processes = values_of(Compute, vars(a)), a.processes or max(launched()[1], a.tp * a.cp)
-        config, dtype = read_config(a.model or a.config), expected_dtype(a.dtype)
-        if a.on == "measured":
-            check_device(a.device)
-            dtype = faster_dtype(a.device) if a.dtype == "auto" else dtype  # as training finds it here
-        check_grid(a.tp, a.cp, processes, config.shards(), a.sequence_length)
-        check_whole_sequences(a.cross_document_mask, a.cp)
-        dp = processes // (a.tp * a.cp)
-        micro_batch = check_split(a.batch_size, a.micro_batch_size, dp)
+    with one_line_errors():
+        a = parser().parse_args(argv)
         on_gpu = a.on in DEVICES or a.device.startswith("cuda")
-        attention_kernel("cuda" if on_gpu else a.device, dtype, config.head_dim)
+        where = "cuda" if on_gpu else a.device
+        dtype = getattr(torch, a.dtype or default_dtype(where))
+        Settings.from_options(vars(a))  # a command that cannot run has no plan
+        scaling_from_options(vars(a))
+        config, processes = read_config(a.model or a.config), a.processes or max(launched()[1], a.tp * a.cp)
+        if processes % (a.tp * a.cp):
+            raise ValueError(f"--tp {a.tp} x --cp {a.cp} must divide --processes {processes}")
+        config.check_tp(a.tp)
+        grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
+        micro_batch = check_batch(grid, a.sequence_length, a.batch_size, a.micro_batch_size, a.cross_document_mask)
+        attention_kernel(where, dtype, config.head_dim)
         device = DEVICES[a.on] if a.on in DEVICES else measured_device(a.device, dtype, config.head_dim)
-        tile_bytes = compute.tile_mib * 2**20 or TILE_BYTES["cuda" if on_gpu else "cpu"]
-        plan = Plan(config, a.sequence_length, a.batch_size, micro_batch, a.tp, a.cp, dp, dtype.itemsize, compute.recompute,
-                    compute.offload, compute.offload_optimizer, tile_bytes, on_gpu)
+        plan = Plan(config, a.sequence_length, a.batch_size, micro_batch, a.tp, a.cp, grid.dp, dtype.itemsize, a.recompute,
+                    a.offload, a.offload_optimizer, a.tile, on_gpu)
         print_plan(plan, a.on, device)
         if plan.length > config.max_position_embeddings and not a.rope_kind:
             print(f"the model's window is {config.max_position_embeddings}: training needs --rope-kind and --rope-factor")
         if not plan.fits(device):
             raise ValueError(f"{a.on}: {what_would_fit(plan, device)}")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from data import Batch
-from model import HostMemory, Llama, ModelConfig, block_tile_bytes
+from model import Llama, ModelConfig
 from parallel import Grid, ShardedAdamW, shard_dims, unshard, zigzag_positions
 from train import training_step
 
@@ -61,9 +61,9 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
     alone = Grid()
     models = [make_model(tied, dtype, g) for g in (grid, alone)]
     models[0].recompute = "block" if tied else "mlp" if dtype == torch.float64 else "none"  # with communication inside
-    tile = SEQUENCE // (grid.cp * grid.tp) // 2 + 1  # of m positions: two uneven tiles; each more is a round of messages
-    models[0].tile_bytes = tile * micro_batch * grid.tp * block_tile_bytes(models[0].config, grid.tp, dtype.itemsize)
-    models[0].host = HostMemory() if tied and dtype == torch.float64 else None
+    m = SEQUENCE // (grid.cp * grid.tp)
+    models[0].tile = (m // 2 + 1) * micro_batch * grid.tp  # two uneven tiles of a block; each more is a round of messages
+    models[0].offload = tied and dtype == torch.float64
     optimizers = [ShardedAdamW(m, g) for m, g in zip(models, (grid, alone))]
     dims = optimizers[0].dims
     errors = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}

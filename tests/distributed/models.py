@@ -23,7 +23,7 @@ def agree(grid: Grid, tokens: torch.Tensor) -> bool:
 
 def largest(model: Llama) -> int:
     """Elements of the largest tensor that a rank makes in a forward and backward pass over 2,048 tokens."""
-    model.recompute, model.tile_bytes = "block", 2**18
+    model.recompute, model.tile = "block", 128
     tokens = torch.randint(model.config.vocab_size, (1, 2048), generator=torch.Generator().manual_seed(2))
     with Allocations() as seen:
         model.loss(tokens, tokens)[0].backward()
@@ -32,7 +32,7 @@ def largest(model: Llama) -> int:
 
 def continued(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
     """Hidden states of two places of `tokens`, read in pieces, between which other tokens were read and forgotten."""
-    cache = model.new_cache(len(tokens))
+    cache = model.new_cache(len(tokens), 3 * tokens.shape[1])
     for piece, kept in ((tokens[:, :30], 21), (tokens[:, 3:14], 17), (tokens[:, 17:18], 18), (tokens[:, 18:23], 22)):
         model.hidden_at(piece, torch.zeros_like(piece[:, :1]), cache)
         cache.truncate(kept)

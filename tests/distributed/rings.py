@@ -59,14 +59,16 @@ def errors(parallel, grid, *arguments) -> dict[str, float]:
     return {name: float((found[name].double() - x).norm() / x.norm()) for name, x in expected.items()}
 
 
-def decode_error(parallel, grid) -> float:
-    """One token over keys of which every rank has another number, the last one none (but on a ring of one)."""
-    q, k, v, _ = inputs(3, 8, 2, 40, 16, torch.float64, 1.0)
+def earlier_error(parallel, grid) -> float:
+    """New tokens over earlier ones, of which every rank has another number, the last one none (but on a ring of one)."""
+    new = 2 * grid.cp
+    q, k, v, _ = inputs(3, 8, 2, 40 + new, 16, torch.float64, 1.0)
     borders = [round(40 * (rank / max(1, grid.cp - 1)) ** 2) for rank in range(grid.cp)] + [40] if grid.cp > 1 else [0, 40]
     mine = slice(borders[grid.cp_rank], borders[grid.cp_rank + 1])
-    found = parallel.decode_attention(q[:, :, -1:], k[:, :, mine], v[:, :, mine], grid)
-    expected = F.scaled_dot_product_attention(q[:, :, -1:], k, v, enable_gqa=True)
-    return float((found - expected).abs().max())
+    last = [parallel.zigzag_shard(x[:, :, 40:], grid, 2) for x in (q, k, v)]
+    found = parallel.attend_earlier(last[0], *parallel.ring_forward(*last, grid), k[:, :, mine], v[:, :, mine], grid)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[:, :, 40:]
+    return float((parallel.zigzag_unshard(found, grid, 2) - expected).abs().max())
 
 
 if __name__ == "__main__":
@@ -82,7 +84,7 @@ if __name__ == "__main__":
                 case[f"float64 {heads[0]}:{heads[1]} x{scale:g}"] = errors(
                     parallel, grid, 3, *heads, 2 * grid.cp * 5, 16, torch.float64, scale)
         case["bfloat16"] = errors(parallel, grid, 1, 4, 2, 960, 64, torch.bfloat16, 1.0)
-        case["decode"] = {"out": decode_error(parallel, grid)}
+        case["earlier"] = {"out": earlier_error(parallel, grid)}
     if grid.is_first:
         Path(sys.argv[1]).write_text(json.dumps(found))
     grids[0].close()

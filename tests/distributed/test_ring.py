@@ -6,18 +6,19 @@ from launch import ROOT, results
 
 SIZES = (1, 2, 3, 4, 8)
 MUTATIONS = {  # the classic bugs, as a change of parallel.py: what is there, what is put in its place
-    "wrong_hop": ("(grid.cp_rank - hop) % grid.cp, q.shape[2])\n        part, ",
-                  "(grid.cp_rank + hop) % grid.cp, q.shape[2])\n        part, "),
-    "backward_reuses_the_first_keys": ("            kv = arrives()\n    dk, dv", "            arrives()\n    dk, dv"),
-    "dropped_dk": ("            d_kv[0][:, :, keys] += parts[0]\n", ""),
-    "dropped_dv": ("            d_kv[1][:, :, keys] += parts[1]\n", ""),
-    "gradients_never_come_home": ("gradients_arrive = grid.post_hop(*d_kv, tag=1)",
-                                  "gradients_arrive = (lambda kept: lambda: kept)(d_kv)"),
+    "wrong_hop": ("(grid.cp_rank - hop) % grid.cp, hop == grid.cp - 1  # `source`",
+                  "(grid.cp_rank + hop) % grid.cp, hop == grid.cp - 1  # `source`"),
+    "backward_reuses_the_first_keys": ("            k, v = next_keys_values.wait()\n    dk, dv",
+                                       "            next_keys_values.wait()\n    dk, dv"),
+    "dropped_dk": ("            dk[:, :, keys] += d_k\n", ""),
+    "dropped_dv": ("            dv[:, :, keys] += d_v\n", ""),
+    "gradients_never_come_home": ("next_gradients = grid.send_around(dk, dv, tag=1)", "next_gradients = Hop((dk, dv), [])"),
     "bfloat16_lse": ("lse.sub_(F.logsigmoid(lse - part_lse))", "lse.sub_(F.logsigmoid(lse - part_lse)).copy_(lse.bfloat16())"),
     "raw_exponentials": ("share = torch.sigmoid(part_lse - lse)", "share = part_lse.exp() / (part_lse.exp() + lse.exp())"),
-    "wrong_half": ("(everything, slice(half)) if source", "(everything, slice(half, None)) if source"),
-    "mask_on_every_hop": ("kv[1][:, :, keys], causal=hop == 0)", "kv[1][:, :, keys], causal=True)"),
-    "lse_of_the_last_block": ("lse[:, :, rows], part, part_lse)", "lse[:, :, rows].clone(), part, part_lse)"),
+    "wrong_half": ("return everything, early", "return everything, late"),
+    "mask_on_every_hop": ("part, part_lse = block_forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=hop == 0)",
+                          "part, part_lse = block_forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=True)"),
+    "lse_of_the_last_block": ("lse[:, :, queries], part, part_lse)", "lse[:, :, queries].clone(), part, part_lse)"),
     "unsharded_positions": ("chunks[-1 - grid.cp_rank]", "chunks[grid.cp_rank]"),
 }
 
@@ -35,7 +36,7 @@ def measured():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_ring_equals_dense_attention_in_float64(measured, size):
-    """out, lse, dQ, dK, dV; grouped heads 1:1, 4:1, 8:1; batch 3; scores up to thousands; decoding over uneven shards."""
+    """out, lse, dQ, dK, dV; grouped heads 1:1, 4:1, 8:1; batch 3; scores up to thousands; new tokens over uneven shards of earlier ones."""
     assert wrong(measured[size]) == [] and len(measured[size]) == 8
 
 
