@@ -77,7 +77,7 @@ class RopeScaling:
         if not (is_number(self.factor) and self.factor >= 1):
             raise ValueError(f"rope scaling: factor is {self.factor!r}; it must be a number >= 1")
         if not (self.kind != "default" or self.factor == 1):
-            raise ValueError(f"rope scaling: factor is {self.factor}; it must be 1 without a kind")
+            raise ValueError(f"rope scaling: factor is {self.factor}; it must be 1 (kind default)")
         if not (length is None or (type(length) is int and length > 0)):
             raise ValueError(f"rope scaling: original_max_position is {length!r}; "
                              "it must be a whole number of tokens above 0")
@@ -371,14 +371,16 @@ def explain(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> s
     interpolated = (slowed > 1 - 1e-9).sum().item()
     blended = len(slowed) - kept - interpolated
     reach = f"a window of {length:,} tokens becomes {round(length * scaling.factor):,}"
+    aim = "s times slower, so they meet no new angle there"
     if scaling.kind == "llama3":  # its factor is no ratio of windows
         reach = f"pairs of few turns in {length:,} tokens are slowed down"
+        aim = "s times slower"
     return "\n".join(lines + [
         "",
         f"{scaling.kind}, s = {scaling.factor:g}: {reach} (theta {theta:,.0f}, D = {head_dim})",
         f"{kept:>3} pairs kept: neighbouring tokens look as they always did",
         f"{blended:>3} pairs blended: that share of the way to interpolated",
-        f"{interpolated:>3} pairs interpolated: s times slower, so they meet no new angle",
+        f"{interpolated:>3} pairs interpolated: {aim}",
         f"attention factor {factor:.5f}: multiplies cos and sin, so scores by {factor ** 2:.5f}"])
 
 
@@ -391,7 +393,7 @@ def add_rule_arguments(parser: ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(description="What a rule does to each pair of frequencies.")
+    parser = ArgumentParser(description="Each pair under a rule (not given: yarn, s = 128).")
     add_rule_arguments(parser)
     a = parser.parse_args(argv)
     try:
