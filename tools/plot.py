@@ -20,7 +20,7 @@ import numpy as np
 from data import write_complete
 from eval_niah import accuracy_grid, check_output, lengths_inside, short_length, terminal_map
 from parallel import check_least
-from rope_yarn import RopeScaling, add_rule_arguments, inverse_frequencies, rule_from_options
+from rope_yarn import RopeScaling, add_rule_arguments, inverse_frequencies, scaling_from_options
 from tools.perplexity import perplexity_table
 
 
@@ -120,20 +120,20 @@ def accuracy_table(runs: list[dict], labels: list[str]) -> str:
     return "\n".join(lines)
 
 
-def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling, known: bool) -> bytes:
-    """PNG of each pair's wavelength before and after, with the windows that are known."""
+def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> bytes:
+    """PNG of each pair's wavelength before and after, with the old window `length` and the new one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for label, rule in (("RoPE", RopeScaling()), (f"{scaling.kind}, s = {scaling.factor:g}", scaling)):
         inv_freq, _ = inverse_frequencies(head_dim, theta, rule)
-        axes.semilogy((2 * math.pi / inv_freq).tolist(), marker=".", label=label)
-    windows = [("old", ":", length)]
-    if known and scaling.kind != "llama3":  # whose factor is no ratio of windows
-        windows.append(("new", "--", round(length * scaling.factor)))
-    for label, style, window in windows:
-        axes.axhline(window, color="gray", linestyle=style, label=f"{label} window, {window:,}")
+        wavelengths = 2 * math.pi / inv_freq
+        axes.semilogy(wavelengths.tolist(), marker=".", label=label)
+    axes.axhline(length, color="gray", linestyle=":", label=f"old window, {length:,}")
+    if scaling.kind != "llama3":  # whose factor is no ratio of windows
+        window = round(length * scaling.factor)
+        axes.axhline(window, color="gray", linestyle="--", label=f"new window, {window:,}")
     axes.set(xlabel="frequency pair", ylabel="wavelength (tokens)", title="What each frequency pair becomes")
     axes.legend()
     return png(figure)
@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check_figure(a.figure)
         if a.command == "rope":
-            write_complete(a.figure, draw_rule(*rule_from_options(vars(a))))
+            scaling = scaling_from_options(vars(a))
+            write_complete(a.figure, draw_rule(a.head_dim, a.theta, a.original_length, scaling))
             return
         labels = a.labels or [path.stem for path in a.results]
         if len(labels) != len(a.results):

@@ -29,10 +29,11 @@ def test_comparison_shows_runs_side_by_side(results, tmp_path, capsys):
     assert abs(size - [1500, 500]).max() <= 20
 
 
-def test_a_rule_is_drawn(tmp_path):
+@pytest.mark.parametrize("rule", ["--factor 128", "--kind llama3 --factor 8 --theta 10000 --head-dim 64"])
+def test_a_rule_is_drawn(rule, tmp_path):
     pytest.importorskip("matplotlib")
-    plot.main(["rope", "--factor", "128", "--figure", str(tmp_path / "yarn.png")])
-    assert (tmp_path / "yarn.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+    plot.main(["rope", *rule.split(), "--figure", str(tmp_path / "rule.png")])
+    assert (tmp_path / "rule.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("arguments, message", [
