@@ -301,7 +301,8 @@ def fields_from_hf(stated: dict, window: int | None) -> dict:
     """
     if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
         raise ValueError(f"rope scaling must be one object, not one per layer type: {stated!r}")
-    types = [stated[key] for key in ("rope_type", "type") if stated.get(key) is not None]
+    stated = {key: value for key, value in stated.items() if value is not None}  # null: left out
+    types = [stated[key] for key in ("rope_type", "type") if key in stated]
     kind = types[0] if types else "default"
     if types and types[-1] != kind:
         raise ValueError(f"rope scaling: rope_type {kind!r} and type {types[-1]!r} differ")

@@ -8,36 +8,23 @@ was learned in stage 1, and short samples keep it (arXiv 2504.06214, section 3.2
 """
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import data
-from parallel import finish, parse_once, print_once
-from train import (
-    Compute,
-    Optimisation,
-    Output,
-    argument_parser,
-    check_given,
-    check_processes,
-    load_start,
-    run_stage,
-    shared_settings,
-    values_of,
-    weighted_paths,
-)
+from parallel import Grid, Parser, existing, one_line_errors, positive, print_once
+from train import Settings, agreed_settings, argument_parser, load_start, run_stage, weighted_path
 
 
-def stage2_parser() -> argparse.ArgumentParser:
+def stage2_parser() -> Parser:
     """Stage 2's options, with the paper's batch of 128 and learning rate of 5e-6 as defaults."""
     parser = argument_parser("Supervised fine-tuning on short chat samples (stage 2).")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", action="extend", metavar="FILE[=WEIGHT]",
-                       help="JSON lines with messages; each sample comes from one file, by weight")
-    group.add_argument("--sequence-length", type=int, default=8192, help="longer samples are dropped and counted")
-    group.add_argument("--pack", dest="cross_document_mask", action="store_true",
-                       help="as many samples a row as fit, which do not see each other; --batch-size counts rows")
-    group.add_argument("--validation-data", help="held-out chat samples; without them there is no validation")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", action="extend", type=weighted_path, required=True, metavar="FILE[=WEIGHT]",
+        help="JSON lines with messages; each sample comes from one file, by weight")
+    add("--sequence-length", type=positive, default=8192, help="longer samples are dropped and counted")
+    add("--pack", action="store_true",
+        help="as many samples a row as fit, which do not see each other; --batch-size counts rows")
+    add("--validation-data", type=existing, help="held-out chat samples; without them there is no validation")
     parser.set_defaults(batch_size=128, micro_batch_size=1, learning_rate=5e-6)
     return parser
 
@@ -56,23 +43,19 @@ def stage2_datasets(sources: list[tuple[Path, float]], held_out: Path | None, to
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Stage 2: one line and exit code 1 for a user's mistake."""
-    a = parse_once(stage2_parser(), argv)
-    try:
-        check_given(data=a.data, steps=a.steps, out=a.out)
-        optimisation, compute, output = (values_of(kind, vars(a)) for kind in (Optimisation, Compute, Output))
-        optimisation = check_processes(compute, optimisation, a.sequence_length, a.cross_document_mask)
-        config, tokenizer, path = load_start(a.model or a.config, a.tokenizer or a.model, None, a.sequence_length, compute)
+    """Stage 2."""
+    with one_line_errors():
+        a = stage2_parser().parse_args(argv)
+        settings = Settings.from_options(vars(a))
         if a.validate_every and not a.validation_data:
             raise ValueError("--validate-every needs --validation-data, held-out chat samples")
-        sources = weighted_paths("--data", a.data)
-        held_out = weighted_paths("--validation-data", [a.validation_data])[0][0] if a.validation_data else None
-        training, validation = stage2_datasets(sources, held_out if a.validation_sequences else None, tokenizer,
-                                               a.sequence_length, a.seed, a.cross_document_mask)
-        settings = shared_settings(vars(a) | {"tokenizer": path}, sources)
-        run_stage(config, a.model, path, training, validation, optimisation, compute, output, settings)
-    except (ValueError, OSError, ArithmeticError) as error:
-        finish(error)
+        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+        config, tokenizer = load_start(settings, a.tokenizer, None, a.sequence_length)
+        held_out = a.validation_data if a.validation_sequences else None
+        training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length, a.seed, a.pack)
+        agreed = agreed_settings(vars(a), settings, tokenizer)
+        run_stage(grid, config, a.tokenizer or a.model, training, validation, settings, agreed)
+        grid.close()
 
 
 if __name__ == "__main__":

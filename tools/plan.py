@@ -168,6 +168,7 @@ class Plan:
         in_tile = min(in_tile, positions)
         # a block's position, there and back: its gathered input and that one's gradient, twice; gate, up, product, gradients
         tile = in_tile * size * (4 * c.hidden_size + 8 * c.intermediate_size / self.tp)
+        tile = 0.0 if self.recompute == "none" else tile  # then it is kept already, and given back where its gradients come
         logits = in_tile * rows * (4 if size == 4 else size + 4)  # float32 logits need no second buffer
         head = rows * c.hidden_size * 4
         ring = 4 / size * (s["q"] + s["kv"]) + 3 * s["kv"] if self.cp > 1 else 0.0  # float32 sums; K V, dK dV under way

@@ -17,6 +17,7 @@ import eval_niah
 import sft
 import train
 from model import Llama, ModelConfig
+from parallel import Grid, zigzag_positions
 from tools import answer
 from tools.prepare import prepare_corpus
 from tools.train_tokenizer import train_bpe
@@ -166,7 +167,7 @@ def said_where(job: Job, ranks: tuple[int, ...]) -> bool:
 
 def test_after_a_killed_rank_the_others_say_where_they_were_and_a_restart_continues_from_the_last_checkpoint(place, tmp_path):
     """Which rank was killed, torchrun says."""
-    more = ("--steps", 30, "--checkpoint-every", 10)
+    more = ("--steps", 30, "--checkpoint-every", 10, "--resume")
     with Job(3, *training(place, tmp_path / "run", *more), logs=tmp_path / "logs", restarts=1) as job:
         wait_for((tmp_path / "run" / "checkpoint-00000010").is_dir)
         os.kill(job.process(2), signal.SIGKILL)
@@ -251,11 +252,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(place, four_ranks
     assert [path.name for path in train.checkpoints(out)] == ["checkpoint-00000003"] and not list(out.glob("*.partial"))
 
 
-def test_usage_errors_and_help_are_printed_once(place):
+def test_usage_errors_are_one_line_however_many_ranks_there_are(place):
     done = launch(3, "train.py", "--frobnicate")
-    assert done.returncode != 0 and done.stderr.count("usage: ") == 1
-    done = launch(3, "eval_niah.py", "--help")
-    assert done.returncode == 0 and done.stdout.count("usage: ") == 1
+    assert done.returncode != 0 and re.findall("error: .*", done.stderr)[0].startswith("error: "), done.stderr
+    assert done.stderr.count("required: --steps") == 1
 
 
 @pytest.mark.parametrize("dtype, tolerance, tp, cp", [("float32", 1e-6, 2, 1), ("bfloat16", 3e-3, 1, 2)])
@@ -281,24 +281,35 @@ def test_a_wrong_grid_is_one_line_and_leaves_nothing(place, tmp_path):
         "error: --sequence-length 60 is not a multiple of 8 (2 x cp x tp); the nearest is 56 or 64"]
 
 
-@pytest.mark.parametrize("tp, cp, world, shards, sequence, message", [
-    (0, 1, 1, {}, None, "--tp 0 is too small; the least is 1"),
-    (1, -1, 1, {}, None, "--cp -1 is too small"),
-    (2, 1, 1, {}, None, "--tp 2 x --cp 1 = 2 does not divide the number of processes, 1; change them or start 2 "),
-    (2, 3, 8, {}, None, "= 6 does not divide the number of processes, 8; change them or start 6 or 12 "),
-    (4, 1, 4, {"heads": 12, "kv_heads": 6}, None, "--tp 4 does not divide the model's kv_heads, 6; the nearest that fits the model is 3 or 6"),
-    (2, 1, 2, {"vocab_size": 49155}, None, "--tp 2 does not divide the model's vocab_size, 49155; the nearest that fits the model is 1 or 3"),
-    (2, 2, 4, {}, 60, "--sequence-length 60 is not a multiple of 8 (2 x cp x tp); the nearest is 56 or 64"),
-    (1, 4, 4, {}, 5, "the nearest is 8"),
-])
-def test_grids_that_cannot_run_are_refused_with_the_nearest_values(tp, cp, world, shards, sequence, message):
-    from parallel import check_grid
+@pytest.mark.parametrize("tp, cp, world, message", [
+    (0, 1, 1, "--tp 0 x --cp 1"), (1, -1, 1, "--tp 1 x --cp -1"),
+    (2, 1, 1, "--tp 2 x --cp 1 must divide the number of processes, 1; change them or start 2 or a multiple"),
+    (2, 3, 8, "--tp 2 x --cp 3 must divide the number of processes, 8; change them or start 6 or a multiple")])
+def test_grids_that_do_not_fit_the_processes_are_refused(tp, cp, world, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_grid(tp, cp, world, shards, sequence)
+        Grid.create(tp, cp)
+
+
+@pytest.mark.parametrize("tp, sizes, message", [
+    (4, {"num_key_value_heads": 6}, "--tp 4 does not divide the model's num_key_value_heads, 6"),
+    (2, {"vocab_size": 49155}, "--tp 2 does not divide the model's vocab_size, 49155")])
+def test_models_that_tp_cannot_cut_are_refused(tp, sizes, message):
+    config = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 12}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Llama(ModelConfig.from_hf(config | sizes), Grid(tp=tp))
+
+
+@pytest.mark.parametrize("grid, length, batch_size, micro, message", [
+    (Grid(tp=2, cp=2), 60, 1, None, "--sequence-length 60 is not a multiple of 8 (2 x cp x tp)"),
+    (Grid(dp=2), 64, 3, None, "--batch-size 3 is not a multiple of the 2 data-parallel replicas"),
+    (Grid(dp=2), 64, 8, 3, "--micro-batch-size 3 does not divide a replica's share of --batch-size, 4")])
+def test_batches_that_a_grid_cannot_train_are_refused(grid, length, batch_size, micro, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.check_batch(grid, length, batch_size, micro, document_mask=False)
 
 
 def test_grid_coordinates_have_tp_fastest():
-    from parallel import Grid
     grid = [Grid(dp=2, cp=3, tp=2, rank=rank) for rank in range(12)]
     assert [(g.dp_rank, g.cp_rank, g.tp_rank) for g in grid] == [(d, c, t) for d in range(2) for c in range(3) for t in range(2)]
     assert grid[0].size("dp_cp") == 6 and grid[0].size("all") == 12 and grid[0].sequence_multiple == 12
@@ -306,7 +317,6 @@ def test_grid_coordinates_have_tp_fastest():
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 4])
 def test_zigzag_shards_hold_every_position_once_and_equal_work(cp):
-    from parallel import Grid, zigzag_positions
     positions = [zigzag_positions(24, Grid(cp=cp, rank=rank)) for rank in range(cp)]
     assert torch.cat(positions).sort()[0].equal(torch.arange(24))
     assert len({int((p + 1).sum()) for p in positions}) == 1  # keys that a rank's queries see
