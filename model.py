@@ -7,10 +7,8 @@ Llama 2, 3, 3.1, 3.2 and Qwen2 differ only in what `ModelConfig` says. `python -
 """
 from __future__ import annotations
 
-import itertools
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from data import read_weights, write_weights
 from parallel import (
     ColumnParallelLinear,
     Grid,
@@ -877,109 +874,3 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device}: with several processes use cpu or cuda; each takes its own GPU")
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {device} is not available here; use cpu, or cuda where there is a GPU")
-
-
-def locate_weights(path: Path, stem: str = "model") -> dict[str, Path]:
-    """Which safetensors file of the directory holds which tensor: {name: file}."""
-    index, single = path / f"{stem}.safetensors.index.json", path / f"{stem}.safetensors"
-    if index.is_file():
-        try:
-            files = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)") from None
-    elif single.is_file():
-        files = dict.fromkeys(tensor_names(single), single)
-    else:
-        raise FileNotFoundError(f"{path}: neither {single.name} nor {index.name} is there")
-    for file in set(files.values()):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: the index names it, but it is missing; copy every shard")
-    return files
-
-
-def tensor_names(file: Path) -> list[str]:
-    """Names in one safetensors file; ValueError if it is truncated or of another format."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from None
-
-
-def read_weights(path: Path, shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid, dtype: torch.dtype | None,
-                 device) -> dict[str, Tensor]:
-    """A model directory's tensors named in `shapes` (this tp rank's shards, cut along `dims`): nothing else is read."""
-    files = locate_weights(path)
-    # a tied checkpoint may repeat its embedding as lm_head; old Llama 2 files hold tables that are computed here
-    unknown = [n for n in files if n not in shapes and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
-    missing = [n for n in shapes if n not in files]
-    if missing or unknown:
-        problem = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unexpected"
-        raise ValueError(f"{path}: tensor {problem} ({len(missing)} missing, {len(unknown)} unexpected); "
-                         "config.json and the weights describe different models")
-    return read_shards(files, shapes, dims, grid, dtype, device)
-
-
-def read_shards(files: dict[str, Path], shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid,
-                dtype: torch.dtype | None, device) -> dict[str, Tensor]:
-    """This tp rank's shard of every tensor named in `shapes` (the shapes of shards), checked against the whole one's shape."""
-    weights = {}
-    for file in sorted({files[name] for name in shapes}):
-        tensor_names(file)  # a truncated shard is refused before any of it is used
-        with safe_open(file, framework="pt") as tensors:
-            for name in (n for n in shapes if files[n] == file):
-                if name not in tensors.keys():
-                    raise ValueError(f"{file}: tensor {name} is not in it, though the index says so")
-                stored, dim = tensors.get_slice(name), dims[name]
-                found, whole = tuple(stored.get_shape()), whole_shape(shapes[name], dim, grid)
-                if found != whole:
-                    raise ValueError(f"{file}: {name} has shape {found}, config.json asks for {whole}")
-                size = whole[dim or 0] // (1 if dim is None else grid.tp)
-                first = 0 if dim is None else grid.tp_rank * size
-                tensor = stored[:, first:first + size] if dim == 1 else stored[first:first + size]
-                if not tensor.is_floating_point():
-                    raise ValueError(f"{file}: {name} holds {tensor.dtype}; use the checkpoint that is not quantised")
-                weights[name] = tensor.to(device=device, dtype=dtype)
-    return weights
-
-
-def write_weights(path: Path, stem: str, shapes: dict[str, tuple[tuple, torch.dtype]], tensors: Iterable[tuple[str, Tensor]],
-                  max_shard_bytes: int, grid: Grid) -> None:
-    """`stem`-0000i-of-0000n.safetensors and their index, from tensors that come in the order of `shapes`.
-
-    Every rank goes through `tensors`, which may communicate; the first rank writes. A full disk is an OSError that names
-    the file.
-    """
-    plan, filled = [[]], 0  # which names go into which file
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()}
-    for name, size in sizes.items():
-        if filled and filled + size > max_shard_bytes:
-            plan.append([])
-            filled = 0
-        plan[-1].append(name)
-        filled += size
-    weight_map, tensors = {}, iter(tensors)
-    for number, names in enumerate(plan, 1):
-        grid.restart_timer()  # the others wait for the first
-        file = path / f"{stem}-{number:05d}-of-{len(plan):05d}.safetensors"
-        shard = {}
-        for name, tensor in itertools.islice(tensors, len(names)):
-            if grid.is_first:
-                shard[name] = tensor.cpu().contiguous()
-        if grid.is_first:
-            save_tensors(file, shard)
-        weight_map |= dict.fromkeys(names, file.name)
-    if grid.is_first:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (path / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file; the library's own error for a full disk becomes an OSError that names the file."""
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-        umask = os.umask(0)  # it can only be read by setting it
-        os.umask(umask)
-        file.chmod(0o666 & ~umask)  # as any file: the library writes one for the owner alone
-    except SafetensorError as error:
-        raise OSError(f"{file}: could not be written ({error})") from None

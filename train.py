@@ -33,17 +33,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+from data import locate_weights, read_shards, write_weights
 from model import (
     RECOMPUTE,
     HostMemory,
     Llama,
     ModelConfig,
     check_device,
-    locate_weights,
     read_config,
-    read_shards,
     rescale,
-    write_weights,
 )
 from parallel import (
     Grid,
