@@ -728,24 +728,24 @@ class Blend:
         self.seed = seed
         self.sequence_length = datasets[0].sequence_length
         self.document_mask = datasets[0].document_mask
-        self.owners = np.zeros(0, dtype=np.int64)  # (n,): which dataset each sequence is drawn from,
-        self.indices = np.zeros(0, dtype=np.int64)  # (n,): and which of that dataset's it is
+        self.chunks = []  # (owners, indices), int64 (CHUNK,): of which dataset a sequence is, and which
+        self.counts = np.zeros(len(datasets), dtype=np.int64)  # sequences of each drawn so far
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The sequence `index` of the blend, from the dataset that is drawn for it."""
-        while index >= len(self.owners):
+        chunk, place = divmod(index, self.CHUNK)
+        while chunk >= len(self.chunks):
             self.draw()
-        return self.datasets[self.owners[index]].sequence(int(self.indices[index]))
+        owners, indices = self.chunks[chunk]
+        return self.datasets[owners[place]].sequence(int(indices[place]))
 
     def draw(self) -> None:
-        """Draw the owners of the next CHUNK sequences, by (seed, number of the chunk)."""
-        chunk = len(self.owners) // self.CHUNK
-        numbers = np.random.default_rng([self.seed, chunk]).random(self.CHUNK)
+        """Draw the owners of the next CHUNK sequences: a pure function of (seed, number of the chunk)."""
+        numbers = np.random.default_rng([self.seed, len(self.chunks)]).random(self.CHUNK)
         owners = np.searchsorted(self.borders[:-1], numbers, side="right")
         indices = np.empty(self.CHUNK, dtype=np.int64)
         for dataset in range(len(self.datasets)):
-            drawn = owners == dataset
-            before = np.count_nonzero(self.owners == dataset)
-            indices[drawn] = before + np.arange(np.count_nonzero(drawn))
-        self.owners = np.append(self.owners, owners)
-        self.indices = np.append(self.indices, indices)
+            drawn = np.flatnonzero(owners == dataset)
+            indices[drawn] = self.counts[dataset] + np.arange(len(drawn))
+            self.counts[dataset] += len(drawn)
+        self.chunks.append((owners, indices))

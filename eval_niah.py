@@ -41,6 +41,7 @@ from parallel import (
     print_once,
 )
 from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
+from sft import encode_chat
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
 WORDING = {
@@ -148,7 +149,7 @@ def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat:
     answer begins."""
     if chat:
         messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
-        return data.encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
+        return encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
     return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
 
 
@@ -456,23 +457,24 @@ def as_json(results: dict) -> bytes:
 
 
 def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
-    """The first `needed` tokens (int64; or all there are) of a corpus's held-out split, or of text files.
+    """The first `needed` tokens (int64; or all there are) of a corpus's held-out split, or of one text file.
 
-    Raises FileNotFoundError, or ValueError if the text states facts of its own in our wording.
+    Raises FileNotFoundError, or ValueError if that is neither or states facts of its own in our wording.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"--haystack {path}: no such file or directory")
     if data.is_corpus(path):
         options = {"seed": 0, "separator": "none", "tokenizer": tokenizer}
         held_out = int(data.PackedDataset(path, "valid", 1, **options).lengths.sum())  # then it repeats
         stream = data.PackedDataset(path, "valid", max(1, min(held_out, needed) - 1), **options)
         tokens = stream.sequence(0)[0]
     else:
-        pieces, count = [], 0
-        for document in data.read_documents(path):
-            pieces.append(tokenizer.encode_ordinary(document.get("text", "") + "\n\n"))
-            count += len(pieces[-1])
-            if count >= needed:
-                break
-        tokens = np.fromiter(itertools.chain.from_iterable(pieces), dtype=np.int64)[:needed]
+        try:
+            text = path.read_bytes().decode()
+        except (IsADirectoryError, UnicodeDecodeError):
+            raise ValueError(f"--haystack {path}: neither a corpus nor one file of UTF-8 text; prepare a corpus from "
+                             "it (python -m tools.prepare)") from None
+        tokens = np.array(tokenizer.encode_ordinary(text)[:needed], dtype=np.int64)
     text = tokenizer.decode_bytes(tokens.tolist())
     for wording in WORDING.values():
         fact = re.search(wording["lead"].replace("{key}", r"\S+").encode() + rb"\d+", text)
@@ -486,8 +488,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_checkpoint_arguments(parser)
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--haystack", type=Path, required=True, help="text that was not trained on: a corpus directory (of "
-                         "which the held-out split is used), a directory, .txt or .jsonl of text, or stdlib")
+    prompts.add_argument("--haystack", type=Path, required=True, help="text that was not trained on: a corpus directory "
+                         "(of which the held-out split is used), or one file of UTF-8 text")
     prompts.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens, the answer's included")
     prompts.add_argument("--depths", type=int, default=10, help="how many, evenly from 0 to 1")
     prompts.add_argument("--samples", type=int, default=5, help="prompts a cell, shared by data-parallel replicas")
@@ -515,12 +517,13 @@ def main(argv: list[str] | None = None) -> None:
         if a.system is not None and a.prompt != "chat":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
         check_output("--out", a.out)
-        path, longest = data.source_path(a.haystack, "--haystack"), max(a.lengths)
+        longest = max(a.lengths)
         checkpoint = Checkpoint.open(a.model, scaling_from_options(vars(a)), a.tp, a.cp, a.device, a.dtype)
         checkpoint.note_lengths(longest)
-        tokenizer, haystack = checkpoint.tokenizer, load_haystack(path, checkpoint.tokenizer, OFFSETS + longest)
+        tokenizer = checkpoint.tokenizer
+        haystack = load_haystack(a.haystack, tokenizer, OFFSETS + longest)
         if len(haystack) < longest:
-            raise ValueError(f"--haystack {path}: {len(haystack)} tokens; length {longest} needs as many")
+            raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; length {longest} needs as many")
         depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
         options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "distractors": a.distractors,
                    "digits": a.digits, "system": a.system}

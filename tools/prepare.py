@@ -543,7 +543,7 @@ def named_source(text: str) -> tuple[str, Path]:
     return name, source_path(path)
 
 
-def argument_parser() -> Parser:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Tokenise sources into a corpus directory; every document as it is found, once. "
                     "Up-sampling by length, and how many tokens are used, are options of train.py.")
     add = parser.add_argument
@@ -558,12 +558,12 @@ def argument_parser() -> Parser:
         help="cut held-out runs of this many tokens that training has too; 0: no")
     add("--seed", type=nonnegative, default=0, help="chooses the held-out documents")
     add("--processes", type=positive, default=os.cpu_count(), help="change the time, not the result")
-    return parser
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        a = argument_parser().parse_args(argv)
+        a = parse_arguments(argv)
         try:
             meta = prepare_corpus(a.source, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window,
                                   a.seed, processes=a.processes, source_field=a.source_field)

@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 from collections.abc import Iterable, Iterator
@@ -71,15 +72,19 @@ def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
                 max_bytes -= len(text.encode(errors="replace"))
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Train byte-level BPE, one token a digit.")
     parser.add_argument("--source", type=source_path, nargs="+", action="extend", required=True,
                         metavar="PATH", help="file, directory or stdlib")
     parser.add_argument("--vocab-size", type=positive, required=True, help="tokens, without the 256 special ones")
     parser.add_argument("--max-bytes", type=positive, default=5_000_000, help="how much text to train on")
     parser.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        a = parser.parse_args(argv)
+        a = parse_arguments(argv)
         tokenizer = train_bpe(read_texts(a.source, a.max_bytes), a.vocab_size, a.out)
         print(f"wrote {tokenizer.path}: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
 
