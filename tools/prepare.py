@@ -186,9 +186,7 @@ def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
 
 
 def contains(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which of `values` are among the sorted `known`, bool: contains([1, 4], [4, 2]) = [True, False]."""
-    if not len(known):
-        return np.zeros(len(values), dtype=bool)
+    """Which of `values` are among `known`, sorted, one at least: contains([1, 4], [4, 2]) is [True, False]."""
     places = np.searchsorted(known, values, side="right") - 1
     return known[places] == values
 
@@ -200,7 +198,9 @@ def cut_shared_windows(tokens: np.ndarray, mask: np.ndarray, window: int,
     The document itself if it has none of the `shared` hashes (sorted), else its pieces between such
     windows that are `window` tokens or longer and carry loss.
     """
-    starts = contains(shared, window_hashes(tokens, window))
+    starts = np.zeros(0, dtype=bool)
+    if len(shared):
+        starts = contains(shared, window_hashes(tokens, window))
     if not starts.any():
         yield tokens, mask
         return
@@ -432,6 +432,8 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, 
     Memory holds a few jobs a process and 8 bytes a held-out token. Raises ValueError, OSError.
     """
     assert 0 <= holdout <= 1 and processes >= 1 and seed >= 0 and tokenizer.path is not None
+    if holdout == 1:
+        raise ValueError("--holdout 1 leaves no training documents")
     out_dir = Path(out_dir).absolute()
     sources = [(name, source_path(path)) for name, path in sources]
     if len(dict(sources)) != len(sources):
@@ -472,7 +474,7 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, 
 
 def held_out_windows(directory: Path, shards: list[dict], window: int) -> np.ndarray:
     """Hashes of all windows of these shards' documents, sorted, uint64."""
-    hashes = [np.zeros(0, np.uint64)]
+    hashes = [np.zeros(1, np.uint64)]  # so that there is one; a 0 too many does no harm
     for shard in shards:
         for tokens, _ in shard_documents(directory, shard):
             hashes.append(window_hashes(tokens, window))
