@@ -1,18 +1,24 @@
-"""Text to training batches: tokenizers, corpora on disk, length up-sampling, packing, chat samples.
+"""What is on disk and how it becomes batches: tokenizers, corpora, weights; documents packed into
+sequences.
 
-A corpus is a directory that `python -m tools.prepare` writes: SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a
-token), SPLIT-offsets.npy, SPLIT-sources.npy and meta.json. Chat samples are JSON lines.
+A corpus is a directory that `python -m tools.prepare` writes. It holds shards, each of documents of
+one source, in three files:
 
-A dataset has `sequence_length` S, `document_mask` (whether documents of a row are kept apart) and `sequence(index) ->
-(tokens int64, loss mask bool, document ids int64)`, each of S + 1 elements and a pure function of index and seed: resume
-anywhere, on any number of ranks. `batch` shifts the targets there and then, before anything is sharded: none is lost at a
-shard's border.
-"""
+    SPLIT-00000.tokens    little-endian uint32, document after document
+    SPLIT-00000.mask      a byte a token: whether it carries loss
+    SPLIT-00000.lengths   little-endian int64, the tokens of each document
+
+and meta.json, written last: it names the shards of both splits (train, valid) and says that the
+corpus is complete.
+
+A dataset has `sequence_length` S, `document_mask` (whether documents of a row are kept apart) and
+`sequence(index) -> (tokens int64, loss mask bool, document ids int64)`, each of S + 1 elements and
+a pure function of index and seed: resume anywhere, on any number of ranks. `batch` shifts the
+targets there and then, before anything is sharded: none is lost at a shard's border. """
 from __future__ import annotations
 
 import base64
 import fcntl
-import functools
 import gzip
 import hashlib
 import itertools
@@ -20,58 +26,63 @@ import json
 import os
 import re
 import shutil
-import sysconfig
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-# -------------------------------------------------------------------------------------------------------- tokenizers
+from parallel import Grid, whole_shape
 
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
+# ---------------------------------------------------------------------------------------- tokenizers
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are cut off before GPT-2's pattern runs, so its lookahead takes a digit for the end of the text.
+# SmolLM2: digits are cut off before GPT-2's pattern runs, so its lookahead takes a digit for the
+# end of the text.
 GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-    "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)))
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+    "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)))
 
 
 class Tokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, with what Hugging Face's byte-level BPE files need beyond it.
 
-    It applies `normal_form` (Qwen2: NFC) and drops bytes the vocabulary lacks as the tokenizers library does (SmolLM2
-    lacks 21). `encode_ordinary` never makes special tokens of what a text spells.
-    """
+    It applies `normal_form` (Qwen2: NFC) and drops bytes the vocabulary lacks as the tokenizers
+    library does (SmolLM2 lacks 21). `encode_ordinary` never makes special tokens of what a text
+    spells. """
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
                  normal_form: str | None = None, path: Path | None = None) -> None:
         size = max([*ranks.values(), *special.values()]) + 1
-        absent = {bytes([b]) for b in range(256)} - ranks.keys()  # tiktoken wants ids for them: past the end
-        ranks = ranks | {byte: size + i for i, byte in enumerate(sorted(absent))}
+        absent = {bytes([b]) for b in range(256)} - ranks.keys()
+        for i, byte in enumerate(sorted(absent)):  # tiktoken wants ids for them: past the end
+            ranks = ranks | {byte: size + i}
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.max_token_value, self.normal_form, self.lacks_bytes = size - 1, normal_form, bool(absent)
+        self.max_token_value = size - 1
+        self.normal_form = normal_form
+        self.lacks_bytes = bool(absent)
         self.path = path  # the file it was loaded from
 
-    def __reduce__(self):
-        """Another process loads the file, once, rather than take 100,000 tokens with every call."""
-        return shared_tokenizer, (self.path,)
-
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of plain text. White space is cut after 100,000 in a row: at a million, tiktoken panics."""
-        pieces = map(super().encode_ordinary, re.split(r"(\s{100000})", self.normalise(text)))
-        return self.known(itertools.chain.from_iterable(pieces))
+        """Ids of plain text. White space is cut after 100,000 in a row: at a million, tiktoken
+        panics."""
+        pieces = re.split(r"(\s{100000})", self.normalise(text))
+        encoded = map(super().encode_ordinary, pieces)
+        return self.known(itertools.chain.from_iterable(encoded))
 
     def encode(self, text: str, **special) -> list[int]:
         """Ids of a text, with tiktoken's `allowed_special` and `disallowed_special`."""
@@ -87,68 +98,93 @@ class Tokenizer(tiktoken.Encoding):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Llama-3 `tokenizer.model`, or Hugging Face `tokenizer.json` of byte-level BPE (Llama 3, Qwen2, SmolLM2).
+    """Llama-3 `tokenizer.model`, or Hugging Face `tokenizer.json` of byte-level BPE (Llama 3,
+    Qwen2, SmolLM2).
 
-    path: the file or its directory, where tokenizer.model wins: Llama 3.1's 256 special tokens follow its ranks.
-    Raises FileNotFoundError, or ValueError if it cannot be reproduced exactly.
+    path: the file or its directory, where tokenizer.model wins: Llama 3.1's 256 special tokens
+    follow its ranks. Raises FileNotFoundError, or ValueError if it cannot be reproduced exactly.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / ("tokenizer.model" if (path / "tokenizer.model").exists() else "tokenizer.json")
+        single = path / "tokenizer.model"
+        path = single if single.exists() else path / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; needs a tokenizer.model or tokenizer.json")
     if path.suffix == ".json":
         return load_tokenizer_json(path)
+
+    ranks = {}
     try:
-        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        lines = [line for line in path.read_bytes().splitlines() if line]
+        for line in lines:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
     except ValueError:
         raise ValueError(f"{path}: not a Llama-3 tokenizer.model (lines of base64 token and rank)") from None
-    if list(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
+    complete = all(bytes([b]) in ranks for b in range(256))
+    if list(ranks.values()) != list(range(len(lines))) or not complete:
         raise ValueError(f"{path}: needs ranks 0, 1, 2, ... for distinct tokens, all 256 bytes among them")
-    return Tokenizer("llama3", LLAMA3, ranks, {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}, path=path)
-
-
-@functools.cache
-def shared_tokenizer(path: Path) -> Tokenizer:
-    """load_tokenizer, once in a process."""
-    return load_tokenizer(path)
+    special = {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)}
+    return Tokenizer("llama3", LLAMA3, ranks, special, path=path)
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
-    """See load_tokenizer. tiktoken joins the pair whose result has the lowest id, tokenizers the first one of `merges`:
-    the same if ids grow along `merges` and every longer token has a merge, which is checked."""
+    """See load_tokenizer."""
+    # 1. Read: special tokens, the others, and which token each merge makes.
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        model, added = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
-        vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-        made = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in model["merges"]]
+        model = content["model"]
+        special = {token["content"]: token["id"] for token in content["added_tokens"]}
+        vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+        merged = []
+        for pair in model["merges"]:
+            pair = pair.split(" ") if isinstance(pair, str) else pair
+            merged.append(vocab["".join(pair)])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a BPE tokenizer.json ({type(error).__name__}: {error})") from None
-    splitting, normalizer = content.get("pre_tokenizer") or {}, content.get("normalizer") or {}
+
+    # 2. Check that tiktoken can do the same.
+    byte_of = byte_characters()
+    splitting = content.get("pre_tokenizer") or {}
+    normal_form = (content.get("normalizer") or {}).get("type")
     pattern = split_pattern(splitting)
     if pattern is None:
-        raise ValueError(f"{path}: pre_tokenizer {json.dumps(splitting)[:200]} is not supported, only GPT-2's (ByteLevel), "
-                         "SmolLM2's (Digits + ByteLevel), Llama 3's and Qwen2's (Split)")
-    if normalizer.get("type", "NFC") != "NFC":
-        raise ValueError(f"{path}: normalizer {normalizer['type']} is not supported, only none or NFC")
+        raise ValueError(f"{path}: pre_tokenizer {json.dumps(splitting)[:200]} is not supported, only GPT-2's "
+                         "(ByteLevel), SmolLM2's (Digits + ByteLevel), Llama 3's and Qwen2's (Split)")
+    if normal_form not in (None, "NFC"):
+        raise ValueError(f"{path}: normalizer {normal_form} is not supported, only none or NFC")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
         if model.get(name):
             raise ValueError(f"{path}: model.{name} {model[name]!r} is not supported, only none")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are,
-    others = sorted({*range(256)} - {*printable})  # and these as characters from 256 on
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    merged = set(made)
-    lone = [token for token, i in vocab.items() if i not in merged and token not in byte_of]
-    if lone or made != sorted(made):
-        reason = f"token {lone[0]!r} has no merge" if lone else "token ids do not grow in the order of merges"
-        raise ValueError(f"{path}: {reason}, so tiktoken would encode differently")
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
-    return Tokenizer(path.parent.name, pattern, ranks, added, normalizer.get("type"), path)
+    # tiktoken joins the pair whose result has the lowest id, tokenizers the first one of `merges`:
+    # the same if ids grow along `merges` and every longer token has a merge
+    if merged != sorted(merged):
+        raise ValueError(f"{path}: token ids do not grow in the order of merges, so tiktoken would encode differently")
+    made = set(merged)
+    for token, i in vocab.items():
+        if token not in byte_of and i not in made:
+            raise ValueError(f"{path}: token {token!r} has no merge, so tiktoken would encode differently")
+
+    # 3. Translate characters to the bytes they stand for.
+    ranks = {bytes(byte_of[character] for character in token): i for token, i in vocab.items()}
+    return Tokenizer(path.parent.name, pattern, ranks, special, normal_form, path)
+
+
+def byte_characters() -> dict[str, int]:
+    """The characters as which a tokenizer.json writes bytes: {character: byte}, as GPT-2 does.
+
+    Printable ones stand for themselves, the others are written as characters from 256 on: "Ġ" is
+    the space. """
+    byte_of = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    for byte in range(256):
+        if chr(byte) not in byte_of:
+            byte_of[chr(256 + len(byte_of) - 188)] = byte
+    return byte_of
 
 
 def split_pattern(pre_tokenizer: dict) -> str | None:
-    """The regular expression that cuts text as tokenizer.json's `pre_tokenizer` does; None if unknown."""
+    """The regular expression that cuts text as tokenizer.json's `pre_tokenizer` does; None if
+    unknown."""
     match pre_tokenizer.get("pretokenizers") or [pre_tokenizer]:
         case [{"type": "ByteLevel", "add_prefix_space": False, **more}] if more.get("use_regex", True):
             return GPT2
@@ -162,190 +198,65 @@ def split_pattern(pre_tokenizer: dict) -> str | None:
     return None
 
 
-# -------------------------------------------------------------------------------------------------------------- chat
-
-
-CHAT_TOKENS = (("<|start_header_id|>", "<|eot_id|>"), ("<|im_start|>", "<|im_end|>"))  # of Llama 3, of ChatML
-
-
-def has_chat_tokens(tokenizer: tiktoken.Encoding) -> bool:
-    """Whether the tokenizer has a chat template's special tokens."""
-    return any(tokenizer.special_tokens_set.issuperset(tokens) for tokens in CHAT_TOKENS)
-
-
-def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
-    """Id of the token that ends a message: Llama 3's <|eot_id|> or ChatML's <|im_end|>. Raises ValueError."""
-    for start, end in CHAT_TOKENS:
-        if {start, end} <= tokenizer.special_tokens_set:
-            return tokenizer.encode_single_token(end)
-    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: Llama 3's <|start_header_id|> and <|eot_id|>, or "
-                     "ChatML's <|im_start|> and <|im_end|>")
-
-
 def stop_tokens(tokenizer: tiktoken.Encoding, known: int | list[int] | None) -> list[int]:
-    """Ids at which a server should stop: those the model states (`eos_token_id`), and what ends a text or a turn here."""
+    """Ids at which a server should stop: those the model states (`eos_token_id`), and what ends a
+    text or a turn here."""
     names = {"<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>"} & tokenizer.special_tokens_set
-    stated = known if isinstance(known, list) else [] if known is None else [known]
-    return sorted({*stated, *map(tokenizer.encode_single_token, names)})
+    stops = {tokenizer.encode_single_token(name) for name in names}
+    if isinstance(known, int):
+        stops.add(known)
+    elif known is not None:
+        stops.update(known)
+    return sorted(stops)
 
 
-def check_messages(messages: list[dict], training: bool = True) -> None:
-    """Raise ValueError unless these are chat messages, for training with an assistant's words in them."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError("messages must be a list of objects with role and content")
-    for i, message in enumerate(messages):
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"message {i} has role {message.get('role')!r}; use system, user or assistant")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i} must have a content that is a string")
-    if training and not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise ValueError("messages have no assistant content, so nothing to train on")
-
-
-def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
-                add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation and which carry loss: the assistant's words and its end-of-turn token, no others.
-
-    Llama 3's template (llama-models, chat_format.py) or ChatML, by the tokenizer's special tokens; no system message is
-    added (Hugging Face's templates of Llama 3.1, SmolLM2 and Qwen2 add one). Contents are plain text: a special token
-    spelled there stays text. `add_generation_prompt` opens the assistant's answer, and then messages need none. Raises
-    ValueError: see check_messages, end_of_turn.
-    """
-    check_messages(messages, training=not add_generation_prompt)
-    end, text, special = end_of_turn(tokenizer), tokenizer.encode_ordinary, tokenizer.encode_single_token
-    llama = "<|start_header_id|>" in tokenizer.special_tokens_set
-
-    def header(role: str) -> list[int]:
-        if llama:
-            return [special("<|start_header_id|>"), *text(role), special("<|end_header_id|>"), *text("\n\n")]
-        return [special("<|im_start|>"), *text(role + "\n")]
-
-    parts = [([special("<|begin_of_text|>")] if llama else [], False)]  # (tokens, whether they carry loss)
-    for message in messages:
-        role, opening = message["role"], header(message["role"])
-        if llama:
-            whole = [*opening, *text(message["content"].strip()), end]  # stripped as Hugging Face's templates do
-        else:  # one text: white space that begins a content joins ChatML's line break before it
-            whole = [special("<|im_start|>"), *text(f"{role}\n{message['content']}"), end]
-        own = next((i for i, (a, b) in enumerate(zip(opening, whole)) if a != b), len(opening))  # where the content begins
-        parts += [(whole[:own], False), (whole[own:], role == "assistant")]
-        parts.append(([] if llama else text("\n"), False))
-    if add_generation_prompt:
-        parts.append((header("assistant"), False))
-    return [t for tokens, _ in parts for t in tokens], [loss for tokens, loss in parts for _ in tokens]
-
-
-# --------------------------------------------------------------------------------------------------------- documents
-
-JSON_LINES = (".jsonl", ".jsonl.gz")
-TEXT = tuple(".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md .php .pl .py "
-             ".pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml".split())
-SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules")
-
-
-class Raw(NamedTuple):
-    """A document as it was found: where, its bytes, and whether they are a line of JSON or plain text."""
-
-    place: str
-    content: bytes
-    is_json: bool
-
-
-def read_documents(path: str | Path) -> Iterator[dict]:
-    """Documents of a file or directory, see read_raw: {text}, {prompt, completion} or {messages}."""
-    return (parse_document(raw)[0] for raw in read_raw(path))
-
-
-def read_raw(path: str | Path) -> Iterator[Raw]:
-    """What a file holds, or recursively and sorted a directory, not parsed yet.
-
-    .jsonl and .jsonl.gz hold one document a line; any other file is one text. In directories, hidden files, files without
-    a known text suffix and files that are not UTF-8 are passed over. ValueError names the file.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
-    if (path / "meta.json").is_file() and (path / "train-offsets.npy").is_file():
-        raise ValueError(f"{path}: is a corpus that tools.prepare wrote, not text")
-    if path.name.endswith(JSON_LINES) and path.is_file():
-        yield from (Raw(f"{path}, line {number}", line, True) for number, line in read_lines(path))
-    elif path.is_file():
-        yield Raw(str(path), path.read_bytes(), False)
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and name[0] != ".")
-        for file in (Path(folder, name) for name in sorted(names) if name[0] != "."):
-            if file.name.endswith(JSON_LINES):
-                yield from read_raw(file)
-            elif file.name.endswith(TEXT) and file.is_file():  # a link may lead nowhere
-                content = file.read_bytes()
-                with suppress(UnicodeDecodeError):
-                    content.decode()
-                    yield Raw(str(file), content, False)
+# --------------------------------------------------------------------------------------------- files
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of each line of a file, .gz or not, that is not blank. ValueError for a damaged .gz."""
+    """(number from 1, line) of each line of a file, .gz or not, that is not blank. ValueError for a
+    damaged .gz."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
 
 
-def parse_document(raw: Raw, source_field: str | None = None) -> tuple[dict, str | None]:
-    """A document, and what its record says at `source_field` (keys joined by dots), None if nothing; other keys are dropped.
+def read_records(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, JSON value) of each line of a .jsonl or .jsonl.gz file. ValueError names the place."""
+    for number, line in read_lines(path):
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: not valid JSON ({error})") from None
+        yield place, record
 
-    Raises ValueError that starts with the place.
-    """
+
+def sync(path: Path) -> None:
+    """fsync a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        if not raw.is_json:
-            return {"text": raw.content.decode()}, None
-        record = json.loads(raw.content)
-        source = record
-        for key in source_field.split(".") if source_field else ():
-            source = source.get(key) if isinstance(source, dict) else None
-        source = source if isinstance(source, str) else None
-        if "messages" in record:
-            check_messages(record["messages"])
-            return {"messages": record["messages"]}, source
-        keys = ("text",) if "text" in record else ("prompt", "completion")
-        if all(isinstance(record[key], str) for key in keys):
-            return {key: record[key] for key in keys}, source
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{raw.place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        reason = f"not valid JSON ({error})" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
-        raise ValueError(f"{raw.place}: {reason}") from None
-    except (KeyError, TypeError):
-        pass  # the message below says what is needed
-    raise ValueError(f"{raw.place}: needs an object with text, with prompt and completion (strings), or messages")
-
-
-def source_path(source: str | Path, option: str = "--source") -> Path:
-    """The path that a --source names; "stdlib" is the running Python's library. Raises FileNotFoundError."""
-    path = Path(sysconfig.get_path("stdlib") if str(source) == "stdlib" else source)
-    if not path.exists():
-        raise FileNotFoundError(f"{option} {source}: no such file or directory")
-    return path
-
-
-# ----------------------------------------------------------------------------------------------------------- corpora
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise ValueError if `path` holds something."""
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{path}: already exists; remove it or choose another place")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def complete_or_absent(path: str | Path) -> Iterator[Path]:
-    """Yield a new directory `path`.partial to fill; synced, it becomes `path`, or on any error it is removed.
+    """Yield a new directory `path`.partial to fill; synced, it becomes `path`, or on any error it
+    is removed.
 
-    Raises ValueError if `path` already holds something, OSError with the path if writing fails (disk full).
-    """
+    Raises ValueError if `path` already holds something, OSError with the path if writing fails
+    (disk full). """
     path = Path(path).absolute()
-    refuse_existing(path)
+    if path.is_file() or path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path}: already exists; remove it or choose another place")
     aside = path.with_name(path.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
     try:
@@ -364,7 +275,7 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
 
 
 def write_complete(path: Path, content: bytes) -> None:
-    """Write a file so that it is there complete or not at all."""
+    """Write a file so that it is there complete or not at all. Raises OSError with the path."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         aside.write_bytes(content)
@@ -378,81 +289,234 @@ def write_complete(path: Path, content: bytes) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file that is there only meanwhile. Raises ValueError if another process has it."""
+    """Hold a lock on a file that is there only meanwhile. Raises ValueError if another process has
+    it."""
     with open(path, "ab") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forks do not inherit it
         except OSError:
-            raise ValueError(f"{path}: another process is at work on it; wait for it to end, or choose another place") from None
+            raise ValueError(f"{path}: another process is at work on it; wait for it to end, or choose another "
+                             "place") from None
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """fsync a file or directory."""
-    descriptor = os.open(path, os.O_RDONLY)
+def digest(path: str | Path) -> str:
+    """Identifies the data at a path: what a corpus's meta.json, or a file of samples, holds."""
+    path = Path(path)
+    with open(path / "meta.json" if path.is_dir() else path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------- weights
+
+
+def locate_weights(path: Path, stem: str = "model") -> dict[str, Path]:
+    """Which safetensors file of the directory holds which tensor: {name: file}.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged.
+    """
+    single = path / f"{stem}.safetensors"
+    index = path / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = {name: path / file for name, file in weight_map.items()}
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)") from None
+    elif single.is_file():
+        with open_weights(single) as tensors:
+            files = dict.fromkeys(tensors.keys(), single)
+    else:
+        raise FileNotFoundError(f"{path}: neither {single.name} nor {index.name} is there")
+    for file in files.values():
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: the index names it, but it is missing; copy every shard")
+    return files
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[safe_open]:
+    """One safetensors file. Opening compares its size with its header: ValueError if it is
+    truncated or no such file."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from None
+
+
+def read_weights(path: Path, shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid,
+                 dtype: torch.dtype | None, device) -> dict[str, Tensor]:
+    """A model directory's tensors named in `shapes` (this tp rank's shards, cut along `dims`):
+    nothing else is read."""
+    files = locate_weights(path)
+    missing = [name for name in shapes if name not in files]
+    unexpected = []
+    for name in files:
+        # a tied checkpoint may repeat its embedding as lm_head; old Llama 2 files hold tables that
+        # are computed here
+        harmless = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+        if name not in shapes and not harmless:
+            unexpected.append(name)
+    if missing or unexpected:
+        problem = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
+        raise ValueError(f"{path}: tensor {problem} ({len(missing)} missing, {len(unexpected)} unexpected); "
+                         "config.json and the weights describe different models")
+    return read_shards(files, shapes, dims, grid, dtype, device)
+
+
+def read_shards(files: dict[str, Path], shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid,
+                dtype: torch.dtype | None, device) -> dict[str, Tensor]:
+    """This tp rank's shard of every tensor named in `shapes` (the shapes of shards), read from
+    `files` (locate_weights).
+
+    dims: the dimension along which tp cuts each, None: not at all. dtype None keeps the file's.
+    Raises ValueError that names the file if it is damaged, or if a tensor has another shape than
+    the whole of these shards, or is quantised. """
+    weights = {}
+    for file in sorted({files[name] for name in shapes}):
+        with open_weights(file) as tensors:
+            for name in shapes:
+                if files[name] == file:
+                    tensor = read_shard(file, tensors, name, shapes[name], dims[name], grid)
+                    weights[name] = tensor.to(device=device, dtype=dtype)
+    return weights
+
+
+def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int | None, grid: Grid) -> Tensor:
+    """This tp rank's shard, of `shape`, of one tensor of an open file. See read_shards."""
+    if name not in tensors.keys():
+        raise ValueError(f"{file}: tensor {name} is not in it, though the index says so")
+    stored = tensors.get_slice(name)
+    stored_shape, whole = tuple(stored.get_shape()), whole_shape(shape, dim, grid)
+    if stored_shape != whole:
+        raise ValueError(f"{file}: {name} has shape {stored_shape}, config.json asks for {whole}")
+    if dim is None:
+        tensor = stored[:]
+    else:
+        first = grid.tp_rank * shape[dim]
+        own = slice(first, first + shape[dim])
+        tensor = stored[:, own] if dim == 1 else stored[own]
+    if not tensor.is_floating_point():
+        raise ValueError(f"{file}: {name} holds {tensor.dtype}; use the checkpoint that is not quantised")
+    return tensor
+
+
+def write_weights(path: Path, stem: str, shapes: dict[str, tuple[tuple, torch.dtype]],
+                  tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int, grid: Grid) -> None:
+    """`stem`-00001.safetensors and so on, and an index that says which holds what, from (name,
+    whole tensor) `tensors`.
+
+    shapes: {name: (shape, dtype)} of all. Every rank goes through `tensors`, which may communicate;
+    the first rank writes. A full disk is an OSError that names the file. """
+    weight_map, total_bytes = {}, 0
+    number, shard, shard_bytes = 1, {}, 0
+
+    def save() -> None:
+        grid.restart_timer()  # the others wait for the first
+        if grid.is_first:
+            save_tensors(path / f"{stem}-{number:05d}.safetensors", shard)
+
+    for name, tensor in tensors:
+        shape, dtype = shapes[name]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if shard_bytes and shard_bytes + size > max_shard_bytes:
+            save()
+            number, shard, shard_bytes = number + 1, {}, 0
+        if grid.is_first:
+            shard[name] = tensor.cpu().contiguous()
+        weight_map[name] = f"{stem}-{number:05d}.safetensors"
+        shard_bytes += size
+        total_bytes += size
+    save()
+    if grid.is_first:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (path / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, with the mode of any new file: the library writes one for its owner
+    alone."""
+    try:
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(mode)
+    except SafetensorError as error:  # as which the library raises what is an OSError: a full disk
+        raise OSError(f"{file}: could not be written ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------- corpora
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
-    """Identifies what ordinary ids stand for (special ones have other names in tokenizer.json than in .model)."""
-    ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
-    return hashlib.sha256(b"".join(b"%d %d %s" % (i, len(t), t) for i, t in ranks)).hexdigest()[:16]
+    """Identifies what ordinary ids stand for (special ones have other names in tokenizer.json than
+    in .model)."""
+    content = hashlib.sha256()
+    for token, rank in sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1]):
+        content.update(b"%d %d %s" % (rank, len(token), token))
+    return content.hexdigest()[:16]
 
 
-def read_meta(directory: str | Path) -> dict:
-    """meta.json of a corpus directory. Raises FileNotFoundError, or ValueError for another format."""
+def is_corpus(path: Path) -> bool:
+    """Whether a directory is a corpus, not text."""
+    return (path / "meta.json").is_file()
+
+
+def read_meta(directory: str | Path, tokenizer: tiktoken.Encoding | None = None) -> dict:
+    """meta.json of a corpus: {"splits": {"train": [shard, ...], "valid": [...]}, "tokenizer":
+    fingerprint, ...}, where a shard is {"name", "source", "documents", "tokens"}.
+
+    Raises FileNotFoundError, or ValueError for a corpus of another format or, if one is given,
+    another `tokenizer`. """
     path = Path(directory) / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); write one with python -m tools.prepare")
-    with suppress(ValueError, TypeError, KeyError):
+    try:
         meta = json.loads(path.read_text())
-        if meta["format"] == 1:
-            return meta
-    raise ValueError(f"{path}: not a corpus of format 1, which this version reads; prepare it again")
+        known = meta["format"] == 2
+    except (ValueError, TypeError, KeyError):
+        known = False
+    if not known:
+        raise ValueError(f"{path}: not a corpus of format 2, which this version reads; prepare it again")
+    if tokenizer is not None and fingerprint(tokenizer) != meta["tokenizer"]:
+        raise ValueError(f"{directory}: was prepared with another tokenizer than {tokenizer.name!r}")
+    return meta
 
 
-def digest(path: str | Path) -> str:
-    """Identifies the data at a path: what a corpus's meta.json, or a file of samples, holds."""
-    found = hashlib.sha256()
-    with open(Path(path) / "meta.json" if Path(path).is_dir() else path, "rb") as file:
-        while piece := file.read(2**24):
-            found.update(piece)
-    return found.hexdigest()[:16]
+def map_file(path: Path, dtype: torch.dtype, size: int) -> np.ndarray:
+    """A file of `size` numbers as an array (size,) that is read where it is touched; unlike a
+    memmap it stays open as no file, of which a process may have few. Raises ValueError for another
+    size."""
+    if not path.is_file() or path.stat().st_size != size * dtype.itemsize:
+        raise ValueError(f"{path}: missing, or not the {size} elements of meta.json; prepare the corpus again")
+    return torch.from_file(str(path), size=size, dtype=dtype).numpy()
 
 
-def encode_document(document: dict, tokenizer: tiktoken.Encoding) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens uint32 (T,) and loss mask bool (T,): loss on all of a text, on a completion but not its prompt, or as
-    encode_chat says."""
-    if "messages" in document:
-        tokens, mask = encode_chat(document["messages"], tokenizer)
-    else:
-        parts = [tokenizer.encode_ordinary(text) for text in document.values()]
-        tokens, mask = sum(parts, []), np.repeat([key != "prompt" for key in document], list(map(len, parts)))
-    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
+def open_shard(directory: Path, shard: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A shard of a corpus: tokens uint32 (T,), loss mask bool (T,), lengths of its documents int64
+    (N,).
+
+    Raises ValueError naming the file that is not as long as `shard`, an entry of meta.json, says.
+    """
+    prefix = f"{directory}/{shard['name']}"
+    tokens = map_file(Path(f"{prefix}.tokens"), torch.int32, shard["tokens"]).view("<u4")
+    mask = map_file(Path(f"{prefix}.mask"), torch.bool, shard["tokens"])
+    lengths = map_file(Path(f"{prefix}.lengths"), torch.int64, shard["documents"])
+    if lengths.sum() != shard["tokens"]:
+        raise ValueError(f"{prefix}.lengths: are not those of its {shard['tokens']} tokens; prepare the corpus again")
+    return tokens, mask, lengths
 
 
-def encode_documents(documents: Iterable[tuple[str, dict]], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
-    """(source, document) -> (source, tokens, loss mask), see encode_document, in order. Threads: tiktoken releases the
-    interpreter."""
-    documents = iter(documents)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while group := list(itertools.islice(documents, 256)):  # bounded memory
-            yield from pool.map(lambda item: (item[0], *encode_document(item[1], tokenizer)), group)
-
-
-
-# ---------------------------------------------------------------------------------------------------------- datasets
+# ------------------------------------------------------------------------------------------ datasets
 
 
 class Batch(NamedTuple):
-    """int64 tensors (B, S). targets: the token after each of `tokens`, or -100 where that carries no loss; document_ids: None
-    unless documents are masked."""
+    """int64 tensors (B, S). targets: the token after each of `tokens`, or -100 where that carries
+    no loss; document_ids: None unless documents are masked."""
 
     tokens: Tensor
     targets: Tensor
@@ -470,9 +534,10 @@ class Batch(NamedTuple):
 def batch(dataset, first: int, count: int) -> Batch:
     """Sequences first ... first + count - 1 of a dataset, their targets shifted."""
     sequences = [dataset.sequence(index) for index in range(first, first + count)]
-    tokens, mask, ids = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*sequences, strict=True))
-    targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)  # (B, S) of (B, S + 1)
-    return Batch(tokens[:, :-1].contiguous(), targets, ids[:, :-1].contiguous() if dataset.document_mask else None)
+    tokens, mask, ids = (torch.from_numpy(np.stack(rows)) for rows in zip(*sequences, strict=True))  # (B, S + 1)
+    targets = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)  # (B, S)
+    document_ids = ids[:, :-1].contiguous() if dataset.document_mask else None
+    return Batch(tokens[:, :-1].contiguous(), targets, document_ids)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -482,22 +547,26 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, long: int = 8192,
                    short_weight: float = 1.0, long_weight: float = 1.0) -> np.ndarray:
-    """Expected repeats of each document an epoch, float64 (documents,): the up-sampling of arXiv 2504.06214, 3.1.
+    """Expected repeats of each document an epoch, float64 (documents,): the up-sampling of arXiv
+    2504.06214, 3.1.
 
-    Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each source is then scaled so
-    that its expected tokens stay as they are: sources keep their proportions. Raises ValueError.
-    """
-    if not 0 <= short <= long or not all(0 <= weight < np.inf for weight in (short_weight, long_weight)):
-        raise ValueError(f"length weights need 0 <= short {short} <= long {long}, and finite weights of 0 or more, not "
-                         f"{short_weight} and {long_weight}")
-    weights = np.where(lengths < short, short_weight, np.where(lengths > long, long_weight, 1.0))
+    Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each
+    source is then scaled so that its expected tokens stay as they are: sources keep their
+    proportions. Raises ValueError. """
+    finite = 0 <= short_weight < np.inf and 0 <= long_weight < np.inf
+    if not 0 <= short <= long or not finite:
+        raise ValueError(f"length weights need 0 <= short {short} <= long {long}, and finite weights of 0 or more, "
+                         f"not {short_weight} and {long_weight}")
+    weights = np.ones(len(lengths))
+    weights[lengths < short] = short_weight
+    weights[lengths > long] = long_weight
     for source in np.unique(sources):
-        mine = sources == source
-        kept = weights[mine] @ lengths[mine]
-        if not kept:
+        own = sources == source
+        weighted = weights[own] @ lengths[own]  # tokens
+        if not weighted:
             raise ValueError(f"source number {int(source) + 1}: every document has weight 0; raise --short-weight or "
                              "--long-weight")
-        weights[mine] *= lengths[mine].sum() / kept
+        weights[own] *= lengths[own].sum() / weighted
     return weights
 
 
@@ -505,185 +574,178 @@ def separator_tokens(separator: str, tokenizer: tiktoken.Encoding | None) -> np.
     """What follows each document, int64 (n,); see PackedDataset. Raises ValueError."""
     if separator not in ("<s>", "none", "bos_eos"):
         raise ValueError(f"separator {separator!r} is unknown; use '<s>', 'none' or 'bos_eos'")
-    if separator != "none" and tokenizer is None:
+    if separator == "none":
+        return np.zeros(0, dtype=np.int64)
+    if tokenizer is None:
         raise ValueError(f"separator {separator!r} needs the tokenizer")
-    if separator != "bos_eos":
-        return np.array(tokenizer.encode_ordinary("<s>") if separator == "<s>" else [], dtype=np.int64)
-    names = [name for name in ("<|end_of_text|>", "<|endoftext|>", "<|begin_of_text|>")
-             if name in tokenizer.special_tokens_set]
-    if not names:
+    if separator == "<s>":
+        return np.array(tokenizer.encode_ordinary("<s>"), dtype=np.int64)
+    tokens = []
+    for name in ("<|end_of_text|>", "<|endoftext|>", "<|begin_of_text|>"):
+        if name in tokenizer.special_tokens_set:
+            tokens.append(tokenizer.encode_single_token(name))
+    if not tokens:
         raise ValueError(f"tokenizer {tokenizer.name!r} has no end-of-text token for separator 'bos_eos'")
-    return np.array([tokenizer.encode_single_token(name) for name in names], dtype=np.int64)
-
-
-def load_array(path: str) -> np.ndarray:
-    """A .npy file. Raises ValueError if it is damaged."""
-    try:
-        return np.load(path)
-    except (ValueError, EOFError):
-        raise ValueError(f"{path}: damaged; prepare the corpus again") from None
-
-
-def map_shard(path: Path, dtype: str, size: int) -> np.ndarray:
-    """A shard as an array that is read where touched. Raises ValueError unless it has `size` elements."""
-    if not path.is_file() or path.stat().st_size != size * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path}: missing, or not the {size} tokens of meta.json; prepare the corpus again")
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # a plain array: indexing a memmap is far slower
+    return np.array(tokens, dtype=np.int64)
 
 
 class PackedDataset:
     """A split of a corpus as one endless stream of documents, cut into sequences.
 
-    In an epoch a document occurs length_weights times (the fraction is drawn), in shuffled order: a pure function of
-    (seed, epoch). The separator follows every document: "<s>" is that plain text (arXiv 2504.06214, 3.1), "bos_eos" the
-    end-of-text token and, where there is one, begin-of-text, "none" nothing. It carries loss: to predict it is to know
-    where a document ends. Sequence i is tokens i·S to i·S + S of the stream, so its last target is the next one's
-    first input, and documents of S - len(separator) tokens start exactly where sequences do.
+    In an epoch a document occurs length_weights times (the fraction is drawn), in shuffled order: a
+    pure function of (seed, epoch). The separator follows every document: "<s>" is that plain text
+    (arXiv 2504.06214, 3.1), "bos_eos" the end-of-text token and, where there is one, begin-of-text,
+    "none" nothing. It carries loss: to predict it is to know where a document ends. Sequence i is
+    tokens i·S to i·S + S of the stream, so its last target is the next one's first input, and
+    documents of S - len(separator) tokens start exactly where sequences do:
+
+        stream     a a a a a <s> b b <s> c c c c c c ...
+        S = 4      |-------0-------|
+                           |-------1-------| ...
     """
 
     def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int, separator: str = "<s>",
                  short: int = 4096, long: int = 8192, short_weight: float = 1.0, long_weight: float = 1.0,
                  tokenizer: tiktoken.Encoding | None = None, document_mask: bool = False) -> None:
-        """tokenizer: the one the corpus was prepared with, which is checked; separator "none" needs none."""
-        meta, prefix = read_meta(directory), Path(directory) / split
-        if not meta["splits"].get(split, {}).get("documents"):
+        """tokenizer: the one the corpus was prepared with, which is checked; separator "none" needs
+        none.
+
+        Raises ValueError, FileNotFoundError: see read_meta and open_shard.
+        """
+        meta = read_meta(directory, tokenizer)
+        if not meta["splits"].get(split):
             raise ValueError(f"{directory}: no documents in split {split!r}; prepare a larger holdout")
-        if tokenizer is not None and fingerprint(tokenizer) != meta["tokenizer"]:
-            raise ValueError(f"{directory}: was prepared with another tokenizer than {tokenizer.name!r}")
         if sequence_length < 1 or seed < 0:
             raise ValueError(f"sequence_length {sequence_length} must be 1 or more, seed {seed} 0 or more")
-        shards = meta["splits"][split]["shards"]
-        self.tokens, self.masks = (  # lists of arrays (T,), one a shard
-            [map_shard(Path(f"{prefix}-{i:05d}.{kind}"), dtype, size) for i, size in enumerate(shards)]
-            for kind, dtype in (("tokens", "<u4"), ("mask", "?")))
-        offsets, shard_starts = load_array(f"{prefix}-offsets.npy"), np.cumsum([0, *shards])
-        self.lengths = np.diff(offsets)  # (documents,), as are the next two and the weights
-        self.shards = np.searchsorted(shard_starts, offsets[:-1], side="right") - 1
-        self.starts = offsets[:-1] - shard_starts[self.shards]  # in the shard
-        self.weights = length_weights(self.lengths, load_array(f"{prefix}-sources.npy"), short, long, short_weight, long_weight)
-        self.sequence_length, self.seed, self.document_mask = sequence_length, seed, document_mask
-        self.separator = separator_tokens(separator, tokenizer)
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.document_mask = document_mask
+        self.separator = separator_tokens(separator, tokenizer)  # (n,)
+
+        self.tokens, self.masks = [], []  # of each shard, (T,)
+        lengths, shards, starts, sources, names = [], [], [], [], {}
+        for number, shard in enumerate(meta["splits"][split]):
+            tokens, mask, own_lengths = open_shard(Path(directory), shard)
+            source = names.setdefault(shard["source"], len(names))
+            self.tokens.append(tokens)
+            self.masks.append(mask)
+            lengths.append(own_lengths)
+            shards.append(np.full(len(own_lengths), number))
+            starts.append(np.cumsum(own_lengths) - own_lengths)
+            sources.append(np.full(len(own_lengths), source))
+        self.lengths = np.concatenate(lengths)  # of each document, (documents,), as all that follow
+        self.shards = np.concatenate(shards)  # where it is,
+        self.starts = np.concatenate(starts)  # and from which token of the shard on
+        self.sources = np.concatenate(sources)
+        self.weights = length_weights(self.lengths, self.sources, short, long, short_weight, long_weight)
+
         self.epochs = 0  # how many of the stream are planned so far,
-        self.order = np.empty(0, dtype=np.int64)  # (n,), the documents that occur in them,
+        self.order = np.zeros(0, dtype=np.int64)  # (n,), the documents that occur in them,
         self.bounds = np.zeros(1, dtype=np.int64)  # (n + 1,), and where in the stream each begins and the last ends
 
-    def document(self, index: int) -> np.ndarray:
-        """The tokens of a document, uint32 (T,)."""
-        return self.tokens[self.shards[index]][self.starts[index]:][:self.lengths[index]]
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens uint32 (T,) and loss mask bool (T,) of a document."""
+        shard, start = self.shards[index], self.starts[index]
+        end = start + self.lengths[index]
+        return self.tokens[shard][start:end], self.masks[shard][start:end]
 
     def plan(self, epoch: int) -> np.ndarray:
-        """Documents of an epoch in order, int64 (n,)."""
-        draw = np.random.default_rng([self.seed, epoch, 1]).random()  # one for all: systematic sampling
-        repeats = np.diff(np.floor(np.cumsum([0, *self.weights]) + draw)).astype(np.int64)
-        repeated = np.repeat(np.arange(len(repeats)), repeats)
-        return repeated[shuffled(len(repeated), self.seed, epoch)]
+        """Documents of an epoch in order, int64 (n,).
+
+        Systematic sampling: along the sum of all weights stands a mark at every whole number, moved
+        by one random fraction; a document of weight w covers floor(w) or ceil(w) marks, and occurs
+        as often. """
+        shift = np.random.default_rng([self.seed, epoch, 1]).random()
+        marks = np.floor(np.cumsum(self.weights) + shift).astype(np.int64)  # up to each document's end
+        repeats = np.diff(marks, prepend=0)
+        documents = np.repeat(np.arange(len(repeats)), repeats)
+        return documents[shuffled(len(documents), self.seed, epoch)]
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids count documents along the stream, so a
-        repeated document gets a new one; a separator has the id of the document before it."""
-        places = index * self.sequence_length + np.arange(self.sequence_length + 1)  # in the stream
-        while self.bounds[-1] <= places[-1]:
-            order = self.plan(self.epochs)
-            self.order = np.append(self.order, order)
-            self.bounds = np.append(self.bounds, self.bounds[-1] + np.cumsum(self.lengths[order] + len(self.separator)))
-            self.epochs += 1
-        ids = np.searchsorted(self.bounds, places, side="right") - 1
-        documents, offsets = self.order[ids], places - self.bounds[ids]
-        after = offsets - self.lengths[documents]  # < 0 in the document, 0, 1, ... in its separator
-        tokens, mask = np.empty(len(places), dtype=np.int64), np.ones(len(places), dtype=bool)
-        tokens[after >= 0] = self.separator[after[after >= 0]]
-        for shard in np.unique(self.shards[documents]):
-            mine = (self.shards[documents] == shard) & (after < 0)
-            source = (self.starts[documents] + offsets)[mine]
-            tokens[mine], mask[mine] = self.tokens[shard][source], self.masks[shard][source]
+        """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids count documents
+        along the stream, so a repeated document gets a new one; a separator has the id of the
+        document before it."""
+        first = index * self.sequence_length
+        size = self.sequence_length + 1
+        while self.bounds[-1] < first + size:
+            self.plan_epoch()
+        tokens = np.empty(size, dtype=np.int64)
+        mask = np.empty(size, dtype=bool)
+        ids = np.empty(size, dtype=np.int64)
+        separator = self.separator, np.ones(len(self.separator), dtype=bool)
+
+        # 1. The document in which the sequence begins, and how much of it and its separator lies
+        # before.
+        number = int(np.searchsorted(self.bounds, first, side="right")) - 1
+        skipped = first - int(self.bounds[number])
+        # 2. Of each document, then of its separator, take what fits.
+        filled = 0
+        while filled < size:
+            for own_tokens, own_mask in (self.document(self.order[number]), separator):
+                part = slice(skipped, skipped + size - filled)
+                end = filled + len(own_tokens[part])
+                tokens[filled:end] = own_tokens[part]
+                mask[filled:end] = own_mask[part]
+                ids[filled:end] = number
+                filled = end
+                skipped = max(0, skipped - len(own_tokens))
+            number += 1
         return tokens, mask, ids
 
-
-def is_corpus(path: Path) -> bool:
-    """Whether a directory is a corpus, not text."""
-    return (path / "meta.json").is_file()
+    def plan_epoch(self) -> None:
+        """Append one more epoch to what is planned of the stream."""
+        order = self.plan(self.epochs)
+        ends = self.bounds[-1] + np.cumsum(self.lengths[order] + len(self.separator))
+        self.order = np.append(self.order, order)
+        self.bounds = np.append(self.bounds, ends)
+        self.epochs += 1
 
 
 def held_out_split(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Tokens uint32 (T,) of each held-out document of a corpus, in order. Raises ValueError, see PackedDataset."""
-    held_out = PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
-    return map(held_out.document, range(len(held_out.lengths)))
-
-
-class ChatDataset:
-    """Chat samples in rows, right-padded without loss, shuffled each epoch by (seed, epoch).
-
-    A row has one sample, or with `pack` as many as fit in their order, each under an id of its own for the cross-document
-    mask. Samples longer than `sequence_length` are dropped, never cut: `dropped` counts them, `rows` has the others.
-    """
-
-    def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding, sequence_length: int,
-                 seed: int, pack: bool = False) -> None:
-        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]}, or lists of messages. Raises ValueError."""
-        name = samples if isinstance(samples, (str, Path)) else "samples"
-        documents = list(read_documents(samples)) if name is samples else [{"messages": m} for m in samples]
-        if not all("messages" in document for document in documents):
-            raise ValueError(f"{name}: needs a .jsonl or .jsonl.gz file with messages on every line")
-        rows = [row[1:] for row in encode_documents(((name, document) for document in documents), tokenizer)]
-        self.rows = [row for row in rows if len(row[0]) <= sequence_length]  # (tokens, loss mask)
-        self.dropped = len(rows) - len(self.rows)
-        if not self.rows:
-            raise ValueError(f"{name}: none of {len(rows)} samples has {sequence_length} tokens or fewer")
-        self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
-        self.sequence_length, self.seed, self.padding = sequence_length, seed, end_of_turn(tokenizer)
-        self.document_mask = pack
-        self.order, self.starts, self.epochs = np.empty(0, dtype=np.int64), [], 0  # samples of the epochs planned so far, rows
-
-    def plan(self) -> None:
-        """Put the samples of the next epoch into rows, which begin at `starts` in `order`."""
-        order, room = shuffled(len(self.rows), self.seed, self.epochs), 0
-        for place, length in enumerate(self.lengths[order].tolist(), len(self.order)):
-            if length > room or not self.document_mask:
-                self.starts.append(place)
-                room = self.sequence_length
-            room -= length
-        self.order, self.epochs = np.append(self.order, order), self.epochs + 1
-
-    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, loss mask bool, document ids int64 (a number for each sample of the stream), each (S + 1,)."""
-        while index >= len(self.starts):
-            self.plan()
-        first, end = [*self.starts[index:index + 2], len(self.order)][:2]
-        size, parts = self.sequence_length + 1, [self.rows[sample] for sample in self.order[first:end]]
-        tokens, mask = np.full(size, self.padding, dtype=np.int64), np.zeros(size, dtype=bool)
-        filled = sum(len(row) for row, _ in parts)
-        tokens[:filled], mask[:filled] = (np.concatenate(arrays) for arrays in zip(*parts))
-        ids = np.repeat(np.arange(first, end), [len(row) for row, _ in parts])
-        return tokens, mask, np.pad(ids, (0, size - filled), mode="edge")  # padding belongs to the last sample
+    """Tokens uint32 (T,) of each held-out document of a corpus, in order. Raises ValueError, see
+    PackedDataset."""
+    dataset = PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
+    for index in range(len(dataset.lengths)):
+        yield dataset.document(index)[0]
 
 
 class Blend:
-    """Datasets mixed by weight: a sequence comes from one of them, and each gives its own in order, without a gap.
+    """Datasets mixed by weight: each sequence comes from one of them, drawn by weight, and each
+    gives its own in order, without a gap: the k-th time a dataset is drawn it gives its sequence k.
 
-    A block of 1,000 sequences has a fixed number of each (weights are rounded to 1/1000), evenly spread with a jitter
-    drawn from (seed, block): any stretch of a run has close to the right shares. Raises ValueError.
-    """
+    Of n sequences a dataset of share p gives about p n, give or take sqrt(p (1 - p) n). Raises
+    ValueError. """
 
-    BLOCK = 1000
+    CHUNK = 4096
 
     def __init__(self, datasets: Sequence, weights: Sequence[float], seed: int) -> None:
         if not datasets or len(datasets) != len(weights) or not all(0 < w < np.inf for w in weights):
             raise ValueError(f"a blend needs a positive weight for each of its datasets, not {weights}")
         if len({dataset.sequence_length for dataset in datasets}) > 1:
             raise ValueError("a blend needs datasets of one sequence_length")
-        exact = np.array(weights) / sum(weights) * self.BLOCK
-        self.counts = np.floor(exact).astype(np.int64)  # sequences of each in a block
-        self.counts[np.argsort(self.counts - exact)[:self.BLOCK - self.counts.sum()]] += 1  # by remainder
-        if not self.counts.all():
-            raise ValueError(f"weights {weights}: none may be below 1/{self.BLOCK} of their sum")
-        self.datasets, self.seed = datasets, seed
-        self.sequence_length, self.document_mask = datasets[0].sequence_length, datasets[0].document_mask
+        self.datasets = datasets
+        self.borders = np.cumsum(weights) / np.sum(weights)  # (datasets,): where the shares end in [0, 1]
+        self.seed = seed
+        self.sequence_length = datasets[0].sequence_length
+        self.document_mask = datasets[0].document_mask
+        self.chunks = []  # (owners, indices), int64 (CHUNK,): of which dataset a sequence is, and which
+        self.counts = np.zeros(len(datasets), dtype=np.int64)  # sequences of each drawn so far
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The next sequence of the dataset whose turn `index` is."""
-        block, place = divmod(index, self.BLOCK)
-        owners = np.repeat(np.arange(len(self.counts)), self.counts)  # (BLOCK,), and which of its owner's each is:
-        own = np.concatenate([np.arange(count) for count in self.counts])
-        jitter = np.random.default_rng([self.seed, block]).random(self.BLOCK)
-        turn = np.argsort((own + jitter) / self.counts[owners], kind="stable")[place]
-        return self.datasets[owners[turn]].sequence(int(block * self.counts[owners[turn]] + own[turn]))
+        """The sequence `index` of the blend, from the dataset that is drawn for it."""
+        chunk, place = divmod(index, self.CHUNK)
+        while chunk >= len(self.chunks):
+            self.draw()
+        owners, indices = self.chunks[chunk]
+        return self.datasets[owners[place]].sequence(int(indices[place]))
+
+    def draw(self) -> None:
+        """Draw the owners of the next CHUNK sequences: a pure function of (seed, number of the chunk)."""
+        numbers = np.random.default_rng([self.seed, len(self.chunks)]).random(self.CHUNK)
+        owners = np.searchsorted(self.borders[:-1], numbers, side="right")
+        indices = np.empty(self.CHUNK, dtype=np.int64)
+        for dataset in range(len(self.datasets)):
+            drawn = np.flatnonzero(owners == dataset)
+            indices[drawn] = self.counts[dataset] + np.arange(len(drawn))
+            self.counts[dataset] += len(drawn)
+        self.chunks.append((owners, indices))

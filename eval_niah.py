@@ -473,23 +473,24 @@ def as_json(results: dict) -> bytes:
 
 
 def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
-    """The first `needed` tokens (int64; or all there are) of a corpus's held-out split, or of text files.
+    """The first `needed` tokens (int64; or all there are) of a corpus's held-out split, or of one text file.
 
-    Raises FileNotFoundError, or ValueError if the text states facts of its own in our wording.
+    Raises FileNotFoundError, or ValueError if that is neither or states facts of its own in our wording.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"--haystack {path}: no such file or directory")
     if data.is_corpus(path):
         options = {"seed": 0, "separator": "none", "tokenizer": tokenizer}
         held_out = int(data.PackedDataset(path, "valid", 1, **options).lengths.sum())  # then it repeats
         stream = data.PackedDataset(path, "valid", max(1, min(held_out, needed) - 1), **options)
         tokens = stream.sequence(0)[0]
     else:
-        pieces, count = [], 0
-        for document in data.read_documents(path):
-            pieces.append(tokenizer.encode_ordinary(document.get("text", "") + "\n\n"))
-            count += len(pieces[-1])
-            if count >= needed:
-                break
-        tokens = np.fromiter(itertools.chain.from_iterable(pieces), dtype=np.int64)[:needed]
+        try:
+            text = path.read_bytes().decode()
+        except (IsADirectoryError, UnicodeDecodeError):
+            raise ValueError(f"--haystack {path}: neither a corpus nor one file of UTF-8 text; prepare a corpus from "
+                             "it (python -m tools.prepare)") from None
+        tokens = np.array(tokenizer.encode_ordinary(text)[:needed], dtype=np.int64)
     text = tokenizer.decode_bytes(tokens.tolist())
     for wording in WORDING.values():
         fact = re.search(wording["lead"].replace("{key}", r"\S+").encode() + rb"\d+", text)

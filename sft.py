@@ -8,11 +8,244 @@ was learned in stage 1, and short samples keep it (arXiv 2504.06214, section 3.2
 """
 from __future__ import annotations
 
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import data
+import numpy as np
+import tiktoken
+
+from data import Blend, Tokenizer, read_records, shuffled
 from parallel import Grid, Parser, existing, one_line_errors, positive, print_once
 from train import Settings, agreed_settings, argument_parser, load_start, run_stage, weighted_path
+
+# ------------------------------------------------------------------------------------- conversations
+
+CHAT_TOKENS = (  # that begin and end a message
+    ("<|start_header_id|>", "<|eot_id|>"),  # Llama 3
+    ("<|im_start|>", "<|im_end|>"))  # ChatML
+
+
+def has_chat_tokens(tokenizer: tiktoken.Encoding) -> bool:
+    """Whether the tokenizer has a chat template's special tokens."""
+    return any(tokenizer.special_tokens_set.issuperset(tokens) for tokens in CHAT_TOKENS)
+
+
+def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
+    """Id of the token that ends a message: Llama 3's <|eot_id|> or ChatML's <|im_end|>. Raises
+    ValueError."""
+    for start, end in CHAT_TOKENS:
+        if {start, end} <= tokenizer.special_tokens_set:
+            return tokenizer.encode_single_token(end)
+    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: Llama 3's <|start_header_id|> and "
+                     "<|eot_id|>, or ChatML's <|im_start|> and <|im_end|>")
+
+
+def check_messages(messages: list[dict], training: bool = True) -> None:
+    """Raise ValueError unless these are chat messages, for training with an assistant's words in
+    them."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError("messages must be a list of objects with role and content")
+    for i, message in enumerate(messages):
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"message {i} has role {message.get('role')!r}; use system, user or assistant")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {i} must have a content that is a string")
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if training and not any(answers):
+        raise ValueError("messages have no assistant content, so nothing to train on")
+
+
+def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
+                add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+    """Tokens of a conversation and which carry loss: the assistant's words and its end-of-turn
+    token, no others.
+
+    By the tokenizer's special tokens it is Llama 3's template or ChatML. No system message is added
+    (Hugging Face's templates of Llama 3.1, SmolLM2 and Qwen2 add one). Contents are plain text: a
+    special token spelled there stays text. `add_generation_prompt` opens the assistant's answer,
+    and then messages need none. Raises ValueError: see check_messages, end_of_turn. """
+    check_messages(messages, training=not add_generation_prompt)
+    end_of_turn(tokenizer)  # raises if there is no template
+    if "<|start_header_id|>" in tokenizer.special_tokens_set:
+        return encode_llama3(messages, tokenizer, add_generation_prompt)
+    return encode_chatml(messages, tokenizer, add_generation_prompt)
+
+
+def encode_llama3(messages: list[dict], tokenizer: tiktoken.Encoding,
+                  add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
+    """Llama 3's template (llama-models, chat_format.py); contents are stripped, as Hugging Face's
+    templates do.
+
+        <|begin_of_text|>
+        <|start_header_id|>ROLE<|end_header_id|>
+
+        CONTENT<|eot_id|>            (as often as there are messages, without line breaks between)
+    """
+    text, special = tokenizer.encode_ordinary, tokenizer.encode_single_token
+    tokens, mask = [], []
+
+    def add(ids: list[int], loss: bool = False) -> None:
+        tokens.extend(ids)
+        mask.extend([loss] * len(ids))
+
+    def add_header(role: str) -> None:
+        add([special("<|start_header_id|>")])
+        add(text(role))
+        add([special("<|end_header_id|>")])
+        add(text("\n\n"))
+
+    add([special("<|begin_of_text|>")])
+    for message in messages:
+        learned = message["role"] == "assistant"
+        add_header(message["role"])
+        add(text(message["content"].strip()), loss=learned)
+        add([special("<|eot_id|>")], loss=learned)
+    if add_generation_prompt:
+        add_header("assistant")
+    return tokens, mask
+
+
+def encode_chatml(messages: list[dict], tokenizer: tiktoken.Encoding,
+                  add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
+    """ChatML, as SmolLM2 and Qwen2 have it; contents are kept as they are.
+
+        <|im_start|>ROLE
+        CONTENT<|im_end|>
+        (and so on)
+    """
+    text, special = tokenizer.encode_ordinary, tokenizer.encode_single_token
+    line_break = text("\n")  # one token
+    tokens, mask = [], []
+
+    def add(ids: list[int], loss: bool = False) -> None:
+        tokens.extend(ids)
+        mask.extend([loss] * len(ids))
+
+    for message in messages:
+        learned = message["role"] == "assistant"
+        add([special("<|im_start|>")])
+        add(text(message["role"]))
+        # one text: where a content begins with white space, one token may hold that and the line
+        # break before it
+        content = text("\n" + message["content"])
+        if content[:1] == line_break:  # else that token is the content's
+            add(line_break)
+            content = content[1:]
+        add(content, loss=learned)
+        add([special("<|im_end|>")], loss=learned)
+        add(line_break)
+    if add_generation_prompt:
+        add([special("<|im_start|>")])
+        add(text("assistant"))
+        add(line_break)
+    return tokens, mask
+
+
+def encode_documents(documents: Iterable[tuple], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
+    """(anything, {"messages": ...}) -> (the same, tokens uint32 (T,), loss mask bool (T,)), in
+    order.
+
+    Threads: tiktoken releases the interpreter.
+    """
+    def encode(document: tuple) -> tuple:
+        tokens, mask = encode_chat(document[1]["messages"], tokenizer)
+        return document[0], np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
+
+    documents = iter(documents)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while group := list(itertools.islice(documents, 256)):  # bounded memory
+            yield from pool.map(encode, group)
+
+
+def read_conversations(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, {"messages": ...}) of each line of a .jsonl or .jsonl.gz file. ValueError starts with
+    the place."""
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line")
+    for place, record in read_records(path):
+        if not isinstance(record, dict) or "messages" not in record:
+            raise ValueError(f"{place}: has no messages; needs an object with messages on every line")
+        try:
+            check_messages(record["messages"])
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        yield place, record
+
+
+class ChatDataset:
+    """Chat samples in rows, right-padded without loss, shuffled each epoch by (seed, epoch).
+
+    A row has one sample, or with `pack` as many as fit in their order, each under an id of its own
+    for the cross-document mask. Samples longer than `sequence_length` are dropped, never cut:
+    `dropped` counts them, `rows` has the others. """
+
+    def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding, sequence_length: int,
+                 seed: int, pack: bool = False) -> None:
+        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]}, or lists of messages. Raises
+        ValueError."""
+        if isinstance(samples, (str, Path)):
+            name, documents = samples, read_conversations(Path(samples))
+        else:
+            name, documents = "samples", (("samples", {"messages": messages}) for messages in samples)
+        self.rows = []  # (tokens, loss mask) of each sample that fits
+        self.dropped = 0
+        for _, tokens, mask in encode_documents(documents, tokenizer):
+            if len(tokens) <= sequence_length:
+                self.rows.append((tokens, mask))
+            else:
+                self.dropped += 1
+        if not self.rows:
+            raise ValueError(f"{name}: none of {self.dropped} samples has {sequence_length} tokens or fewer")
+        self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.padding = end_of_turn(tokenizer)
+        self.document_mask = pack
+        self.epochs = 0  # how many are planned so far,
+        self.order = np.zeros(0, dtype=np.int64)  # (n,): the samples of these, one after the other,
+        self.starts = []  # and at which of them each row begins
+
+    def plan(self) -> None:
+        """Put the samples of the next epoch into rows."""
+        order = shuffled(len(self.rows), self.seed, self.epochs)
+        room = 0  # of the row that is being filled
+        for place, sample in enumerate(order, len(self.order)):
+            length = self.lengths[sample]
+            if length > room or not self.document_mask:
+                self.starts.append(place)
+                room = self.sequence_length
+            room -= length
+        self.order = np.append(self.order, order)
+        self.epochs += 1
+
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens int64, loss mask bool, document ids int64 (a number for each sample of the
+        stream), each (S + 1,)."""
+        while index >= len(self.starts):
+            self.plan()
+        first = self.starts[index]
+        last_row = index + 1 == len(self.starts)
+        end = len(self.order) if last_row else self.starts[index + 1]
+
+        size = self.sequence_length + 1
+        tokens = np.full(size, self.padding, dtype=np.int64)
+        mask = np.zeros(size, dtype=bool)
+        ids = np.full(size, end - 1, dtype=np.int64)  # padding belongs to the last sample
+        filled = 0
+        for number in range(first, end):
+            own_tokens, own_mask = self.rows[self.order[number]]
+            part = slice(filled, filled + len(own_tokens))
+            tokens[part] = own_tokens
+            mask[part] = own_mask
+            ids[part] = number
+            filled = part.stop
+        return tokens, mask, ids
+
+
+# --------------------------------------------------------------------------------------- command line
 
 
 def stage2_parser() -> Parser:
@@ -29,16 +262,16 @@ def stage2_parser() -> Parser:
     return parser
 
 
-def stage2_datasets(sources: list[tuple[Path, float]], held_out: Path | None, tokenizer: data.Tokenizer, sequence_length: int,
+def stage2_datasets(sources: list[tuple[Path, float]], held_out: Path | None, tokenizer: Tokenizer, sequence_length: int,
                     seed: int, pack: bool):
     """(training, validation) datasets of chat samples: a blend of (file, weight) sources, and `held_out`, None without it."""
-    def samples(path: Path) -> data.ChatDataset:
-        dataset = data.ChatDataset(path, tokenizer, sequence_length, seed, pack)
+    def samples(path: Path) -> ChatDataset:
+        dataset = ChatDataset(path, tokenizer, sequence_length, seed, pack)
         print_once(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than {sequence_length} tokens")
         return dataset
 
     parts = [samples(path) for path, _ in sources]
-    training = data.Blend(parts, [weight for _, weight in sources], seed) if len(parts) > 1 else parts[0]
+    training = Blend(parts, [weight for _, weight in sources], seed) if len(parts) > 1 else parts[0]
     return training, samples(held_out) if held_out else None
 
 

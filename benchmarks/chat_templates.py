@@ -14,7 +14,8 @@ import random
 import sys
 from pathlib import Path
 
-import data
+from data import load_tokenizer
+from sft import encode_chat
 
 PIECES = ["Why is the sky blue?", "def f(x):\n    return x + 1\n", "1234567 and 3.14", "  two spaces ", "\n\nlines\n", "Привет, мир!",
           "中文文本", "naïve café", "🙂👍🏽", "I'll say: \"yes\"", "a\tb", "<tag> [list] {dict}", "€ 5, ½", "END"]
@@ -67,13 +68,13 @@ def main() -> None:
     parser.add_argument("--llama-models", action="store_true", help="against Meta's package, which Python must find")
     parser.add_argument("--count", type=int, default=50)
     a = parser.parse_args()
-    tokenizer = data.load_tokenizer(a.tokenizer)
+    tokenizer = load_tokenizer(a.tokenizer)
     encode, completed = by_llama_models() if a.llama_models else by_transformers(a.tokenizer)
     equal, tokens = 0, 0
     for messages in conversations(a.count):
         opened = messages[-1]["role"] == "user"
         messages = completed(messages)
-        ours, theirs = data.encode_chat(messages, tokenizer, add_generation_prompt=opened)[0], list(encode(messages, opened))
+        ours, theirs = encode_chat(messages, tokenizer, add_generation_prompt=opened)[0], list(encode(messages, opened))
         equal, tokens = equal + (ours == theirs), tokens + len(ours)
         if ours != theirs:
             place = next(i for i, (x, y) in enumerate(zip([*ours, None], [*theirs, None])) if x != y)

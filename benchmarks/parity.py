@@ -20,6 +20,7 @@ import torch
 import data
 import model as model_module
 from model import Llama
+from tools.prepare import read_documents, source_path
 
 SCRIPTS = ("Hello world, don't stop: 123 4  5 | Привет, мир | 你好，世界 | こんにちは世界 | 안녕하세요 세계 | مرحبا بالعالم ١٢٣ | שלום עולם | "
            "नमस्ते दुनिया ४५ | สวัสดีชาวโลก | Γειά σου Κόσμε | გამარჯობა მსოფლიო | 👩‍👩‍👧‍👦🎉🇫🇷 ½ ² Ⅳ \t\n\n  x  7\n 8 <s> </s>\r\n\r\n  end ")
@@ -51,7 +52,7 @@ def tokenization(path: Path) -> tuple[bool, str]:
     from tokenizers import Tokenizer
 
     ours, theirs = data.load_tokenizer(path), Tokenizer.from_file(str(path / "tokenizer.json"))
-    texts = [document["text"] for document in data.read_documents(sysconfig.get_path("stdlib"))]
+    texts = [document["text"] for _, document in read_documents(source_path("stdlib"))]
     texts = texts[::max(1, len(texts) // 100)][:100] + [SCRIPTS]
     # the tokenizers library turns the text of a special token into that token; ours does so only when allowed to
     different = sum(ours.encode(text, allowed_special="all") != theirs.encode(text, add_special_tokens=False).ids for text in texts)

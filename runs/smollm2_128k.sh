@@ -57,10 +57,10 @@ SETTINGS="WINDOW $WINDOW STEPS $STEPS SAMPLES $SAMPLES BATCH $BATCH ROWS $ROWS L
 [ "$(cat "$OUT/settings" 2>/dev/null || echo "$SETTINGS")" = "$SETTINGS" ] || fail "$OUT: has results of $(cat "$OUT/settings")"
 echo "$SETTINGS" > "$OUT/settings"    # results of other settings never stand beside each other
 
-echo "== 2. data: files under 4K tokens drawn half as often, those above 8K twice (our choice), a tenth held out"
+echo "== 2. data: every file once, a tenth of them held out"
 PACKAGES=$(echo .venv/lib/python3*/site-packages)
 [ -e "$OUT/corpus/meta.json" ] || python -m tools.prepare --source code=stdlib packages="$PACKAGES" --tokenizer "$MODEL" \
-  --short-length 4096 --short-weight 0.5 --long-length 8192 --long-weight 2 --holdout 0.1 --out "$OUT/corpus"
+  --holdout 0.1 --out "$OUT/corpus"
 [ -e "$OUT/chat/train.jsonl" ] || python -m tools.chat_blend --source chat="$CHAT" --tokenizer "$MODEL" --system "$SYSTEM" \
   --max-tokens 8192 --out "$OUT/chat"  # clean, no copies, the system message the model is used with
 [ -e "$OUT/ruler.jsonl" ] || python -m tools.ruler --tokenizer "$MODEL" --lengths $LENGTHS --samples "$SAMPLES" \
@@ -85,7 +85,9 @@ evaluate base "$MODEL"
 evaluate untrained "$MODEL" "${YARN[@]}"
 
 echo "== 3. stage 1: $STEPS steps of $BATCH x $WINDOW tokens, YaRN with s = $FACTOR, <s> between documents, no mask"
-$LAUNCH train.py --model "$MODEL" "${YARN[@]}" --data "$OUT/corpus" --separator "<s>" "${STAGE1[@]}" --steps "$STEPS" \
+# Files under 4K tokens are drawn half as often, those above 8K twice: our choice.
+$LAUNCH train.py --model "$MODEL" "${YARN[@]}" --data "$OUT/corpus" --separator "<s>" --short-length 4096 --short-weight 0.5 \
+  --long-length 8192 --long-weight 2 "${STAGE1[@]}" --steps "$STEPS" \
   --learning-rate "$LR1" --betas 0.9 0.95 --warmup-steps 5 --final-learning-rate 0.1 --weight-decay 0.1 --clip 1 \
   --validation-sequences 4 --checkpoint-every 10 --timeout 7200 --resume --out "$OUT/stage1"
 [ -e "$OUT/stage1/final" ] || fail "stage 1 was stopped before its end; the same command goes on"

@@ -77,17 +77,17 @@ python -m tools.plan "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE2[@]}"
 [ "$*" != --plan ] || exit 0
 mkdir -p "$OUT"
 
-echo "== 2. data: as many tokens as stage 1 reads; in each source fewer documents under 4K tokens, more above 8K"
-# The weights are our choice. The <s> between documents come on top, about 0.2 %: the last step ends that much before the text,
-# so this is one epoch. Held-out documents, 16M tokens, are for validation and haystacks.
+echo "== 2. data: every document of the text once"
+# One in a hundred is held out, for validation and haystacks: of 10 GB about 25M tokens.
 [ -e "$OUT/corpus/meta.json" ] || python -m tools.prepare --source text="$TEXT" --source-field meta.redpajama_set_name \
-  --tokenizer "$MODEL" --tokens $((STEPS * BATCH * WINDOW)) --short-length 4096 --short-weight 0.5 \
-  --long-length 8192 --long-weight 2 --holdout 0.1 --holdout-tokens 16777216 --out "$OUT/corpus"
+  --tokenizer "$MODEL" --holdout 0.01 --out "$OUT/corpus"
 
 echo "== 3. stage 1: one step to $WINDOW tokens, YaRN with s = $FACTOR, alpha 1, beta 4 in place of Llama's own scaling"
-# Documents are joined by the text <s> and see each other (no --cross-document-mask). Warm-up, decay, clipping: our choice.
+# Documents are joined by the text <s> and see each other (no --cross-document-mask). In each source those under 4K tokens are
+# drawn half as often, those above 8K twice. These weights, warm-up, decay, clipping: our choice.
 $LAUNCH train.py --model "$MODEL" --rope-kind yarn --rope-factor "$FACTOR" --original-length 8192 --beta-slow 1 --beta-fast 4 \
-  --data "$OUT/corpus" --separator "<s>" "${STAGE1[@]}" --steps "$STEPS" --learning-rate 3e-5 --betas 0.9 0.95 \
+  --data "$OUT/corpus" --separator "<s>" --short-length 4096 --short-weight 0.5 --long-length 8192 --long-weight 2 \
+  "${STAGE1[@]}" --steps "$STEPS" --learning-rate 3e-5 --betas 0.9 0.95 \
   --warmup-steps 10 --final-learning-rate 0.1 --weight-decay 0.1 --clip 1 --validation-sequences "$BATCH" \
   --checkpoint-every 5 --timeout "$WAIT" --resume --out "$OUT/stage1"
 [ -e "$OUT/stage1/final" ] || fail "stage 1 was stopped before its end; the same command goes on"

@@ -83,8 +83,11 @@ CASES = [
     ("vocabulary below 256", "tools.train_tokenizer", "--source text.txt --vocab-size 99 --out new", "99"),
     ("tokenizer already there", "tools.train_tokenizer", "--source text.txt --vocab-size 260 --out tokenizer", "already exists"),
     ("JSON line that is no document", "tools.prepare", "--source a=shape.jsonl --tokenizer tokenizer --out new", "shape.jsonl"),
-    ("no processes", "tools.prepare", "--source a=text.txt --tokenizer tokenizer --processes 0 --out new", "processes 0"),
-    ("negative weight", "tools.prepare", "--source a=text.txt --tokenizer tokenizer --long-weight -1 --out new", "finite weights"),
+    ("no processes", "tools.prepare", "--source a=text.txt --tokenizer tokenizer --processes 0 --out new", "--processes: 0 must be"),
+    ("share of all documents", "tools.prepare", "--source a=text.txt --tokenizer tokenizer --holdout 1.5 --out new", "--holdout: 1.5 must be"),
+    ("negative weight", "train.py", f"--model good {TRAIN} --long-weight -1", "finite weights"),
+    ("corpus of an earlier format", "train.py", "--model good --data old --sequence-length 64 --steps 1 --out new", "prepare it again"),
+    ("directory of text as haystack", "eval_niah.py", "good --haystack hollow --lengths 64", "hollow: neither a corpus nor"),
     ("masked documents on a ring", "tools.plan", "H100-80 --model good --sequence-length 64 --pack --cp 2", "sft.py --pack"),
     ("plan of a command that cannot run", "tools.plan", "H100-80 --model good --sequence-length 64 --steps -3", "--steps -3 is too small"),
     ("prompts that are not there", "tools.answer", "good --jsonl nowhere.jsonl", "--jsonl nowhere.jsonl: no such file"),
@@ -124,7 +127,7 @@ def make_files(place: Path) -> None:
     shutil.copy(place / "tokenizer" / "tokenizer.model", place / "good")
     for name in ("not-json", "truncated", "shardless", "reshaped", "weightless", "quantised"):
         shutil.copytree(place / "good", place / name)
-    shard = "model-00001-of-00001.safetensors"
+    shard = "model-00001.safetensors"
     (place / "not-json" / "config.json").write_text("{oops")
     (place / "truncated" / shard).write_bytes((place / "good" / shard).read_bytes()[:-100])
     (place / "shardless" / shard).unlink()
@@ -133,6 +136,8 @@ def make_files(place: Path) -> None:
     weights = {name: tensor.to(torch.int8) for name, tensor in load_file(place / "good" / shard).items()}
     save_file(weights, place / "quantised" / shard)
     (place / "weightless" / "model.safetensors.index.json").unlink()
+    (place / "old").mkdir()
+    (place / "old" / "meta.json").write_text('{"format": 1}')
     shutil.copytree(place / "corpus", place / "cut")
     (place / "cut" / "train-00000.tokens").write_bytes((place / "corpus" / "train-00000.tokens").read_bytes()[:-4])
     contradictory = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}

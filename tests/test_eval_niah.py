@@ -396,16 +396,17 @@ def test_corpus_gives_its_held_out_split_once(tmp_path):
     assert eval_niah.load_haystack(tmp_path / "corpus", tokenizer, 100).tolist() == whole[:100].tolist()
 
 
-def test_text_is_tokenised_only_as_far_as_needed(tmp_path):
+def test_one_file_of_text_is_a_haystack_and_nothing_else(tmp_path):
     tokenizer = make_tokenizer(3)
-    """A directory of a terabyte, to fill a prompt of a thousand tokens."""
-    lines = (json.dumps({"text": f"line {i} of it"}) + "\n" for i in range(50))
-    (tmp_path / "a.jsonl").write_text("".join(lines))
-    (tmp_path / "b.jsonl").write_text("not JSON: an error once it is read")
-    tokens = eval_niah.load_haystack(tmp_path, tokenizer, 40)
-    assert len(tokens) == 40 and tokenizer.decode(tokens.tolist()).startswith("line 0 of it\n\nline 1 of")
-    with pytest.raises(ValueError, match="b.jsonl, line 1: not valid JSON"):
-        eval_niah.load_haystack(tmp_path, tokenizer, 10**6)
+    (tmp_path / "a.md").write_text(TEXT)
+    tokens = eval_niah.load_haystack(tmp_path / "a.md", tokenizer, 40)
+    assert tokens.tolist() == tokenizer.encode_ordinary(TEXT)[:40] and tokens.dtype == np.int64
+    (tmp_path / "b.bin").write_bytes(b"\xff\xfe")
+    for path in (tmp_path, tmp_path / "b.bin"):
+        with pytest.raises(ValueError, match=f"^--haystack {path}: neither .*; prepare a corpus from it .*tools.prepare"):
+            eval_niah.load_haystack(path, tokenizer, 40)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        eval_niah.load_haystack(tmp_path / "stdlib", tokenizer, 40)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

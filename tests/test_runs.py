@@ -152,9 +152,10 @@ def test_slurm_file_outside_slurm(planned):
 
 
 @pytest.fixture
-def record(tmp_path):
+def record(tmp_path, monkeypatch):
     """A function that runs a script among stubs and returns the result and the commands that it gave."""
     stub = STUB.replace("PYTHON", sys.executable)
+    monkeypatch.chdir(tmp_path)  # options name files there
     folder = tree(tmp_path, {name: stub for name in ("python", "torchrun", "srun", "scontrol")})
 
     def run(*arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
@@ -272,7 +273,9 @@ def test_commands_of_presets(record, recipe):
     assert result.returncode == 0, result.stderr
     check_all(commands)
     [prepare], [stage1], [stage2] = (of(commands, program) for program in ("tools.prepare", "train.py", "sft.py"))
-    assert value(prepare, "--tokens") == str(window * batch * steps)
+    assert [int(value(stage1, f"--{name}")) for name in ("sequence-length", "batch-size", "steps")] == [window, batch, steps]
+    assert (value(stage1, "--short-weight"), value(stage1, "--long-weight")) == ("0.5", "2")
+    assert not any("weight" in option for option in prepare)  # up-sampling happens once
     assert value(stage1, "--rope-factor") == str(window // 8192) and value(stage1, "--original-length") == "8192"
     assert (value(stage1, "--beta-slow"), value(stage1, "--beta-fast"), value(stage1, "--separator")) == ("1", "4", "<s>")
     assert value(stage1, "--learning-rate") == "3e-5" and value(stage2, "--learning-rate") == "5e-6"

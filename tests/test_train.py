@@ -153,7 +153,7 @@ def test_a_run_of_stage_2_is_the_textbooks_on_its_files_and_held_out_chat(workpl
     sft.main(command(workplace, tmp_path / "run", "--seed", 5, "--warmup-steps", 0, "--final-learning-rate", 1, "--validation-data",
                      workplace / "held-out.jsonl", steps=6, sources=("chat.jsonl=3", "held-out.jsonl=1")))
     tokenizer = data.load_tokenizer(workplace / "tokenizer")
-    chat, held_out = (data.ChatDataset(workplace / f"{name}.jsonl", tokenizer, 64, 5) for name in ("chat", "held-out"))
+    chat, held_out = (sft.ChatDataset(workplace / f"{name}.jsonl", tokenizer, 64, 5) for name in ("chat", "held-out"))
     blend = data.Blend([chat, held_out], [3, 1], 5)
     losses, norms, model = textbook_run(read_config(workplace / "config.json"), [data.batch(blend, 2 * i, 2) for i in range(6)], [0.01] * 6, 5)
     assert metrics(tmp_path / "run") == pytest.approx(losses, rel=1e-4)

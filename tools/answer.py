@@ -38,6 +38,7 @@ from eval_niah import (
 )
 from parallel import Grid, check_least, finish, parse_once, print_once
 from rope_yarn import scaling_from_options
+from sft import has_chat_tokens
 
 # ----------------------------------------------------------------------------------------------------------- questions
 
@@ -266,7 +267,7 @@ def choose_prompt(prompt: str | None, system: str | None, questions: list[Questi
     made_for = {question.made_for for question in questions} - {(None, None)}
     if len(made_for) == 1 and prompt is None:
         prompt, system = next(iter(made_for))
-    prompt = prompt or ("chat" if data.has_chat_tokens(tokenizer) else "plain")
+    prompt = prompt or ("chat" if has_chat_tokens(tokenizer) else "plain")
     for template, other in made_for - {(prompt, system)}:
         raise ValueError(f"--jsonl has prompts made for --prompt {template} and --system {other!r}, not for "
                          f"{prompt} and {system!r}: their lengths would be wrong; leave both options out")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from data import encode_chat, end_of_turn
 from eval_niah import Checkpoint
 from parallel import Grid, add_grid_arguments, finish, launched, parse_once, print_once
+from sft import encode_chat, end_of_turn
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Tokenizer, complete_or_absent, encode_documents, end_of_turn, load_tokenizer, read_lines
+from data import Tokenizer, complete_or_absent, load_tokenizer, read_lines
 from parallel import check_least
+from sft import encode_documents, end_of_turn
 from tools.prepare import window_hashes
 
 ROLES = {"system": "system", "human": "user", "user": "user", **dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")}

@@ -21,6 +21,7 @@ from eval_niah import Checkpoint, add_checkpoint_arguments, as_json, begin_of_te
 from model import Llama
 from parallel import Grid, check_least, finish, parse_once
 from rope_yarn import scaling_from_options
+from tools.prepare import read_documents, source_path
 
 
 def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:
@@ -29,7 +30,8 @@ def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int
     if data.is_corpus(path):
         documents = data.held_out_split(path, tokenizer)
     else:
-        documents = (np.array(tokenizer.encode_ordinary(document.get("text", ""))) for document in data.read_documents(path))
+        texts = (document.get("text", "") for _, document in read_documents(path))
+        documents = (np.array(tokenizer.encode_ordinary(text)) for text in texts)
     found, longest = [], 0
     for tokens in (np.concatenate([np.array(begin_of_text(tokenizer), np.int64), tokens]) for tokens in documents):
         longest = max(longest, len(tokens))
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         if a.lengths < a.buckets:
             raise ValueError(f"--lengths {a.lengths} is too small for --buckets {a.buckets}")
         check_output("--out", a.out)
-        path = data.source_path(a.haystack, "--haystack")
+        path = source_path(a.haystack, "--haystack")
         checkpoint = Checkpoint.open(a.model, scaling_from_options(vars(a)), a.tp, a.cp, a.device, a.dtype)
         checkpoint.note_lengths(a.lengths)
         documents = load_long_documents(path, checkpoint.tokenizer, a.lengths, a.samples)

@@ -1,253 +1,397 @@
-"""Text to a corpus directory: tokenised by several processes, restartable, up-sampled by length, a share held out.
+"""Text to a corpus: tokenised by several processes, a share of the documents held out.
 
     python -m tools.prepare --source code=stdlib --tokenizer out/tokenizer --out out/corpus
-    python -m tools.prepare --source books=books/ slim=slimpajama/ --source-field meta.redpajama_set_name \\
-        --tokenizer MODEL_DIR --short-weight 0.5 --long-weight 2 --tokens 1000000000 --out out/corpus
+    python -m tools.prepare --source books=books/ slim=slimpajama/ \\
+        --source-field meta.redpajama_set_name --tokenizer MODEL_DIR --out out/corpus
 
-Text becomes parts, files that depend on nothing but their own text and are kept until the corpus is there: any number of
-processes writes the same ones, and a run that was killed finds them. Then one process plans and writes the corpus.
+1. The sources are cut into jobs of some 8 MiB of text, always the same ones.
+2. A worker encodes a job into a training and a held-out shard.
+3. Held-out shards lose the runs of tokens that training has too.
+4. meta.json, written last, says that the corpus is complete.
+
+A run that was stopped anywhere goes on when it is started again, and the result depends on neither
+that nor the number of processes. The corpus has every document as it was found, once: which lengths
+are used more often, and how many tokens in all, is said to train.py (--short-weight, --long-weight;
+steps x batch x window).
 """
 from __future__ import annotations
 
 import argparse
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import sysconfig
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
-import data
 from data import (
-    Raw,
     Tokenizer,
     complete_or_absent,
-    digest,
-    encode_document,
     fingerprint,
-    length_weights,
+    is_corpus,
     load_tokenizer,
     locked,
-    parse_document,
-    read_raw,
-    refuse_existing,
-    source_path,
+    open_shard,
+    read_records,
     write_complete,
 )
+from parallel import Parser, existing, fraction, nonnegative, one_line_errors, positive
+from sft import check_messages, encode_chat
 
-PART_BYTES = 2**23  # of text in a part
-MOST_SOURCES = 1000
-EDGES = [0, 1024, 4096, 8192, 32768, 131072, 2**62]  # document lengths in the histogram, tokens
+JOB_CHARACTERS = 2**23  # of text in a job
+MOST_SOURCES = 100  # each has a job that waits for more documents
+EDGES = [0, 1024, 4096, 8192, 32768, 131072, 2**62]  # document lengths in the table, tokens
+JSON_LINES = (".jsonl", ".jsonl.gz")
+TEXT = tuple(
+    ".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md "
+    ".php .pl .py .pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml "
+    ".yaml .yml".split())
+SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules")
+# what prepare writes into an unfinished corpus
+OURS = re.compile(r"parts|lock|train-\d+\..*|valid-\d+\..*|meta\.json\.\d+\.partial")
 
 
-# ---------------------------------------------------------------------------------------------------------- the corpus
+# ----------------------------------------------------------------------------------------- documents
 
 
-def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]], out_dir: str | Path,
-                 tokenizer: Tokenizer, shard_tokens: int = 2**27, **notes) -> dict:
-    """Write documents token for token: {"train": ..., "valid": ...}, each iterable of (source, tokens, loss mask).
+def source_path(source: str | Path, option: str = "--source") -> Path:
+    """The path that a --source names; "stdlib" is the running Python's library. FileNotFoundError."""
+    path = Path(sysconfig.get_path("stdlib") if str(source) == "stdlib" else source)
+    if not path.exists():
+        raise FileNotFoundError(f"{option} {source}: no such file or directory")
+    return path
 
-    A mask of None is loss everywhere; documents without a token are left out. out_dir appears complete or not at all:
-    SPLIT-00000.tokens (little-endian uint32) and .mask (a byte a token), SPLIT-offsets.npy (int64, documents + 1),
-    SPLIT-sources.npy (int64, into meta.json's sources), and meta.json, which is returned and takes `notes`. Shards hold
-    `shard_tokens` at most; a longer document has its own. ValueError without training documents.
+
+def text_files(folder: Path) -> Iterator[Path]:
+    """JSON lines and files with a known text suffix, sorted, the folder's own before its folders'."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(n for n in folders if n not in SKIPPED_FOLDERS and n[0] != ".")
+        for name in sorted(names):
+            file = Path(place, name)
+            # a link may lead nowhere
+            if name.endswith(JSON_LINES + TEXT) and name[0] != "." and file.is_file():
+                yield file
+
+
+def read_source(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, record) of a file, or of all text files of a directory.
+
+    .jsonl and .jsonl.gz hold a record a line; any other file is one text. Hidden files, and in a
+    directory files that are not UTF-8, are passed over. ValueError names the file.
     """
-    with complete_or_absent(out_dir) as aside:
-        sources, counts = {}, {}
-        for split, documents in splits.items():
-            counts[split] = write_split(documents, aside / split, sources, tokenizer.n_vocab, shard_tokens)
-        if not counts.get("train", {}).get("documents"):
-            raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
-        meta = {"format": 1, "vocab_size": tokenizer.n_vocab, "tokenizer": fingerprint(tokenizer),
-                "sources": list(sources), "splits": counts, **notes}
-        (aside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    return meta
+    if is_corpus(path):
+        raise ValueError(f"{path}: is a corpus that tools.prepare wrote, not text")
+    for file in text_files(path) if path.is_dir() else [path]:
+        if file.name.endswith(JSON_LINES):
+            yield from read_records(file)
+            continue
+        try:
+            yield str(file), {"text": file.read_bytes().decode()}
+        except UnicodeDecodeError as error:
+            if file == path:
+                raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def write_split(documents: Iterable[tuple], prefix: Path, sources: dict[str, int], vocab_size: int,
-                shard_tokens: int) -> dict:
-    """A split of write_corpus, in files `prefix`-...; adds to `sources`. Returns its entry of meta.json."""
-    lengths, owners, shards = [], [], []
-    with ExitStack() as files:
-        for source, tokens, mask in documents:
-            tokens = np.asarray(tokens, dtype=np.int64)  # (T,)
-            mask = np.ones(len(tokens), bool) if mask is None else np.asarray(mask, dtype=bool)
-            if not len(tokens):
-                continue
-            if len(mask) != len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(f"{prefix.name} document {len(lengths)} ({source}): {len(mask)} mask values for "
-                                 f"{len(tokens)} ids from {tokens.min()} to {tokens.max()}; ids must be 0 to "
-                                 f"{vocab_size - 1}, with a mask value each")
-            if not shards or shards[-1] + len(tokens) > shard_tokens:
-                files.close()
-                token_file, mask_file = (files.enter_context(open(f"{prefix}-{len(shards):05d}.{kind}", "wb"))
-                                         for kind in ("tokens", "mask"))
-                shards.append(0)
-            token_file.write(tokens.astype("<u4").tobytes())
-            mask_file.write(mask.tobytes())
-            shards[-1] += len(tokens)
-            lengths.append(len(tokens))
-            owners.append(sources.setdefault(source, len(sources)))
-    np.save(f"{prefix}-offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(f"{prefix}-sources.npy", np.array(owners, dtype=np.int64))
-    return {"documents": len(lengths), "tokens": sum(lengths), "shards": shards}
+def parse_document(place: str, record: object) -> dict:
+    """{text}, {prompt, completion} or {messages} of a record. ValueError starts with the place."""
+    record = record if isinstance(record, dict) else {}
+    if "messages" in record:
+        try:
+            check_messages(record["messages"])
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        return {"messages": record["messages"]}
+    keys = ("text",) if "text" in record else ("prompt", "completion")
+    document = {key: record.get(key) for key in keys}
+    if not all(isinstance(text, str) for text in document.values()):
+        raise ValueError(f"{place}: needs an object with text, with prompt and completion (strings), "
+                         "or messages")
+    return document
 
 
-# ------------------------------------------------------------------------------------------------------- held-out text
+def read_documents(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, document) of a file or directory. See read_source, parse_document."""
+    for place, record in read_source(path):
+        yield place, parse_document(place, record)
+
+
+def texts_of(document: dict) -> list[str]:
+    """All that a document says, role names aside."""
+    if "messages" in document:
+        return [message["content"] for message in document["messages"]]
+    return list(document.values())
+
+
+def field_of(record: dict, source_field: str) -> str | None:
+    """The text at `source_field` of a record, keys joined by dots; None if there is none."""
+    value = record
+    for key in source_field.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def encode_document(document: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens uint32 (T,) and loss mask bool (T,): loss on all of a text, on a completion but not its
+    prompt, or as encode_chat says."""
+    if "messages" in document:
+        tokens, mask = encode_chat(document["messages"], tokenizer)
+    else:
+        tokens, mask = [], []
+        for key, text in document.items():
+            ids = tokenizer.encode_ordinary(text)
+            tokens += ids
+            mask += [key != "prompt"] * len(ids)
+    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
+
+
+# ------------------------------------------------------------------------------------ held-out text
 
 
 def content_hash(document: dict, seed: int) -> int:
     """64 bits that depend on nothing but content and seed."""
-    return int.from_bytes(hashlib.blake2b(json.dumps([seed, document]).encode(), digest_size=8).digest(), "little")
+    content = json.dumps([seed, document]).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def is_held_out(document: dict, holdout: float, seed: int) -> bool:
-    """By a hash of seed and content: independent of order, and copies of a document fall on one side."""
+    """By a hash of content: independent of order, and copies of a document fall on one side."""
     return content_hash(document, seed) < holdout * 2**64
 
 
 def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
-    """Hash of each run of `window` tokens, uint64 (len - window + 1,): the sum of token k times base^(k - start)."""
+    """Hash of each run of `window` tokens, uint64 (T - window + 1,), modulo 2^64:
+
+    h(s) = sum over k from s to s + window - 1 of token k times base^(k - s), as a difference of
+    running sums of token k times base^k, divided by base^s.
+    """
     base = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-    powers, inverses = (np.cumprod(np.full(len(tokens), b, np.uint64)) for b in (base, pow(base, -1, 2**64)))
+    inverse = pow(base, -1, 2**64)
+    powers = np.cumprod(np.full(len(tokens), base, np.uint64))
+    inverses = np.cumprod(np.full(len(tokens), inverse, np.uint64))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(tokens * powers)])
     return (sums[window:] - sums[:-window]) * inverses[:max(0, len(sums) - window)]
 
 
 def contains(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which of `values` are among the sorted `known` (one at least), bool."""
-    return known[np.searchsorted(known, values, side="right") - 1] == values
+    """Which of `values` are among `known`, sorted, one at least: contains([1, 4], [4, 2]) is [True, False]."""
+    places = np.searchsorted(known, values, side="right") - 1
+    return known[places] == values
 
 
-def cut_shared_windows(source: str, tokens: np.ndarray, mask: np.ndarray, window: int, shared: np.ndarray) -> Iterator[tuple]:
-    """A held-out document, whole if `shared` (sorted) has none of its windows, else its other pieces of that length."""
-    starts = contains(shared, window_hashes(tokens, window)) if len(shared) else np.zeros(0, dtype=bool)
-    if not starts.any():
-        yield source, tokens, mask
-        return
-    kept = np.convolve(starts, np.ones(window)) == 0  # (T,): in none of the windows that start there
-    for start, end in np.flatnonzero(np.diff(kept, prepend=False, append=False)).reshape(-1, 2):
-        if end - start >= window and mask[start:end].any():
-            yield source, tokens[start:end], mask[start:end]
+def cut_shared_windows(tokens: np.ndarray, mask: np.ndarray, window: int,
+                       shared: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, mask) of what is left of a held-out document.
 
-
-# --------------------------------------------------------------------------------------------------------------- parts
-
-
-class Part(NamedTuple):
-    """Encoded documents: tokens uint32 (T,), mask bool (T,), of each document length int64, content_hash uint64 and source, an
-    index int32 into `names` (N,)."""
-
-    tokens: np.ndarray | None
-    mask: np.ndarray | None
-    lengths: np.ndarray
-    hashes: np.ndarray
-    sources: np.ndarray
-    names: list[str]
-
-    @classmethod
-    def load(cls, path: Path, with_tokens: bool = True) -> Part:
-        """A part's file; without its tokens and masks these are None."""
-        with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys() if with_tokens or name not in ("tokens", "mask")}
-            return cls(*map(arrays.get, cls._fields[:5]), json.loads(file.metadata()["names"]))
-
-    def documents(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(source, tokens, mask) of each document."""
-        borders = np.cumsum(self.lengths)[:-1]
-        return zip((self.names[i] for i in self.sources), np.split(self.tokens, borders), np.split(self.mask, borders))
-
-
-def encode_part(raws: list[Raw], source: str, source_field: str | None, seed: int, tokenizer: Tokenizer, folder: Path,
-                identity: str) -> tuple[Path, int]:
-    """Encode documents into a part in `folder`, named by all that its content depends on (`identity`: of tokenizer and code).
-
-    Returns its path and how many tokens were encoded, 0 if it was there.
+    The document itself if it has none of the `shared` hashes (sorted), else its pieces between such
+    windows that are `window` tokens or longer and carry loss.
     """
-    name = hashlib.blake2b(json.dumps([identity, source, source_field, seed]).encode(), digest_size=16)
-    for raw in raws:
-        name.update(b"%d %d " % (raw.is_json, len(raw.content)) + raw.content)
-    path = folder / f"{name.hexdigest()}.safetensors"
-    with suppress(OSError, SafetensorError):  # not there, or damaged: encode it
-        Part.load(path, with_tokens=False)
-        return path, 0
-    tokens, masks, hashes, sources = [], [], [], []
-    for raw in raws:
-        document, own = parse_document(raw, source_field)
-        encoded, mask = encode_document(document, tokenizer)
-        if len(encoded):
-            tokens.append(encoded)
-            masks.append(mask)
-            hashes.append(content_hash(document, seed))
-            sources.append(f"{source}/{own}" if own else source)
-    names = list(dict.fromkeys(sources))
-    arrays = {"tokens": np.concatenate([np.zeros(0, np.uint32), *tokens]), "mask": np.concatenate([np.zeros(0, bool), *masks]),
-              "lengths": np.array(list(map(len, tokens)), np.int64), "hashes": np.array(hashes, np.uint64),
-              "sources": np.array(list(map({name: i for i, name in enumerate(names)}.get, sources)), np.int32)}
-    write_complete(path, save(arrays, {"names": json.dumps(names)}))
-    return path, len(arrays["tokens"])
+    starts = np.zeros(0, dtype=bool)
+    if len(shared):
+        starts = contains(shared, window_hashes(tokens, window))
+    if not starts.any():
+        yield tokens, mask
+        return
+    own = np.convolve(starts, np.ones(window)) == 0  # (T,): in no shared window
+    borders = np.flatnonzero(np.diff(own, prepend=False, append=False))
+    for start, end in borders.reshape(-1, 2):
+        if end - start >= window and mask[start:end].any():
+            yield tokens[start:end], mask[start:end]
 
 
-def shared_windows(path: Path, training: np.ndarray, known: Path, window: int) -> np.ndarray:
-    """Which of the `known` hashes (a sorted .npy file) are windows of a part's `training` documents (bool, (N,))."""
-    hashes, found = np.load(known, mmap_mode="r"), []
-    for (_, tokens, _), mine in zip(Part.load(path).documents(), training):
-        if mine:
-            own = np.sort(window_hashes(tokens, window))  # sorted: twice as fast to search for
-            found.append(own[contains(hashes, own)])
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
+# -------------------------------------------------------------------------------------------- shards
+
+
+def write_shard(directory: Path, name: str, source: str,
+                documents: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[dict]:
+    """Write (tokens, mask) documents as shard `name`, see data.py; those without a token are left out.
+
+    Returns its entry of meta.json in a list, which is empty if there is nothing to write.
+    """
+    documents = [(tokens, mask) for tokens, mask in documents if len(tokens)]
+    if not documents:
+        return []
+    tokens = np.concatenate([tokens for tokens, _ in documents]).astype("<u4")
+    mask = np.concatenate([mask for _, mask in documents]).astype(bool)
+    lengths = np.array([len(tokens) for tokens, _ in documents], dtype="<i8")
+    write_complete(directory / f"{name}.tokens", tokens.tobytes())
+    write_complete(directory / f"{name}.mask", mask.tobytes())
+    write_complete(directory / f"{name}.lengths", lengths.tobytes())
+    return [{"name": name, "source": source, "documents": len(documents), "tokens": len(tokens)}]
+
+
+def shard_documents(directory: Path, shard: dict) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, mask) of each document of a shard."""
+    tokens, mask, lengths = open_shard(directory, shard)
+    borders = np.cumsum(lengths)[:-1]
+    return zip(np.split(tokens, borders), np.split(mask, borders), strict=True)
+
+
+def write_meta(directory: Path, tokenizer: Tokenizer, splits: dict[str, list[dict]], **notes) -> dict:
+    """Write a corpus's meta.json, the last of its files; returns it. ValueError without a training document."""
+    if not splits["train"]:
+        raise ValueError(f"{directory}: no training documents that hold text, so nothing to write")
+    meta = {"format": 2, "vocab_size": tokenizer.n_vocab, "tokenizer": fingerprint(tokenizer),
+            **notes, "splits": splits}
+    write_complete(directory / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+    return meta
+
+
+def by_source(items: Iterable[tuple[str, int, object]], most: int) -> Iterator[tuple[str, list]]:
+    """(source, size, item) -> (source, items of that source), as soon as these are of size `most`."""
+    waiting, sizes = {}, Counter()
+    for source, size, item in items:
+        waiting.setdefault(source, []).append(item)
+        sizes[source] += size
+        if sizes[source] >= most:
+            yield source, waiting.pop(source)
+            del sizes[source]
+    yield from waiting.items()
+
+
+def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]],
+                 out_dir: str | Path, tokenizer: Tokenizer, shard_tokens: int = 2**22, **notes) -> dict:
+    """Write documents token for token: {"train": ..., "valid": ...}, each (source, tokens, loss mask).
+
+    A mask of None is loss everywhere. out_dir appears complete or not at all; its meta.json takes
+    `notes` and is returned. ValueError without training documents.
+    """
+    def sized(documents: Iterable[tuple]) -> Iterator[tuple]:
+        for source, tokens, mask in documents:
+            tokens = np.asarray(tokens, dtype=np.int64)  # (T,)
+            mask = np.ones(len(tokens), bool) if mask is None else np.asarray(mask, dtype=bool)
+            assert len(mask) == len(tokens), "a mask value for each token"
+            assert ((tokens >= 0) & (tokens < tokenizer.n_vocab)).all(), "ids of another vocabulary"
+            yield source, len(tokens), (tokens, mask)
+
+    shards = {"train": [], "valid": []}
+    with complete_or_absent(out_dir) as aside:
+        for split, documents in splits.items():
+            for source, group in by_source(sized(documents), shard_tokens):
+                name = f"{split}-{len(shards[split]):05d}"
+                shards[split] += write_shard(aside, name, source, group)
+        return write_meta(aside, tokenizer, shards, **notes)
+
+
+# ------------------------------------------------------------------------------------------- workers
+
+
+class Job(NamedTuple):
+    """Documents of one source."""
+
+    number: int
+    source: str
+    documents: list[dict]
+
+
+def cut_jobs(sources: list[tuple[str, Path]], source_field: str | None, characters: int) -> Iterator[Job]:
+    """All documents of (name, path) sources in jobs of that many characters. Raises ValueError."""
+    names = set()
+
+    def sized() -> Iterator[tuple[str, int, dict]]:
+        for source, path in sources:
+            for place, record in read_source(path):
+                document = parse_document(place, record)
+                own = field_of(record, source_field) if source_field else None
+                name = f"{source}/{own}" if own else source
+                names.add(name)
+                if len(names) > MOST_SOURCES:
+                    raise ValueError(f"--source-field {source_field}: gives more than {MOST_SOURCES} "
+                                     "sources; it must name a few, not each document")
+                yield name, sum(map(len, texts_of(document))), document
+
+    for number, (source, documents) in enumerate(by_source(sized(), characters)):
+        yield Job(number, source, documents)
+    if source_field and names == {name for name, _ in sources}:
+        raise ValueError(f"--source-field {source_field}: gives no source; it must be in the records, "
+                         "keys joined by dots")
+
+
+@functools.cache
+def worker_tokenizer(path: Path) -> Tokenizer:
+    """load_tokenizer, once in a process."""
+    return load_tokenizer(path)
+
+
+def encode_job(job: Job, tokenizer_path: Path, out_dir: Path, holdout: float, seed: int,
+               settings: str) -> dict[str, list[dict]]:
+    """Encode a job: its training shard in `out_dir`, its held-out one, not cut yet, in out_dir/parts.
+
+    Returns the shards of each split, see write_shard. Last the job's receipt is written: what it
+    wrote, and an identity of all that this depends on. If that is there, so are they, and nothing is
+    encoded; `settings` is what else than documents, source and seed they depend on.
+    """
+    hashes = [content_hash(document, seed) for document in job.documents]
+    content = json.dumps([settings, job.source, hashes]).encode()
+    identity = hashlib.blake2b(content, digest_size=16).hexdigest()
+    receipt = out_dir / "parts" / f"{job.number:05d}.json"
+    folders = {"train": out_dir, "valid": out_dir / "parts"}
+    try:
+        known = json.loads(receipt.read_text())
+        if known["identity"] == identity:
+            for split, shards in known["shards"].items():
+                for shard in shards:
+                    open_shard(folders[split], shard)  # ValueError: not complete
+            return known["shards"]
+    except (FileNotFoundError, ValueError):
+        pass
+    receipt.unlink(missing_ok=True)
+
+    tokenizer = worker_tokenizer(tokenizer_path)
+    encoded = {"train": [], "valid": []}
+    for document, number in zip(job.documents, hashes, strict=True):
+        split = "valid" if number < holdout * 2**64 else "train"
+        encoded[split].append(encode_document(document, tokenizer))
+    shards = {}
+    for split, documents in encoded.items():
+        name = f"{split}-{job.number:05d}"
+        shards[split] = write_shard(folders[split], name, job.source, documents)
+    write_complete(receipt, json.dumps({"identity": identity, "shards": shards}).encode())
+    return shards
+
+
+def shared_windows(directory: Path, shard: dict, known: Path, window: int) -> np.ndarray:
+    """Which of the `known` hashes (a sorted .npy file) are windows of a shard's documents, sorted."""
+    hashes = np.load(known, mmap_mode="r")
+    found = [np.zeros(0, np.uint64)]
+    for tokens, _ in shard_documents(directory, shard):
+        own = np.sort(window_hashes(tokens, window))  # sorted: twice as fast to search for
+        found.append(own[contains(hashes, own)])
+    return np.unique(np.concatenate(found))
 
 
 def in_order(pool: Executor, ahead: int, function: Callable, calls: Iterable[tuple]) -> Iterator:
-    """Results of function(*call) of each call, in order; `ahead` calls at most are under way, so memory stays bounded."""
-    under_way = deque()
+    """Results of function(*call) in order; only `ahead` calls are under way, so memory is bounded."""
+    waiting = deque()
     try:
         for call in calls:
-            under_way.append(pool.submit(function, *call))
-            if len(under_way) > ahead:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            waiting.append(pool.submit(function, *call))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenExecutor:
-        raise OSError("a worker process was killed (too little memory?), or could not start (a program that uses processes "
-                      "needs `if __name__ == '__main__'`); run the same command again, with fewer --processes: it keeps what "
-                      "is done") from None
-
-
-def part_calls(sources: list[tuple[str, Path]], *arguments) -> Iterator[tuple]:
-    """Calls of encode_part, a part for each PART_BYTES of a source."""
-    for source, path in sources:
-        raws, size = [], 0
-        for raw in read_raw(path):
-            raws.append(raw)
-            size += len(raw.content)
-            if size >= PART_BYTES:
-                yield raws, source, *arguments
-                raws, size = [], 0
-        if raws:
-            yield raws, source, *arguments
+        raise OSError("a worker process was killed (too little memory?), or could not start (a program "
+                      "that uses processes needs `if __name__ == '__main__'`); run the same command "
+                      "again, with fewer --processes: it keeps what is done") from None
 
 
 @contextmanager
 def workers(processes: int) -> Iterator[Executor]:
-    """A pool of processes, forks of a server that has these modules and no threads: a fork of this process, which has some,
-    might hang. A single worker is a thread of this process."""
+    """A pool of processes, forks of a server that has these modules and no threads: a fork of this
+    process, which has some, might hang. A single worker is a thread of this process."""
     if processes == 1:
         pool = ThreadPoolExecutor(1)
     else:
@@ -257,12 +401,12 @@ def workers(processes: int) -> Iterator[Executor]:
     try:
         yield pool
     finally:
-        # and wait: left to itself, it hangs the end of a caller that multiprocessing started
         pool.shutdown(cancel_futures=True)
 
 
 def end_with_parent() -> None:
-    """End this process with the one that started it, which alone heeds Ctrl-C: a killed one leaves no worker that waits."""
+    """End this process with the one that started it, which alone heeds Ctrl-C: a killed one leaves no
+    worker that waits for its next job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -272,272 +416,162 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ----------------------------------------------------------------------------------------------------------- preparing
+# ----------------------------------------------------------------------------------------- preparing
 
 
-def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, out_dir: str | Path, holdout: float = 0.1,
-                   holdout_window: int = 48, seed: int = 0, *, processes: int = 1, source_field: str | None = None,
-                   holdout_tokens: int = 2**24, budget: int | None = None, short: int = 4096, long: int = 8192,
-                   short_weight: float = 1.0, long_weight: float = 1.0) -> dict:
-    """Tokenise (name, path) sources, see source_path, into a corpus directory, see write_corpus; returns its meta.json.
+def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, out_dir: str | Path,
+                   holdout: float = 0.1, holdout_window: int = 48, seed: int = 0, *, processes: int = 1,
+                   source_field: str | None = None, job_characters: int = JOB_CHARACTERS) -> dict:
+    """Tokenise (name, path) sources, see source_path, into a corpus; returns its meta.json.
 
-    A record's `source_field` (SlimPajama: meta.redpajama_set_name) makes it a source of its own, NAME/FIELD. A share
-    `holdout` of the documents (see is_held_out), `holdout_tokens` at most, becomes split "valid"; every run of
-    `holdout_window` tokens that a training document has too is cut out of it (0: kept), or shared boilerplate would count
-    as held-out. Training documents are drawn by length, see length_weights and draw_documents: `budget` tokens exactly
-    (None: all that the weights ask for).
+    A record's `source_field` (SlimPajama: meta.redpajama_set_name) makes it a source of its own,
+    NAME/FIELD. A share `holdout` of the documents (see is_held_out) becomes split "valid"; every run
+    of `holdout_window` tokens that a training document has too is cut out of it (0: kept), or
+    boilerplate would count as held-out. `job_characters`: how much text a shard is made of.
 
-    The result depends on neither `processes` nor earlier runs that were stopped; what those have done is used. Memory
-    holds the held-out documents, about 80 bytes a document, and a few parts a process. ValueError or OSError.
+    Memory holds a few jobs a process and 8 bytes a held-out token. Raises ValueError, OSError.
     """
-    if not 0 <= holdout < 1 or holdout_window < 0 or holdout_tokens < 1:
-        raise ValueError(f"holdout {holdout} must be in [0, 1), holdout_window {holdout_window} not negative, holdout_tokens "
-                         f"{holdout_tokens} positive")
-    if not 1 <= processes <= 8 * os.cpu_count() or budget is not None and budget < 1 or seed < 0:
-        raise ValueError(f"processes {processes} must be 1 to {8 * os.cpu_count()}, tokens {budget} 1 or more, seed {seed} not "
-                         "negative")
-    length_weights(np.array([long, long + 1]), np.zeros(2), short, long, short_weight, long_weight)  # refuses bad ones now
+    assert 0 <= holdout <= 1 and processes >= 1 and seed >= 0 and tokenizer.path is not None
+    if holdout == 1:
+        raise ValueError("--holdout 1 leaves no training documents")
+    out_dir = Path(out_dir).absolute()
+    sources = [(name, source_path(path)) for name, path in sources]
     if len(dict(sources)) != len(sources):
         raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
-    out_dir, sources = Path(out_dir).absolute(), [(name, source_path(path)) for name, path in sources]
-    refuse_existing(out_dir)
-    with parts_folder(out_dir.with_name(out_dir.name + ".parts")) as folder, workers(processes) as pool:
-        paths = encode_sources(sources, source_field, seed, tokenizer, folder, pool, processes)
-        lengths, hashes, owners, names, borders = index_parts(paths)  # of all documents, (documents,) each
-        if source_field and not set(names) - {name for name, _ in sources} or len(names) > MOST_SOURCES:
-            raise ValueError(f"--source-field {source_field}: gives {len(names)} sources; it must be in the records, keys "
-                             "joined by dots, and name a few sources, not each document")
-        holdout = capped_holdout(lengths, hashes, holdout, holdout_tokens)
-        valid = hashes < holdout * 2**64
-        if not len(lengths) or valid.all():
-            raise ValueError(f"{out_dir}: no training documents that hold text, so nothing to write")
-        weights = np.zeros(len(lengths))
-        weights[~valid] = length_weights(lengths[~valid], owners[~valid], short, long, short_weight, long_weight)
-        repeats, cuts = draw_documents(lengths, owners, weights, budget, seed)
-        asked = weights * lengths * (budget / (weights @ lengths) if budget else 1)
-        by_part = list(zip(paths, np.split(valid, borders), np.split(repeats, borders)))
-        shared = find_shared(by_part, holdout_window, folder, pool, processes)
-        held_out = (piece for path, held, _ in by_part for document in held_out_documents(path, held)
-                    for piece in cut_shared_windows(*document, holdout_window, shared))
-        training = training_documents(by_part, dict(zip(names, cuts)))
-        return write_corpus({"train": training, "valid": held_out}, out_dir, tokenizer, holdout=holdout,
-                            holdout_window=holdout_window, seed=seed, lengths=length_histogram(
-                                lengths, owners, names, ~valid, asked, repeats, cuts))
+    settings = repr([fingerprint(tokenizer), tokenizer._pat_str, tokenizer.normal_form,
+                     sorted(tokenizer._special_tokens.items()), holdout])
+    with unfinished(out_dir), workers(processes) as pool:
+        # 1. Cut the sources into jobs, and 2. encode each.
+        jobs = cut_jobs(sources, source_field, job_characters)
+        calls = ((job, tokenizer.path, out_dir, holdout, seed, settings) for job in jobs)
+        results = in_order(pool, 2 * processes, encode_job, calls)
+        train, held_out = [], []
+        for shards in tqdm(results, "tokenise", unit=" jobs", disable=None):
+            train += shards["train"]
+            held_out += shards["valid"]
+
+        # 3. Cut the windows that training has too out of held-out documents.
+        shared = np.zeros(0, np.uint64)
+        if holdout_window and held_out:
+            known = out_dir / "parts" / "windows.npy"
+            np.save(known, held_out_windows(out_dir / "parts", held_out, holdout_window))
+            calls = ((out_dir, shard, known, holdout_window) for shard in train)
+            results = in_order(pool, 2 * processes, shared_windows, calls)
+            for found in tqdm(results, "compare", len(train), unit=" shards", disable=None):
+                shared = np.union1d(shared, found)
+        valid = []
+        for shard in held_out:
+            pieces = []
+            for tokens, mask in shard_documents(out_dir / "parts", shard):
+                pieces += cut_shared_windows(tokens, mask, holdout_window, shared)
+            valid += write_shard(out_dir, shard["name"], shard["source"], pieces)
+
+        # 4. Say that the corpus is complete.
+        remove_others(out_dir, train + valid)
+        return write_meta(out_dir, tokenizer, {"train": train, "valid": valid}, holdout=holdout,
+                          holdout_window=holdout_window, seed=seed)
+
+
+def held_out_windows(directory: Path, shards: list[dict], window: int) -> np.ndarray:
+    """Hashes of all windows of these shards' documents, sorted, uint64."""
+    hashes = [np.zeros(1, np.uint64)]  # so that there is one; a 0 too many does no harm
+    for shard in shards:
+        for tokens, _ in shard_documents(directory, shard):
+            hashes.append(window_hashes(tokens, window))
+    return np.unique(np.concatenate(hashes))
+
+
+def remove_others(directory: Path, shards: list[dict]) -> None:
+    """Remove shards that are not among these: of a stopped run of other sources or settings."""
+    names = {shard["name"] for shard in shards}
+    for path in directory.glob("*-*.*"):
+        if path.name.split(".")[0] not in names or path.name.endswith(".partial"):
+            path.unlink()
 
 
 @contextmanager
-def parts_folder(folder: Path) -> Iterator[Path]:
-    """A folder for parts, of this process alone, which is removed at the end, and on an error if it has none.
+def unfinished(out_dir: Path) -> Iterator[None]:
+    """Make `out_dir` and in it `parts`, which goes when the corpus is complete, for this process alone.
 
-    Raises ValueError if there are other files in it, or another process uses it.
+    If nothing has been done that the next run could use, an error removes it all. Raises ValueError
+    if a corpus is there already, or files that prepare did not write, or if another process uses it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    ours = re.compile(r"lock|[0-9a-f]{32}\.safetensors(\.\d+\.partial)?|held_out_windows\.npy")
-    for path in folder.iterdir():
-        if not ours.fullmatch(path.name):
-            raise ValueError(f"{folder}: has {path.name}, which prepare did not write; move that away: its parts go there")
-    with locked(folder / "lock"):
+    parts = out_dir / "parts"
+    if is_corpus(out_dir):
+        shutil.rmtree(parts, ignore_errors=True)  # a run may have been killed just before that
+        raise ValueError(f"{out_dir}: already exists; remove it or choose another place")
+    for path in out_dir.iterdir() if out_dir.exists() else ():
+        if not OURS.fullmatch(path.name):
+            raise ValueError(f"{out_dir}: already exists, and has {path.name}, which prepare did not "
+                             "write; choose another place")
+    parts.mkdir(parents=True, exist_ok=True)
+    with locked(out_dir / "lock"):
         try:
-            yield folder
+            yield
         except BaseException:
-            if not list(folder.glob("*.safetensors")):
-                shutil.rmtree(folder)
+            if not list(parts.glob("*.json")):
+                shutil.rmtree(out_dir)
             raise
-        shutil.rmtree(folder)
+        shutil.rmtree(parts)
 
 
-def index_parts(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], np.ndarray]:
-    """Of all documents of these parts: lengths int64, hashes uint64, sources int64 into the names that follow, and at which
-    document each part but the first begins."""
-    parts = [Part.load(path, with_tokens=False) for path in paths]
-    names = list(dict.fromkeys(name for part in parts for name in part.names))
-    owners = (np.array([names.index(name) for name in part.names], np.int64)[part.sources] for part in parts)
-    return (np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)]),
-            np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in parts)]),
-            np.concatenate([np.zeros(0, np.int64), *owners]), names, np.cumsum([len(part.lengths) for part in parts])[:-1])
+# -------------------------------------------------------------------------------------- command line
 
 
-def encode_sources(sources: list[tuple[str, Path]], source_field: str | None, seed: int, tokenizer: Tokenizer, folder: Path,
-                   pool: Executor, processes: int) -> list[Path]:
-    """Parts of all documents, in order."""
-    identity = hashlib.sha256(repr([fingerprint(tokenizer), tokenizer._pat_str, tokenizer.normal_form,
-                                    sorted(tokenizer._special_tokens.items()), digest(data.__file__),
-                                    digest(__file__)]).encode()).hexdigest()
-    paths, started, encoded = [], time.perf_counter(), 0
-    calls = part_calls(sources, source_field, seed, tokenizer, folder, identity)
-    bar = tqdm(desc="tokenise", unit=" tokens", unit_scale=True, disable=None)
-    for path, tokens in in_order(pool, 2 * processes, encode_part, calls):
-        paths.append(path)
-        bar.update(tokens)
-        encoded += tokens
-    bar.close()
-    if encoded:
-        seconds = time.perf_counter() - started
-        print(f"tokenised {encoded:,} tokens in {seconds:.1f} s on {processes} processes, {encoded / seconds:,.0f} tokens/s")
-    return paths
+def print_corpus(directory: Path, meta: dict) -> None:
+    """Counts, and how the training tokens of each source spread over document lengths."""
+    for split, shards in meta["splits"].items():
+        documents = sum(shard["documents"] for shard in shards)
+        tokens = sum(shard["tokens"] for shard in shards)
+        print(f"{split}: {documents:,} documents, {tokens:,} tokens, {len(shards)} shards")
+    heads = [f"< {edge:,}" for edge in EDGES[1:-1]] + ["longer"]
+    row = "{:>44}" + "{:>10}" * len(heads) + "{:>16}"
+    print(row.format("training tokens by document length", *heads, "tokens"))
+    lengths = {}
+    for shard in meta["splits"]["train"]:
+        lengths.setdefault(shard["source"], []).append(open_shard(directory, shard)[2])
+    for source, parts in lengths.items():
+        own = np.concatenate(parts)
+        tokens, _ = np.histogram(own, EDGES, weights=own)
+        shares = [f"{share:.1%}" for share in tokens / tokens.sum()]
+        print(row.format(source, *shares, f"{own.sum():,}"))
 
 
-def capped_holdout(lengths: np.ndarray, hashes: np.ndarray, holdout: float, most: int) -> float:
-    """The largest share up to `holdout` whose documents have `most` tokens or fewer; of several, one document at least."""
-    mine = hashes < holdout * 2**64
-    values, copies = np.unique(hashes[mine], return_inverse=True)
-    kept = max(1, int(np.searchsorted(np.cumsum(np.bincount(copies, lengths[mine])), most, side="right")))
-    return holdout if kept >= len(values) else float(values[kept]) / 2**64
-
-
-def find_shared(by_part: list[tuple], window: int, folder: Path, pool: Executor, processes: int) -> np.ndarray:
-    """Hashes of the windows that held-out documents share with training ones, sorted."""
-    held_out = [window_hashes(tokens, window) for path, held, _ in by_part if window
-                for _, tokens, _ in held_out_documents(path, held)]
-    if not held_out:
-        return np.zeros(0, np.uint64)
-    known = folder / "held_out_windows.npy"
-    np.save(known, np.unique(np.concatenate([np.zeros(1, np.uint64), *held_out])))  # never empty: a 0 too many does no harm
-    calls = ((path, repeats > 0, known, window) for path, _, repeats in by_part)
-    bar = tqdm(in_order(pool, 2 * processes, shared_windows, calls), "compare with held-out", len(by_part),
-               unit=" parts", disable=None)
-    return functools.reduce(np.union1d, bar)
-
-
-def held_out_documents(path: Path, held: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(source, tokens, mask) of the documents of a part that are held out."""
-    return itertools.compress(Part.load(path).documents(), held) if held.any() else iter(())
-
-
-def training_documents(by_part: list[tuple], cuts: dict[str, int]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(source, tokens, mask) of training documents, each as often as drawn, the very last one of a source without its last
-    `cuts` tokens."""
-    left = Counter()
-    for path, _, repeats in by_part:
-        part = Part.load(path, with_tokens=False)
-        for source, count in zip(part.sources.tolist(), repeats.tolist()):
-            left[part.names[source]] += count
-    for path, _, repeats in tqdm(by_part, "write", unit=" parts", disable=None):
-        for (source, tokens, mask), count in zip(Part.load(path).documents() if repeats.any() else (), repeats):
-            for _ in range(count):
-                left[source] -= 1
-                end = len(tokens) - (0 if left[source] else cuts[source])
-                yield source, tokens[:end], mask[:end]
-
-
-def draw_documents(lengths: np.ndarray, owners: np.ndarray, weights: np.ndarray, budget: int | None,
-                   seed: int) -> tuple[np.ndarray, list[int]]:
-    """How often each document occurs, int64 (documents,), and how many tokens the last occurrence in each source must lose.
-
-    Each source gets its share of the `budget` to the token, and all of it `budget` tokens (None: what the weights ask for,
-    to within a document a source). A document of weight w occurs floor(w) or ceil(w) times, or proportionally less often for
-    a budget below what the weights ask for: systematic sampling along the documents sorted by length, so that each length
-    gets its share almost exactly. Raises ValueError for a budget beyond what the weights give.
-    """
-    asked = np.bincount(owners, weights * lengths)  # tokens of each source
-    ends = None if budget is None else np.floor(np.cumsum(asked) / asked.sum() * budget + 0.5).astype(np.int64)
-    budgets = [None] * len(asked) if budget is None else np.diff(ends, prepend=0).tolist()
-    repeats, cuts = np.zeros(len(lengths), dtype=np.int64), []
-    draws = np.random.default_rng([seed, len(lengths)]).random(len(asked))
-    for source, (own, draw) in enumerate(zip(budgets, draws)):
-        mine = np.flatnonzero(owners == source)
-        mine = mine[np.argsort(lengths[mine], kind="stable")]
-        repeats[mine], cut = draw_source(lengths[mine], weights[mine], own, draw)
-        if cut < 0:
-            raise ValueError(f"--tokens {budget} is more than these sources and weights give, {budget + cut} at most; ask for "
-                             "fewer: train.py goes through them as often as it needs")
-        in_order = np.sort(mine)
-        for last in in_order[np.flatnonzero(repeats[in_order])][::-1]:
-            fewer = min(int(repeats[last]), cut // int(lengths[last]))
-            repeats[last] -= fewer
-            cut -= fewer * int(lengths[last])
-            if repeats[last]:
-                break
-        cuts.append(cut)
-    return repeats, cuts
-
-
-def draw_source(lengths: np.ndarray, weights: np.ndarray, budget: int | None, draw: float) -> tuple[np.ndarray, int]:
-    """How often each document of one source, sorted by length, occurs, and how many tokens that is above `budget` (None: 0),
-    as little as possible; below it, negative, if all that the weights ask for is too little."""
-    rate = 1.0 if budget is None else min(1.0, budget / max(1.0, float(weights @ lengths)))
-    while True:
-        repeats = np.diff(np.floor(np.cumsum([0, *rate * weights]) + draw)).astype(np.int64)
-        excess = 0 if budget is None else int(repeats @ lengths) - budget
-        if excess >= 0 or rate == 1:
-            return repeats, excess
-        rate = min(1.0, rate * (1 + max(1e-6, -excess / budget)))
-
-
-def length_histogram(lengths: np.ndarray, owners: np.ndarray, names: list[str], training: np.ndarray, asked: np.ndarray,
-                     repeats: np.ndarray, cuts: list[int]) -> dict:
-    """Per source and stretch of document lengths (EDGES): training documents and tokens found, `asked` for by the weights, and
-    written."""
-    written = repeats * lengths
-    for source, cut in enumerate(cuts):
-        if cut:
-            written[np.flatnonzero((owners == source) & (repeats > 0))[-1]] -= cut
-
-    def spread(mine: np.ndarray, values: np.ndarray) -> list:
-        return [round(value) for value in np.histogram(lengths[mine], EDGES, weights=values[mine])[0].tolist()]
-
-    found = {name: training & (owners == i) for i, name in enumerate(names)}
-    return {"edges": EDGES[1:-1], "sources": {name: {
-        "documents": spread(mine, np.ones(len(lengths))), "tokens": spread(mine, lengths),
-        "asked": spread(mine, asked), "written": spread(mine, written)} for name, mine in found.items()}}
-
-
-# -------------------------------------------------------------------------------------------------------- command line
-
-
-def print_corpus(meta: dict) -> None:
-    """Counts, and how the training tokens spread over document lengths: as found, as the weights ask and as written."""
-    for split, n in meta["splits"].items():
-        print(f"{split}: {n['documents']:,} documents, {n['tokens']:,} tokens, {len(n['shards'])} shards")
-    heads = [*(f"< {edge:,}" for edge in meta["lengths"]["edges"]), "longer"]
-    print(f"{'tokens by document length':>44}" + "".join(f"{head:>10}" for head in heads) + f"{'tokens':>16}{'of all':>9}")
-    totals = Counter()
-    for rows in meta["lengths"]["sources"].values():
-        totals.update({kind: sum(tokens) for kind, tokens in rows.items()})
-    for name, rows in meta["lengths"]["sources"].items():
-        for kind in ("tokens", "asked", "written"):
-            label = f"{name}, {'found' if kind == 'tokens' else kind}"
-            shares = (f"{tokens / max(1, sum(rows[kind])):10.1%}" for tokens in rows[kind])
-            print(f"{label:>44}" + "".join(shares) + f"{sum(rows[kind]):16,}{sum(rows[kind]) / max(1, totals[kind]):9.1%}")
+def named_source(text: str) -> tuple[str, Path]:
+    """The type of --source."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text}: write it as NAME=PATH")
+    return name, source_path(path)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tokenise sources into a corpus directory.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Tokenise sources into a corpus directory; every document as it is found, once. "
+                    "Up-sampling by length, and how many tokens are used, are options of train.py.")
     add = parser.add_argument
-    add("--source", nargs="+", action="extend", required=True, metavar="NAME=PATH",
+    add("--source", type=named_source, nargs="+", action="extend", required=True, metavar="NAME=PATH",
         help="a file or directory; stdlib is this Python's standard library")
-    add("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
+    add("--tokenizer", type=existing, required=True, help="tokenizer file or its directory")
     add("--out", type=Path, required=True, help="new corpus directory")
-    add("--source-field", metavar="KEY.KEY", help="where a JSON record names its source (SlimPajama: meta.redpajama_set_name)")
-    add("--tokens", type=int, help="how many to write, exactly (the paper: 1000000000); default: all")
-    add("--short-length", type=int, default=4096, help="tokens below which a document is short")
-    add("--short-weight", type=float, default=1.0, help="how often short documents are used")
-    add("--long-length", type=int, default=8192, help="tokens above which a document is long")
-    add("--long-weight", type=float, default=1.0, help="how often long documents are used")
-    add("--holdout", type=float, default=0.1, help="share of the documents to hold out")
-    add("--holdout-tokens", type=int, default=2**24, help="but no more than this")
-    add("--holdout-window", type=int, default=48, help="cut held-out runs of this many tokens that training has too; 0: no")
-    add("--seed", type=int, default=0, help="chooses the held-out documents, and which are drawn")
-    add("--processes", type=int, default=os.cpu_count(), help="change the time only, not the result")
+    add("--source-field", metavar="KEY.KEY",
+        help="where a JSON record names its source (SlimPajama: meta.redpajama_set_name)")
+    add("--holdout", type=fraction, default=0.1, help="share of the documents to hold out")
+    add("--holdout-window", type=nonnegative, default=48,
+        help="cut held-out runs of this many tokens that training has too; 0: no")
+    add("--seed", type=nonnegative, default=0, help="chooses the held-out documents")
+    add("--processes", type=positive, default=os.cpu_count(), help="change the time, not the result")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    a = parse_arguments(argv)
-    try:
-        for text in a.source:
-            if not re.fullmatch("[^=]+=.+", text):
-                raise ValueError(f"--source {text}: write it as NAME=PATH")
-        sources = [tuple(text.split("=", 1)) for text in a.source]
-        print_corpus(prepare_corpus(
-            sources, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window, a.seed, processes=a.processes,
-            source_field=a.source_field, holdout_tokens=a.holdout_tokens, budget=a.tokens, short=a.short_length,
-            long=a.long_length, short_weight=a.short_weight, long_weight=a.long_weight))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on") from None
+    with one_line_errors():
+        a = parse_arguments(argv)
+        try:
+            meta = prepare_corpus(a.source, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window,
+                                  a.seed, processes=a.processes, source_field=a.source_field)
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; the same command goes on") from None
+        print_corpus(a.out, meta)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ import numpy as np
 from tiktoken import Encoding
 from tqdm import tqdm
 
-from data import Tokenizer, held_out_split, is_corpus, load_tokenizer, source_path, sync
+from data import Tokenizer, held_out_split, is_corpus, load_tokenizer, sync
 from eval_niah import check_output, prompt_tokens
 from parallel import check_least
+from tools.prepare import source_path
 from tools.train_tokenizer import read_texts
 
 # No word is part of another, or an answer would be found inside a wrong one.

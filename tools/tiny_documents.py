@@ -20,18 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (
-    PackedDataset,
-    encode_chat,
-    end_of_turn,
-    load_tokenizer,
-    read_documents,
-    read_meta,
-    source_path,
-)
+from data import PackedDataset, load_tokenizer, read_meta
 from eval_niah import KEYS, WORDING, begin_of_text
 from parallel import check_least
-from tools.prepare import is_held_out, write_corpus
+from sft import encode_chat, end_of_turn
+from tools.prepare import is_held_out, read_documents, source_path, write_corpus
 
 
 def fact_texts(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
@@ -135,7 +128,7 @@ def retrieval_documents(tokenizer, haystack: np.ndarray, count: int, shortest: i
 def docstring_samples(corpus: Path):
     """Conversations from the standard library's own functions: signature asked, first line of the docstring answered."""
     meta = read_meta(corpus)
-    for document in read_documents(source_path("stdlib")):
+    for _, document in read_documents(source_path("stdlib")):
         if is_held_out(document, meta["holdout"], meta["seed"]):
             continue
         try:

@@ -6,105 +6,87 @@ from __future__ import annotations
 
 import argparse
 import base64
-import heapq
-import itertools
-import re
-from collections import Counter, defaultdict
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data import Tokenizer, load_tokenizer, read_documents, source_path, write_complete
-
-# Qwen2's pattern, a piece a digit, for Python's `re`, which has no \p{L}
-QWEN2_STDLIB = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+"
-                r"|\s+(?!\S)|\s+")  # `re` has no \p{L}: [^\W\d_] is it, and signs like ½
+from data import QWEN2, Tokenizer, byte_characters, load_tokenizer, write_complete
+from parallel import Parser, one_line_errors, positive
+from tools.prepare import read_documents, source_path, texts_of
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Train byte-level BPE, write it as a Llama-3 tokenizer.model (`path`: directory or *.model file) and load it.
+def learn_tokens(texts: Iterable[str], vocab_size: int) -> list[bytes]:
+    """The vocabulary in order of merging (BPE, arXiv 1508.07909): the 256 bytes, then what is merged.
 
-    vocab_size counts the 256 bytes; 256 special tokens come on top. Pieces are Llama 3's but for single digits: no
-    merge joins digits, so Llama 3's own pattern gives one token a digit. ValueError for an impossible size.
+    Pieces are Qwen2's: Llama 3's but for single digits, so no merge joins digits.
     """
+    try:
+        from tokenizers import Regex, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as Library
+    except ImportError:
+        raise ValueError("training a tokenizer needs the tokenizers library: pip install tokenizers") from None
+    split = pre_tokenizers.Split(Regex(QWEN2), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    library.train_from_iterator(texts, trainer)
+
+    vocab = json.loads(library.to_str())["model"]["vocab"]
+    byte_of = byte_characters()
+    tokens = [bytes([byte]) for byte in range(256)]  # the library has them in the order of its characters
+    for token in sorted(vocab, key=vocab.get)[256:]:
+        tokens.append(bytes(byte_of[character] for character in token))
+    return tokens
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
+    """Train on texts, write `folder`/tokenizer.model (a line a token: base64 and rank) and load it.
+
+    vocab_size counts the 256 bytes; Llama 3's 256 special tokens come on top. ValueError for a size
+    that the texts do not give, or if a tokenizer is there.
+    """
+    path = Path(folder) / "tokenizer.model"
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size} is too small: the bytes alone are 256 tokens")
-    words, pattern = Counter(), re.compile(QWEN2_STDLIB)
-    for text in texts:
-        words.update(pattern.findall(text))
-    tokens = learn_merges({word.encode(errors="replace"): n for word, n in words.items()}, vocab_size)
-    path = model_file(path)
+    if path.exists():
+        raise ValueError(f"{path}: already exists; remove it or choose another place")
+    tokens = learn_tokens((text.encode(errors="replace").decode() for text in texts), vocab_size)
+    if len(tokens) < vocab_size:
+        raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} at most")
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_complete(path, b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
+    write_complete(path, b"".join(lines))
     return load_tokenizer(path)
-
-
-def model_file(path: str | Path) -> Path:
-    """The tokenizer.model that a directory, or the *.model file itself, stands for."""
-    return Path(path) if Path(path).suffix == ".model" else Path(path) / "tokenizer.model"
-
-
-def learn_merges(words: dict[bytes, int], vocab_size: int) -> list[bytes]:
-    """BPE (arXiv 1508.07909) over {word: frequency}: the vocabulary in order of merging, the most frequent pair first,
-    lower ids on a tie. Words are spelled as strings with a character for each token id, so that str.replace merges."""
-    tokens, frequency = [bytes([b]) for b in range(256)], list(words.values())
-    spelled, counts, where = [word.decode("latin-1") for word in words], Counter(), defaultdict(set)
-
-    def count(w: int, sign: int) -> None:
-        for pair in itertools.pairwise(spelled[w]):
-            counts[pair] += sign * frequency[w]
-            where[pair].add(w)
-
-    for w in range(len(spelled)):
-        count(w, 1)
-    heap = [(-n, pair) for pair, n in counts.items()]
-    heapq.heapify(heap)
-    while len(tokens) < vocab_size:
-        while heap and counts[heap[0][1]] < -heap[0][0]:  # counts of pairs fall as merges use their tokens up
-            heapq.heapreplace(heap, (-counts[heap[0][1]], heap[0][1]))
-        if not heap or not heap[0][0]:
-            raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} at most")
-        (first, second), joined, made = heapq.heappop(heap)[1], chr(len(tokens)), set()
-        for w in list(where[first, second]):
-            count(w, -1)
-            spelled[w] = spelled[w].replace(first + second, joined)
-            count(w, 1)
-            made.update(pair for pair in itertools.pairwise(spelled[w]) if joined in pair)
-        tokens.append(tokens[ord(first)] + tokens[ord(second)])
-        for pair in made:
-            heapq.heappush(heap, (-counts[pair], pair))
-    return tokens
 
 
 def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
     """Texts of all documents until `max_bytes` of UTF-8 are reached."""
-    for document in itertools.chain.from_iterable(map(read_documents, paths)):
-        for text in [message["content"] for message in document.get("messages", [])] or document.values():
-            if max_bytes <= 0:
-                return
-            yield text[:max_bytes]
-            max_bytes -= len(text.encode(errors="replace"))
+    for path in paths:
+        for _, document in read_documents(path):
+            for text in texts_of(document):
+                if max_bytes <= 0:
+                    return
+                yield text[:max_bytes]
+                max_bytes -= len(text.encode(errors="replace"))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train byte-level BPE, one token a digit.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--source", nargs="+", action="extend", required=True, metavar="PATH", help="file, directory or stdlib")
-    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, without the 256 special ones")
-    parser.add_argument("--max-bytes", type=int, default=5_000_000, help="how much text to train on")
+    parser = Parser("Train byte-level BPE, one token a digit.")
+    parser.add_argument("--source", type=source_path, nargs="+", action="extend", required=True,
+                        metavar="PATH", help="file, directory or stdlib")
+    parser.add_argument("--vocab-size", type=positive, required=True, help="tokens, without the 256 special ones")
+    parser.add_argument("--max-bytes", type=positive, default=5_000_000, help="how much text to train on")
     parser.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    a = parse_arguments(argv)
-    try:
-        target = model_file(a.out)
-        if target.exists():
-            raise ValueError(f"--out {target}: already exists; remove it or choose another place")
-        tokenizer = train_bpe(read_texts([source_path(text) for text in a.source], a.max_bytes), a.vocab_size, target)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"wrote {target}: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
+    with one_line_errors():
+        a = parse_arguments(argv)
+        tokenizer = train_bpe(read_texts(a.source, a.max_bytes), a.vocab_size, a.out)
+        print(f"wrote {tokenizer.path}: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import data
+from sft import ChatDataset, encode_chat
 from tools import chat_blend
 from tools.train_tokenizer import train_bpe
 
@@ -146,7 +147,7 @@ def test_system_message_is_for_samples_without_one(tmp_path, tokenizer):
 
 def test_samples_at_the_limit_stay_and_those_above_it_go(tmp_path, tokenizer):
     records = [chat(prose(i, 10 + i), prose(-i, 10)) for i in range(20)]
-    lengths = [len(data.encode_chat(r["messages"], data.load_tokenizer(tokenizer))[0]) for r in records]
+    lengths = [len(encode_chat(r["messages"], data.load_tokenizer(tokenizer))[0]) for r in records]
     limit = sorted(lengths)[10]
     kept, reasons = kept_and_dropped(tmp_path, tokenizer, records, "--max-tokens", limit)
     assert kept == [i for i, n in enumerate(lengths, 1) if n <= limit] and 0 < len(reasons) < 20
@@ -375,7 +376,7 @@ def test_category_counts_are_exact_and_the_holdout_is_proportional(tmp_path, tok
     by_survivors, _, _ = blend(tokenizer, tmp_path / "default", sources, "--count", 24)
     assert categories(by_survivors) == {"general": 10, "math": 6, "code": 8}
     assert len(blend(tokenizer, tmp_path / "all", sources)[0]) == 120 and not (tmp_path / "all" / "valid.jsonl").exists()
-    tokens = [data.encode_chat(row["messages"], data.load_tokenizer(tokenizer)) for row in train + valid]
+    tokens = [encode_chat(row["messages"], data.load_tokenizer(tokenizer)) for row in train + valid]
     assert sum(entry["tokens"] for entry in report["categories"].values()) == sum(len(t) for t, _ in tokens)
     assert sum(entry["loss_tokens"] for entry in report["categories"].values()) == sum(sum(mask) for _, mask in tokens)
     assert sum(report["lengths"].values()) == 80
@@ -421,7 +422,7 @@ def test_same_samples_and_seed_same_bytes_in_whatever_order_sources_are_named(tm
 def test_the_output_trains(tmp_path, tokenizer):
     blend(tokenizer, tmp_path / "out", three_sources(tmp_path), "--count", 50, "--holdout", 10, "--max-tokens", 512)
     for split, size in (("train", 40), ("valid", 10)):
-        dataset = data.ChatDataset(tmp_path / "out" / f"{split}.jsonl", data.load_tokenizer(tokenizer), 512, seed=0)
+        dataset = ChatDataset(tmp_path / "out" / f"{split}.jsonl", data.load_tokenizer(tokenizer), 512, seed=0)
         assert (len(dataset.rows), dataset.dropped) == (size, 0)
         assert dataset.sequence(0)[1].any()
 

@@ -43,7 +43,7 @@ def test_perplexity_is_the_mean_loss_at_each_stretch_of_positions(model_director
 def test_perplexity_of_a_corpus_reads_its_held_out_documents(model_directory, tmp_path):
     tokenizer = data.load_tokenizer(model_directory)
     documents = [("x", [i] * n, None) for i, n in enumerate((30, 90, 10, 80))]
-    write_corpus({"train": documents[:1], "valid": documents}, tmp_path / "corpus", tokenizer, shard_tokens=100)
+    write_corpus({"train": documents[:1], "valid": documents}, tmp_path / "corpus", tokenizer, shard_tokens=50)
     found = load_long_documents(tmp_path / "corpus", tokenizer, 80, 2)
     start = tokenizer.encode_single_token("<|begin_of_text|>")
     assert found.tolist() == [[start] + [1] * 80, [start] + [3] * 80]

@@ -1,15 +1,13 @@
-"""tools.prepare: what is held out, the same bytes however it was made, up-sampling by length."""
+"""tools.prepare: what is read and held out, the same bytes however they were made."""
 import gzip
 import json
 import os
 import random
 import re
 import resource
-import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,61 @@ def tokenizer(tmp_path_factory):
     return train_bpe([TRAINING_TEXT], 400, tmp_path_factory.mktemp("tokenizer"))
 
 
+def read_back(directory, split):
+    """Documents as (tokens, mask)."""
+    dataset = data.PackedDataset(directory, split, 8, 0, "none")
+    return [dataset.document(i) for i in range(len(dataset.lengths))]
+
+
+def texts(directory, split, tokenizer):
+    return {tokenizer.decode(tokens.tolist()) for tokens, _ in read_back(directory, split)}
+
+
+def content(directory):
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def write_lines(path, texts):
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def test_read_documents_takes_text_files_in_sorted_order_and_passes_over_the_rest(tmp_path):
+    for name in ("b.py", "a/z.md", "a/b.txt", ".hidden/x.py", "__pycache__/x.py", "site-packages/x.py", "x.bin", ".x.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name + "\r\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe bad")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere.txt")
+    (tmp_path / "c.jsonl").write_text('{"text": "line 1", "id": 7}\n\n{"prompt": "p", "completion": "c"}\n')
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"messages": CONVERSATION}))
+    assert [document for _, document in prepare.read_documents(tmp_path)] == [
+        {"text": "b.py\r\n"}, {"text": "line 1"}, {"prompt": "p", "completion": "c"}, {"messages": CONVERSATION},
+        {"text": "a/b.txt\r\n"}, {"text": "a/z.md\r\n"}]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"text": "unclosed', "line 2: not valid JSON"), ("[1, 2]", "line 2: needs"), ('"text"', "line 2: needs"), ("7", "line 2"),
+    ('{"txt": "x"}', "line 2: needs"), ('{"text": 5}', "line 2: needs"), ('{"prompt": "p"}', "line 2: needs"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: messages have no assistant"), (b"\xff", "line 2|UTF-8")])
+def test_a_bad_json_line_is_named(tmp_path, line, message):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' + (line if isinstance(line, bytes) else line.encode()))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*({message})"):
+        list(prepare.read_documents(path))
+
+
+def test_damaged_gzip_and_binary_files_are_named(tmp_path):
+    whole = gzip.compress(b'{"text": "abc"}\n' * 1000)
+    for name, content in (("a.jsonl.gz", whole[:-20]), ("b.jsonl.gz", b"plain"), ("c.txt", b"\xff\xfe")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            list(prepare.read_documents(tmp_path / name))
+
+
 # ---------------------------------------------------------------------------------------------------------- corpus
 
 
@@ -43,22 +96,16 @@ def write_text_files(folder, count=60, seed=0, words=80):
     return folder
 
 
-def read_back(directory, split, tokenizer):
-    """Documents as (tokens, mask), from the files alone."""
-    dataset = data.PackedDataset(directory, split, 8, 0, "none")
-    return [(dataset.tokens[s][a:a + n].copy(), dataset.masks[s][a:a + n].copy())
-            for s, a, n in zip(dataset.shards, dataset.starts, dataset.lengths)]
-
-
 def test_loss_masks_of_the_three_kinds_of_document(tmp_path, tokenizer):
     lines = [{"text": "all of it"}, {"prompt": "question ", "completion": "answer"}, {"messages": CONVERSATION}, {"text": ""}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
     meta = prepare.prepare_corpus([("x", tmp_path / "d.jsonl")], tokenizer, tmp_path / "out", holdout=0)
-    documents = read_back(tmp_path / "out", "train", tokenizer)
+    documents = read_back(tmp_path / "out", "train")
     carried = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in documents]
     assert carried == ["all of it", "answer", "Hello.<|eot_id|>So long 👋<|eot_id|>"]
     assert tokenizer.decode(documents[1][0].tolist()) == "question answer"
-    assert meta["splits"]["train"]["documents"] == 3  # the empty one is left out
+    [shard] = meta["splits"]["train"]  # the empty document is left out
+    assert shard == {"name": "train-00000", "source": "x", "documents": 3, "tokens": sum(len(t) for t, _ in documents)}
 
 
 def test_ids_above_65535_survive(tmp_path):
@@ -68,23 +115,18 @@ def test_ids_above_65535_survive(tmp_path):
     ids = [65_535, 65_536, 127_999, 0]
     prepare.write_corpus({"train": [("x", ids, None)]}, tmp_path / "out", large)
     assert data.PackedDataset(tmp_path / "out", "train", 3, 0, "none").sequence(0)[0].tolist() == ids
-    with pytest.raises(ValueError, match="ids must be 0 to 127999"):
-        prepare.write_corpus({"train": [("x", [128_000], None)]}, tmp_path / "out2", large)
 
 
 def test_holdout_is_by_content_whatever_the_order_and_copies_share_a_side(tmp_path, tokenizer):
-    texts = [f"document {i} " + "word " * i for i in range(60)]
+    lines = [f"document {i} " + "word " * i for i in range(60)]
     sides = []
-    for order, lines in (("a", texts), ("b", [*texts[::-1], *texts])):
-        (tmp_path / f"{order}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in lines))
-        prepare.prepare_corpus([("x", tmp_path / f"{order}.jsonl")], tokenizer, tmp_path / order, 0.3, holdout_window=0)
-        sides.append([{tokenizer.decode(tokens.tolist()) for tokens, _ in read_back(tmp_path / order, split, tokenizer)}
-                      for split in ("train", "valid")])
-    assert sides[0] == sides[1] and not sides[0][0] & sides[0][1] and sides[0][0] | sides[0][1] == set(texts)
-    assert 5 <= len(sides[0][1]) <= 30
-    prepare.prepare_corpus([("x", tmp_path / "a.jsonl")], tokenizer, tmp_path / "c", 0.3, 0, seed=1)
-    assert len(read_back(tmp_path / "c", "valid", tokenizer)) != len(sides[0][1]) or {
-        tokenizer.decode(tokens.tolist()) for tokens, _ in read_back(tmp_path / "c", "valid", tokenizer)} != sides[0][1]
+    for name, order, seed in (("a", lines, 0), ("b", [*lines[::-1], *lines], 0), ("c", lines, 1)):
+        file = write_lines(tmp_path / f"{name}.jsonl", order)
+        prepare.prepare_corpus([("x", file)], tokenizer, tmp_path / name, 0.3, holdout_window=0, seed=seed)
+        sides.append([texts(tmp_path / name, split, tokenizer) for split in ("train", "valid")])
+    assert sides[0] == sides[1] != sides[2]
+    train, valid = sides[0]
+    assert not train & valid and train | valid == set(lines) and 5 <= len(valid) <= 30
 
 
 def test_windows_shared_with_training_documents_are_cut_out_of_held_out_ones(tmp_path, tokenizer):
@@ -99,8 +141,7 @@ def test_windows_shared_with_training_documents_are_cut_out_of_held_out_ones(tmp
     prepare.prepare_corpus([("x", folder)], tokenizer, tmp_path / "uncut", 0.3, holdout_window=0)
     def windows(documents):
         return {tuple(t[i:i + 48].tolist()) for t, _ in documents for i in range(len(t) - 47)}
-    train, valid, uncut = (read_back(tmp_path / d, s, tokenizer) for d, s in (
-        ("out", "train"), ("out", "valid"), ("uncut", "valid")))
+    train, valid, uncut = (read_back(tmp_path / d, s) for d, s in (("out", "train"), ("out", "valid"), ("uncut", "valid")))
     assert windows(uncut) & windows(train) and not windows(valid) & windows(train)
     assert min(len(tokens) for tokens, _ in valid) >= 48
     lost = sum(len(t) for t, _ in uncut) - sum(len(t) for t, _ in valid)
@@ -109,16 +150,16 @@ def test_windows_shared_with_training_documents_are_cut_out_of_held_out_ones(tmp
 
 
 def test_exactly_the_shared_tokens_are_cut_and_short_remainders_dropped():
-    held_out = ("x", np.arange(100, dtype=np.uint32), np.arange(100) < 90)
+    held_out = (np.arange(100, dtype=np.uint32), np.arange(100) < 90)
     training = np.array([7, *range(20, 33), 8, *range(38, 47), *range(60, 70), 9], dtype=np.uint32)
-    shared = np.intersect1d(prepare.window_hashes(held_out[1], 10), prepare.window_hashes(training, 10))
+    shared = np.intersect1d(prepare.window_hashes(held_out[0], 10), prepare.window_hashes(training, 10))
     assert len(shared) == 5
-    pieces = [tokens.tolist() for _, tokens, _ in prepare.cut_shared_windows(*held_out, 10, shared)]
+    pieces = [tokens.tolist() for tokens, _ in prepare.cut_shared_windows(*held_out, 10, shared)]
     assert pieces == [list(range(20)), list(range(33, 60)), list(range(70, 100))]
-    short = [tokens.tolist() for _, tokens, _ in prepare.cut_shared_windows("x", held_out[1][12:80], held_out[2][12:80], 10, shared)]
+    short = [tokens.tolist() for tokens, _ in prepare.cut_shared_windows(held_out[0][12:80], held_out[1][12:80], 10, shared)]
     assert short == [list(range(33, 60)), list(range(70, 80))]  # 12 to 19 is too short to keep
-    silent = ("x", held_out[1], np.arange(100) < 60)  # the last piece has no token with loss
-    assert [tokens[0] for _, tokens, _ in prepare.cut_shared_windows(*silent, 10, shared)] == [0, 33]
+    silent = (held_out[0], np.arange(100) < 60)  # the last piece has no token with loss
+    assert [tokens[0] for tokens, _ in prepare.cut_shared_windows(*silent, 10, shared)] == [0, 33]
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 48, 64])
@@ -128,31 +169,6 @@ def test_window_hashes_tell_windows_apart_and_find_equal_ones(window):
     expected = [tuple(tokens[i:i + window].tolist()) for i in range(len(tokens) - window + 1)]
     assert len(hashes) == len(expected)
     assert len(set(zip(hashes.tolist(), expected))) == len(set(expected)) == len(set(hashes.tolist()))
-
-
-def test_an_interrupted_prepare_leaves_nothing(tmp_path, tokenizer):
-    def documents():
-        yield "x", [1, 2, 3], None
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        prepare.write_corpus({"train": documents()}, tmp_path / "out", tokenizer)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_prepare_leaves_no_corpus_and_does_not_block_the_next(tmp_path, tokenizer):
-    train_bpe([TRAINING_TEXT], 300, tmp_path / "tokenizer")
-    code = ("import os, signal\n"
-            "from data import load_tokenizer\n"
-            "from tools.prepare import write_corpus\n"
-            "def documents():\n"
-            "    yield 'x', [1, 2, 3], None\n"
-            "    os.kill(os.getpid(), signal.SIGKILL)\n"
-            "write_corpus({'train': documents()}, 'out', load_tokenizer('tokenizer'))\n")
-    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    prepare.write_corpus({"train": [("x", [4], None)]}, tmp_path / "out", tokenizer)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "tokenizer"]
 
 
 def test_a_full_disk_is_one_line_with_the_path_and_leaves_nothing(tmp_path, tokenizer):
@@ -168,27 +184,21 @@ def test_a_full_disk_is_one_line_with_the_path_and_leaves_nothing(tmp_path, toke
 
 def test_prepare_refuses_before_it_reads(tmp_path, tokenizer):
     folder = write_text_files(tmp_path / "text", 3)
-    (tmp_path / "full").mkdir()
+    for name in ("full", "empty", "whole"):
+        (tmp_path / name).mkdir()
     (tmp_path / "full" / "file").write_text("keep me")
-    (tmp_path / "empty").mkdir()
-    for sources, out, options, message in (
-            ([("x", folder)], "full", {}, "already exists"), ([("x", folder)], "o", {"holdout": 1.5}, "holdout 1.5"),
-            ([("x", folder), ("x", folder)], "o", {}, "names must differ"), ([("x", tmp_path / "no")], "o", {}, "no such file"),
-            ([("x", tmp_path / "empty")], "o", {}, "no training documents")):
+    (tmp_path / "whole" / "meta.json").write_text("{}")
+    for sources, out, message in (
+            ([("x", folder)], "full", "already exists, and has file, which prepare did not write"),
+            ([("x", folder)], "whole", "already exists; remove it"), ([("x", folder), ("x", folder)], "o", "names must differ"),
+            ([("x", tmp_path / "no")], "o", "no such file"), ([("x", tmp_path / "empty")], "o", "no training documents"),
+            ([("x", tmp_path / "whole")], "o", "is a corpus")):
         with pytest.raises((ValueError, OSError), match=message):
-            prepare.prepare_corpus(sources, tokenizer, tmp_path / out, **options)
+            prepare.prepare_corpus(sources, tokenizer, tmp_path / out)
     assert (tmp_path / "full" / "file").read_text() == "keep me" and not (tmp_path / "o").exists()
 
 
-def test_shards_are_cut_between_documents(tmp_path, tokenizer):
-    documents = [("x", [i] * n, [i % 2 == 0] * n) for i, n in enumerate([30, 50, 40, 150, 10, 90])]
-    meta = prepare.write_corpus({"train": documents}, tmp_path / "out", tokenizer, shard_tokens=100)
-    assert meta["splits"]["train"]["shards"] == [80, 40, 150, 100]
-    assert [(t.tolist(), m.tolist()) for t, m in read_back(tmp_path / "out", "train", tokenizer)] == [
-        (tokens, mask) for _, tokens, mask in documents]
-
-
-# --------------------------------------------------------------------------------------------- length up-sampling
+# ------------------------------------------------------------------------------------------------ jobs and processes
 
 
 @pytest.fixture(scope="module")
@@ -202,175 +212,184 @@ def web(tmp_path_factory):
             words = int(2 ** rng.uniform(2, 9.5 if source == "books" else 8))
             text = " ".join(f"{rng.randrange(10**4)}" for _ in range(words))
             lines.append(json.dumps({"text": text, "meta": {"set": {"name": source}}}))
-        content = "\n".join(lines).encode()
-        (place / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        text = "\n".join(lines).encode()
+        (place / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     return place
-UPSAMPLED = {"source_field": "meta.set.name", "holdout_window": 16, "short": 100, "long": 500, "short_weight": 0.4, "long_weight": 2.5}
+
+
+SMALL = {"source_field": "meta.set.name", "holdout_window": 16, "job_characters": 20_000}
 
 
 def prepared(web, tokenizer, out, **options):
-    return prepare.prepare_corpus([("slim", web)], tokenizer, out, **UPSAMPLED | options)
+    return prepare.prepare_corpus([("slim", web)], tokenizer, out, **SMALL | options)
 
 
-def content(directory):
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
-def test_token_shares_by_length_and_source_are_what_the_weights_ask(web, tokenizer, tmp_path, monkeypatch):
-    """Up-sampling by the documents drawn, not their tokens; a budget filled from the head of the files; sources that drift."""
-    monkeypatch.setattr(prepare, "EDGES", [0, 100, 500, 2**62])
-    everything = prepared(web, tokenizer, tmp_path / "all", short_weight=1.0, long_weight=1.0)["splits"]["train"]["tokens"]
-    for budget in (everything // 3, everything // 9 * 8, None):
-        meta = prepared(web, tokenizer, tmp_path / str(budget), budget=budget)
-        written = meta["splits"]["train"]["tokens"]
-        assert written == budget or budget is None and abs(written / everything - 1) < 0.01
-        sources = meta["lengths"]["sources"]
-        assert set(sources) == {"slim/web", "slim/books"}
-        for rows in sources.values():  # proportions of sources are kept
-            assert sum(rows["asked"]) == pytest.approx(sum(rows["tokens"]) / everything * (budget or everything), rel=1e-3)
-            assert abs(sum(rows["written"]) - sum(rows["asked"])) <= (3 if budget else 600)
-            expected = np.array(rows["tokens"]) * [0.4, 1, 2.5]
-            for measured, asked, own in zip(rows["written"], rows["asked"], expected / expected.sum()):
-                assert abs(asked / sum(rows["asked"]) - own) < 1e-3
-                assert abs(measured / written - own * sum(rows["tokens"]) / everything) < 0.01
-
-
-def test_long_documents_may_be_left_out(web, tokenizer, tmp_path):
-    """A check of the options that takes one weight of 0 for all."""
-    prepared(web, tokenizer, tmp_path / "out", long_weight=0.0)
-    assert np.diff(np.load(tmp_path / "out" / "train-offsets.npy")).max() <= 500  # UPSAMPLED's border of long documents
-
-
-def test_no_document_occurs_more_often_than_its_weight(web, tokenizer, tmp_path):
-    once = prepared(web, tokenizer, tmp_path / "once", short_weight=1.0, long_weight=1.0, holdout=0)
-    assert once["splits"]["train"]["documents"] == 700
+def test_shards_have_one_source_each_and_all_documents_in_order(web, tokenizer, tmp_path):
     meta = prepared(web, tokenizer, tmp_path / "out", holdout=0)
-    dataset = data.PackedDataset(tmp_path / "once", "train", 8, 0, "none")
-    weights = data.length_weights(dataset.lengths, np.load(tmp_path / "once" / "train-sources.npy"), 100, 500, 0.4, 2.5)
-    whole = [tokens.tobytes() for tokens, _ in read_back(tmp_path / "once", "train", tokenizer)]
-    count = Counter(tokens.tobytes() for tokens, _ in read_back(tmp_path / "out", "train", tokenizer))
-    assert set(count) <= set(whole) and len(set(whole)) == 700 and weights.max() > 1.2
-    for tokens, weight in zip(whole, weights):
-        assert int(weight) <= count[tokens] <= np.ceil(weight)
-    most = meta["splits"]["train"]["tokens"]
-    with pytest.raises(ValueError, match=rf"--tokens {2 * most} is more than .* give, \d+"):
-        prepared(web, tokenizer, tmp_path / "more", holdout=0, budget=2 * most)
+    dataset = data.PackedDataset(tmp_path / "out", "train", 8, 0, "none")
+    names = {shard["source"] for shard in meta["splits"]["train"]}
+    assert names == {"slim/web", "slim/books"} and len(meta["splits"]["train"]) > 10
+    found = {name: [] for name in names}
+    numbers = iter(range(700))
+    for shard in meta["splits"]["train"]:
+        for _ in range(shard["documents"]):
+            found[shard["source"]].append(tokenizer.decode(dataset.document(next(numbers))[0].tolist()))
+    expected = {name: [] for name in names}
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        for _, line in data.read_lines(web / name):
+            record = json.loads(line)
+            expected[f"slim/{record['meta']['set']['name']}"].append(record["text"])
+    assert found == expected
 
 
-def test_any_number_of_processes_writes_the_same_bytes(web, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "PART_BYTES", 10_000)
+def test_any_number_of_processes_writes_the_same_bytes(web, tokenizer, tmp_path):
     for processes in (1, 4):
-        prepared(web, tokenizer, tmp_path / str(processes), processes=processes, budget=100_000, seed=3)
+        prepared(web, tokenizer, tmp_path / str(processes), processes=processes, seed=3)
     assert content(tmp_path / "1") == content(tmp_path / "4")
-    other = prepared(web, tokenizer, tmp_path / "other", budget=100_000, seed=4)
-    assert other["splits"]["train"]["tokens"] == 100_000 and content(tmp_path / "other") != content(tmp_path / "1")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4", "other"]  # no parts are left
+    prepared(web, tokenizer, tmp_path / "other", seed=4)
+    assert content(tmp_path / "other").keys() != content(tmp_path / "1").keys() or content(tmp_path / "other") != content(tmp_path / "1")
+    assert {name.partition(".")[2] for name in content(tmp_path / "1")} == {"json", "tokens", "mask", "lengths"}  # and no parts
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4", "other"]
 
 
-def prepare_in_small_parts(arguments, options):
-    prepare.PART_BYTES = 10_000
-    prepare.prepare_corpus(*arguments, **options)
+def prepare_in_a_process(web, tokenizer_path, out, options):
+    prepared(web, data.load_tokenizer(tokenizer_path), out, **options)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp_path, monkeypatch, processes):
-    """Killed while it tokenises, compares and writes, and every time after something more is done."""
-    monkeypatch.setattr(prepare, "PART_BYTES", 10_000)
-    prepared(web, tokenizer, tmp_path / "whole", budget=100_000)
-    parts, whole = tmp_path / "out.parts", 29
+def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp_path, processes):
+    """Killed at random moments, with what an earlier run of another seed left lying there."""
+    prepared(web, tokenizer, tmp_path / "whole")
+    out, rng = tmp_path / "out", random.Random(processes)
 
-    def done():
-        return len(list(parts.glob("*.safetensors")))
-
-    moments = {"tokenises": lambda: done() >= 4, "still does": lambda: done() >= 15, "has done so": lambda: done() == whole,
-               "compares": (parts / "held_out_windows.npy").exists, "writes": (tmp_path / "out.partial").exists, "never": lambda: False}
-    if processes > 1:  # each start takes seconds
-        del moments["tokenises"], moments["has done so"], moments["compares"]
-    counts = []
-    for when, is_reached in moments.items():
-        process = fork_context().Process(target=prepare_in_small_parts, args=(
-            ([("slim", web)], tokenizer, tmp_path / "out"), {"budget": 100_000, "processes": processes} | UPSAMPLED))
+    def start(**options):
+        process = fork_context().Process(target=prepare_in_a_process, args=(
+            web, tokenizer.path, out, {"processes": processes} | options))
         process.start()
-        end = time.monotonic() + 120
+        return process
+
+    def kill_at(process, is_reached):
+        end = time.monotonic() + 60
         while process.is_alive() and not is_reached() and time.monotonic() < end:
             time.sleep(0.001)
         process.kill()
         process.join()
-        assert process.exitcode == (0 if when == "never" else -signal.SIGKILL)
-        assert (tmp_path / "out").exists() == (when == "never")
-        counts.append(done())
-    assert 4 <= counts[0] <= counts[-3] <= whole == counts[-2] and counts[-1] == 0
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+    def receipts():
+        return len(list(out.glob("parts/*.json")))
+
+    kill_at(start(seed=1), lambda: receipts() >= 12)
+    assert receipts() >= 12 and not data.is_corpus(out)
+    for _ in range(8 if processes == 1 else 3):  # more processes take longer to start
+        wanted = rng.choice([1, 5, 20, 40])
+        process, moment = start(), time.monotonic() + rng.uniform(0, 0.6)
+        kill_at(process, lambda wanted=wanted, moment=moment: receipts() >= wanted and time.monotonic() > moment)
+    for files in ("parts/windows.npy", "valid-*"):  # it compares, it writes what is held out
+        kill_at(start(), lambda files=files: data.is_corpus(out) or list(out.glob(files)))
+    if not data.is_corpus(out):
+        process = start()
+        process.join()
+        assert process.exitcode == 0
+    with pytest.raises(ValueError, match="already exists"):  # and if it was killed at the very end, this tidies up
+        prepared(web, tokenizer, out)
+    (out / "lock").unlink(missing_ok=True)
+    assert content(out) == content(tmp_path / "whole")
 
 
-def test_copies_at_the_border_of_the_cap_are_held_out_together():
-    lengths = np.array([100, 100, 50, 50])
-    for hashes, most, kept in (([5, 5, 2**60, 2**62], 10, 2), ([5, 5, 5, 5], 120, 4), ([5, 9, 9, 9], 160, 1), ([1, 2, 3, 4], 260, 3)):
-        hashes = np.array(hashes, np.uint64)
-        share = prepare.capped_holdout(lengths, hashes, 0.5, most)
-        assert (hashes < share * 2**64).sum() == kept
+def test_what_is_done_is_not_done_again_unless_it_would_differ(tmp_path, tokenizer):
+    """Equal ranks cut by another pattern; another text; a file that a crash left short."""
+    other = tmp_path / "other"
+    other.mkdir()
+    settings = "settings"
+    job = prepare.Job(0, "x", [{"text": "12345 and more text"}])
+    (tmp_path / "parts").mkdir()
+
+    def encode(job=job, settings=settings):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train*")}
+        prepare.encode_job(job, tokenizer.path, tmp_path, 0.1, 0, settings)
+        return before != {path: path.stat().st_mtime_ns for path in tmp_path.glob("train*")}
+
+    assert encode() and not encode()
+    os.truncate(tmp_path / "train-00000.mask", 3)
+    assert encode() and not encode()
+    assert encode(settings="of a tokenizer with another pattern") and encode() and not encode()
+    assert encode(job._replace(documents=[{"text": "12345"}])) and encode(job._replace(source="y"))
 
 
-def test_a_part_is_used_again_only_for_the_same_tokenizer_and_if_it_is_whole(tmp_path, tokenizer):
-    """Equal ranks cut by another pattern; a file that a crash left short."""
-    raws = [data.Raw("x", b"12345 and more text", False)]
-    arguments = ["x", None, 0]
-    path, encoded = prepare.encode_part(raws, *arguments, tokenizer, tmp_path, "a")
-    assert encoded and prepare.encode_part(raws, *arguments, tokenizer, tmp_path, "a") == (path, 0)
-    os.truncate(path, 100)
-    assert prepare.encode_part(raws, *arguments, tokenizer, tmp_path, "a") == (path, encoded)
-    other = data.Tokenizer("other", data.LLAMA3.replace("{1,3}", ""), tokenizer._mergeable_ranks, tokenizer._special_tokens,
-                           path=tokenizer.path)
-    (tmp_path / "d.txt").write_text("12345 and more text")
-    with prepare.workers(1) as pool:
-        made = [prepare.encode_sources([("x", tmp_path / "d.txt")], None, 0, each, tmp_path, pool, 1)[0] for each in (tokenizer, other)]
-    assert made[0] != made[1]
-
-
-def test_prepare_touches_no_folder_but_its_own_and_works_alone(web, tokenizer, tmp_path):
-    (tmp_path / "out.parts").mkdir()
-    (tmp_path / "out.parts" / "notes.txt").write_text("precious")
-    with pytest.raises(ValueError, match="has notes.txt, which prepare did not write"):
-        prepared(web, tokenizer, tmp_path / "out")
-    assert (tmp_path / "out.parts" / "notes.txt").read_text() == "precious"
-    (tmp_path / "more.parts").mkdir()
-    hold = ("import data, sys, time\nwith data.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(30)\n")
-    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "more.parts" / "lock"], stdout=subprocess.PIPE,
+def test_prepare_works_alone(web, tokenizer, tmp_path):
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    hold = "import data, sys, time\nwith data.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(30)\n"
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "out" / "lock"], stdout=subprocess.PIPE,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match="another process is at work"):
-            prepared(web, tokenizer, tmp_path / "more")
+            prepared(web, tokenizer, tmp_path / "out")
     finally:
         other.kill()
         other.wait()
-    assert prepared(web, tokenizer, tmp_path / "more")["splits"]["train"]["documents"]
+    assert prepared(web, tokenizer, tmp_path / "out")["splits"]["train"]
 
 
-@pytest.mark.parametrize("field", ["meta.sett.name", "meta", "text"])
-def test_a_source_field_that_names_no_sources_is_refused(web, tokenizer, tmp_path, field, monkeypatch):
-    if field == "text":  # one a document
-        monkeypatch.setattr(prepare, "MOST_SOURCES", 100)
-    with pytest.raises(ValueError, match=f"--source-field {field}: gives"):
+@pytest.mark.parametrize("field, message", [("meta.sett.name", "gives no source"), ("meta", "gives no source"),
+                                            ("text", "gives more than 100")])
+def test_a_source_field_that_names_no_sources_is_refused(web, tokenizer, tmp_path, field, message):
+    with pytest.raises(ValueError, match=f"--source-field {field}: {message}"):
         prepared(web, tokenizer, tmp_path / "out", source_field=field)
 
 
-def test_held_out_tokens_are_capped_and_still_chosen_by_content(web, tokenizer, tmp_path):
-    wide, narrow = (prepared(web, tokenizer, tmp_path / str(most), holdout=0.3, holdout_window=0, holdout_tokens=most)
-                    for most in (10**9, 20_000))
-    sides = [[{t.tobytes() for t, _ in read_back(tmp_path / str(most), split, tokenizer)} for split in ("train", "valid")]
-             for most in (10**9, 20_000)]
-    assert wide["splits"]["valid"]["tokens"] > 40_000 and 10_000 < narrow["splits"]["valid"]["tokens"] <= 20_000
-    assert sides[1][1] < sides[0][1] and not sides[1][0] & sides[1][1] and narrow["holdout"] < wide["holdout"] == 0.3
-
-
-def test_a_bad_line_keeps_the_parts_that_are_done(web, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "PART_BYTES", 10_000)
+def test_a_bad_line_keeps_the_shards_that_are_done(web, tokenizer, tmp_path):
     bad = tmp_path / "z.jsonl"
     bad.write_text('{"txt": 1}')
     with pytest.raises(ValueError, match="z.jsonl, line 1: needs an object"):
-        prepare.prepare_corpus([("slim", web), ("bad", bad)], tokenizer, tmp_path / "out", source_field="meta.set.name", processes=2)
-    assert len(list((tmp_path / "out.parts").iterdir())) > 3 and not (tmp_path / "out").exists()
+        prepare.prepare_corpus([("slim", web), ("bad", bad)], tokenizer, tmp_path / "out", **SMALL, processes=2)
+    assert len(list((tmp_path / "out" / "parts").glob("*.json"))) > 3 and not data.is_corpus(tmp_path / "out")
+
+
+WORKERS = """
+import os, signal, sys, time
+from pathlib import Path
+from tools.prepare import in_order, workers
+
+def job(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    with workers(2) as pool:
+        if sys.argv[1] == "die":
+            list(in_order(pool, 4, die, [()]))
+        print(*set(in_order(pool, 4, job, [(0.3,)] * 4)), flush=True)
+        time.sleep(60)
+"""
+
+
+def start_workers(tmp_path, argument):
+    (tmp_path / "program.py").write_text(WORKERS)
+    return subprocess.Popen([sys.executable, tmp_path / "program.py", argument], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """Else they wait for ever for their next job."""
+    process = start_workers(tmp_path, "wait")
+    numbers = process.stdout.readline().split()
+    assert len(numbers) == 2
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(Path("/proc", number).exists() for number in numbers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(Path("/proc", number).exists() for number in numbers)
+
+
+def test_a_killed_worker_is_one_clear_line(tmp_path):
+    process = start_workers(tmp_path, "die")
+    _, errors = process.communicate(timeout=60)
+    assert errors.splitlines()[-1].startswith("OSError: a worker process was killed (too little memory?)")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -380,18 +399,21 @@ def test_command_line_prepares_a_corpus_and_prints_its_lengths(tmp_path, tokeniz
     folder = write_text_files(tmp_path / "text", 40)
     prepare.main(["--source", f"numbers={folder}", "--tokenizer", str(tokenizer.path), "--out", str(tmp_path / "c")])
     printed = capsys.readouterr().out
-    assert "numbers" in printed and "100.0%" in printed
-    meta = json.loads((tmp_path / "c" / "meta.json").read_text())
-    assert meta["splits"]["train"]["documents"] + meta["splits"]["valid"]["documents"] == 40
-    assert f"train: {meta['splits']['train']['documents']} documents" in printed
+    assert re.search(r"numbers +[\d.]+% ", printed)
+    splits = json.loads((tmp_path / "c" / "meta.json").read_text())["splits"]
+    [train], [valid] = splits["train"], splits["valid"]
+    assert train["documents"] + valid["documents"] == 40 and f"train: {train['documents']} documents" in printed
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--source text --tokenizer t --out o", "NAME=PATH"),
+    ("--source text --tokenizer t --out o", "argument --source: text: write it as NAME=PATH"),
     ("--source a=missing --tokenizer t --out o", "--source missing"),
-    ("--source a=text --tokenizer missing --out o", "missing"),
+    ("--source a=text --tokenizer missing --out o", "argument --tokenizer: missing"),
     ("--source a=text --tokenizer t --out text", "already exists"),
-    ("--source a=text --tokenizer t --out o --holdout 2", "holdout 2.0")])
+    ("--source a=text --tokenizer t --out o --processes 0", "argument --processes: 0 must be a whole number, 1 or more"),
+    ("--source a=text --tokenizer t --out o --holdout 2", "argument --holdout: 2 must be a number from 0 to 1"),
+    ("--source a=text --tokenizer t --out o --holdout 1", "leaves no training documents"),
+    ("--source a=text --tokenizer t --out o --tokens 9", "unrecognized arguments: --tokens 9")])
 def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_text_files(tmp_path / "text", 3)

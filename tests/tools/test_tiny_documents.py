@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from data import PackedDataset, encode_chat
+from data import PackedDataset
+from sft import encode_chat
 from tools import tiny_documents
 from tools.prepare import prepare_corpus
 from tools.train_tokenizer import train_bpe
@@ -34,8 +35,7 @@ def test_retrieval_documents_have_their_lengths_and_lose_on_answers_that_they_co
     place, tokenizer = place
     dataset = PackedDataset(made(place, "retrieval", "retrieval", "--shortest", 150, "--text-loss", 0), "train", 8, 0, "none")
     assert len(dataset.lengths) == 20 and 150 <= min(dataset.lengths) < max(dataset.lengths) <= 300
-    for shard, start, length in zip(dataset.shards, dataset.starts, dataset.lengths):
-        tokens, mask = (x[shard][start:start + length] for x in (dataset.tokens, dataset.masks))
+    for tokens, mask in map(dataset.document, range(20)):
         edges = np.flatnonzero(np.diff(mask.astype(int), prepend=0) == 1)
         answers = [tokenizer.decode(tokens[edge:edge + 5].tolist()) for edge in edges]
         text = tokenizer.decode(tokens[:edges[0]].tolist())

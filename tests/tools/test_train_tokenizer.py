@@ -1,13 +1,10 @@
-"""tools.train_tokenizer: merges are those of a full recount, and one token is one digit."""
-import re
-from collections import Counter
-
+"""tools.train_tokenizer: merges by frequency, and one token is one digit."""
 import pytest
 from texts import TRAINING_TEXT
 
 import data
 from tools import train_tokenizer
-from tools.train_tokenizer import QWEN2_STDLIB, train_bpe
+from tools.train_tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -15,39 +12,27 @@ def tokenizer(tmp_path_factory):
     return train_bpe([TRAINING_TEXT], 400, tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_bpe_gives_one_token_a_digit(tmp_path):
+def test_the_most_frequent_pair_is_merged_first(tmp_path):
+    """bc stands 7 times, abc 4, and xy 3 times."""
+    tokenizer = train_bpe(["abc\nabc\nabc\nabc\nbc\nbc\nbc\nxy\nxy\nxy"], 259, tmp_path)
+    assert [tokenizer.decode_single_token_bytes(i) for i in range(256)] == [bytes([b]) for b in range(256)]
+    assert [tokenizer.decode_single_token_bytes(i) for i in (256, 257, 258)] == [b"bc", b"abc", b"xy"]
+
+
+def test_one_token_is_one_digit(tmp_path):
     """Llama 3's own pattern keeps three digits together, so a merge of digits would be used."""
     tokenizer = train_bpe(["2024 2024 2025 x1234 1234567 abc abd xyz " * 50], 262, tmp_path)
     assert tokenizer._pat_str == data.LLAMA3
     assert [tokenizer.decode([t]) for t in tokenizer.encode_ordinary("2024")] == list("2024")
 
 
-def test_bpe_equals_recounting_every_merge(tokenizer):
-    """Incremental counts that drift from a full recount choose other merges."""
-    words = Counter(re.findall(QWEN2_STDLIB, TRAINING_TEXT))
-    spelled = {word: [bytes([b]) for b in word.encode()] for word in words}
-    expected = [bytes([b]) for b in range(256)]
-    while len(expected) < 330:
-        counts = Counter()
-        for word, symbols in spelled.items():
-            for pair in zip(symbols, symbols[1:]):
-                counts[pair] += words[word]
-        rank = {token: i for i, token in enumerate(expected)}
-        best = min(counts, key=lambda pair: (-counts[pair], rank[pair[0]], rank[pair[1]]))
-        expected.append(best[0] + best[1])
-        for word, symbols in spelled.items():
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == best:
-                    symbols[i:i + 2] = [best[0] + best[1]]
-                i += 1
-    assert [tokenizer.decode_single_token_bytes(i) for i in range(330)] == expected
+def test_the_same_text_gives_the_same_file(tokenizer, tmp_path):
+    again = train_bpe([TRAINING_TEXT], 400, tmp_path / "a")
+    assert again.path.read_bytes() == tokenizer.path.read_bytes()
+    assert again.path.read_text().splitlines()[:2] == ["AA== 0", "AQ== 1"]
 
 
-def test_bpe_is_deterministic_and_refuses_impossible_sizes(tokenizer, tmp_path):
-    again = train_bpe([TRAINING_TEXT], 400, tmp_path / "a" / "tokenizer.model")
-    assert again._mergeable_ranks == tokenizer._mergeable_ranks
-    assert (tmp_path / "a" / "tokenizer.model").read_text().splitlines()[:2] == ["AA== 0", "AQ== 1"]
+def test_impossible_sizes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="too large.*259"):
         train_bpe(["abc abc"], 300, tmp_path / "b")
     with pytest.raises(ValueError, match="too small"):
@@ -55,12 +40,18 @@ def test_bpe_is_deterministic_and_refuses_impossible_sizes(tokenizer, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_texts_end_after_so_many_bytes(tmp_path):
+    (tmp_path / "a.txt").write_text("one two")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "three", "completion": "four"}\n{"text": "five"}')
+    assert list(train_tokenizer.read_texts([tmp_path], 13)) == ["one two", "three", "f"]
+
+
 def test_command_line_writes_a_tokenizer_that_loads(tmp_path, capsys):
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.py").write_text(" ".join(f"name{7 ** i % 10**5 + j}" for j in range(80)))
-    train_tokenizer.main(["--source", str(tmp_path / "text"), "--vocab-size", "260", "--out", str(tmp_path / "t")])
-    assert "260 tokens, 256 special" in capsys.readouterr().out and data.load_tokenizer(tmp_path / "t").n_vocab == 516
+    train_tokenizer.main(["--source", str(tmp_path / "text"), "--vocab-size", "259", "--out", str(tmp_path / "t")])
+    assert "259 tokens, 256 special" in capsys.readouterr().out and data.load_tokenizer(tmp_path / "t").n_vocab == 515
 
 
 @pytest.mark.parametrize("arguments, message", [
