@@ -17,6 +17,7 @@ import math
 import random
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from parallel import (
     Parser,
     add_grid_arguments,
     attention_kernel,
-    available_device,
+    device_here,
     existing,
     nonnegative,
     one_line_errors,
@@ -41,9 +42,9 @@ from parallel import (
     print_once,
     writable,
 )
-from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
+from rope_yarn import add_scaling_arguments, scaling_from_options
 from sft import encode_chat
-from train import default_dtype
+from train import compute_type
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
 WORDING = {
@@ -415,44 +416,35 @@ def print_saved(read: int, computed: int) -> None:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model directory that can be evaluated: all about it but its weights."""
+def read_checkpoint(options: Namespace) -> tuple[ModelConfig, data.Tokenizer]:
+    """Configuration, with the scaling that was asked for, and tokenizer of a model directory: all but its weights.
 
-    path: Path
-    config: ModelConfig  # with the scaling that was asked for
-    scaling: RopeScaling | None  # that one, None for the checkpoint's own
-    tokenizer: data.Tokenizer
-    dtype: str
-    device: str
+    options: those of `checkpoint_parser`. Raises ValueError or OSError naming what is wrong.
+    """
+    config = rescale(read_config(options.model), scaling_from_options(vars(options)))
+    tokenizer = data.load_tokenizer(options.model)
+    attention_kernel(options.device, getattr(torch, compute_type(options)), config.head_dim)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(f"{options.model}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
+    return config, tokenizer
 
-    @classmethod
-    def open(cls, options: dict) -> Checkpoint:
-        """Check everything that can be checked without the weights; `options` are those of `checkpoint_parser`.
 
-        Raises ValueError or OSError naming what is wrong.
-        """
-        path, device, scaling = options["model"], options["device"], scaling_from_options(options)
-        dtype = options["dtype"] or default_dtype(device)
-        config, tokenizer = rescale(read_config(path), scaling), data.load_tokenizer(path)
-        attention_kernel(device, getattr(torch, dtype), config.head_dim)
-        if tokenizer.n_vocab > config.vocab_size:
-            raise ValueError(f"{path}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
-        return cls(path, config, scaling, tokenizer, dtype, device)
+def load_model(options: Namespace, grid: Grid) -> Llama:
+    """The model of `read_checkpoint`, on this grid."""
+    return Llama.from_pretrained(options.model, grid, getattr(torch, compute_type(options)), options.device,
+                                 scaling_from_options(vars(options)))
 
-    def load(self, grid: Grid) -> Llama:
-        """The model, on this grid."""
-        return Llama.from_pretrained(self.path, grid, getattr(torch, self.dtype), self.device, self.scaling)
 
-    def window_before(self) -> int:
-        """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
-        own = self.config.max_position_embeddings
-        return own if self.config.rope_scaling.kind == "llama3" else self.config.window_before() or own
+def old_window(config: ModelConfig) -> int:
+    """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
+    own = config.max_position_embeddings
+    return own if config.rope_scaling.kind == "llama3" else config.window_before() or own
 
-    def note_lengths(self, longest: int) -> None:
-        """Say so if prompts are longer than the window."""
-        if longest > self.config.max_position_embeddings:
-            print_once(f"note: lengths above {self.config.max_position_embeddings} lie beyond this model's window")
+
+def note_lengths(config: ModelConfig, longest: int) -> None:
+    """Say so if prompts are longer than the window."""
+    if longest > config.max_position_embeddings:
+        print_once(f"note: lengths above {config.max_position_embeddings} lie beyond this model's window")
 
 
 def checkpoint_parser(description: str) -> Parser:
@@ -461,7 +453,7 @@ def checkpoint_parser(description: str) -> Parser:
     parser.add_argument("model", type=existing, help="Hugging Face model directory")
     add = parser.add_argument_group("compute").add_argument
     add("--dtype", choices=("float32", "bfloat16"), help="if not given: bfloat16 on a GPU, float32 on a CPU")
-    add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add_grid_arguments(parser)
     add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
     return parser
@@ -529,9 +521,9 @@ def main(argv: list[str] | None = None) -> None:
         if a.system is not None and a.prompt != "chat":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
         grid, longest = Grid.create(a.tp, a.cp, a.device, a.timeout), max(a.lengths)
-        checkpoint = Checkpoint.open(vars(a))
-        checkpoint.note_lengths(longest)
-        tokenizer, haystack = checkpoint.tokenizer, load_haystack(a.haystack, checkpoint.tokenizer, OFFSETS + longest)
+        config, tokenizer = read_checkpoint(a)
+        note_lengths(config, longest)
+        haystack = load_haystack(a.haystack, tokenizer, OFFSETS + longest)
         if len(haystack) < longest:
             raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; length {longest} needs as many")
         depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
@@ -539,8 +531,8 @@ def main(argv: list[str] | None = None) -> None:
                    "digits": a.digits, "system": a.system}
         for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
             cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
-        results = {"settings": vars(a) | {"dtype": checkpoint.dtype}, "window": a.window or checkpoint.window_before()}
-        results |= evaluate(checkpoint.load(grid), tokenizer, haystack, a.lengths, depths, a.samples,
+        results = {"settings": vars(a) | {"dtype": compute_type(a)}, "window": a.window or old_window(config)}
+        results |= evaluate(load_model(a, grid), tokenizer, haystack, a.lengths, depths, a.samples,
                             batch_tokens=a.batch_tokens, progress=grid.is_first, **options)
         if grid.is_first:
             print(terminal_map(results, sys.stdout.isatty()))

@@ -576,19 +576,6 @@ class Llama(nn.Module):
         return zigzag_shard(self.pad(targets, -100), self.grid, 1).unflatten(1, (self.grid.tp, -1))
 
     @torch.no_grad()
-    def token_losses(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Cross-entropy of every position, (B, S) float32, 0 where the target is -100: for loss by position."""
-        hidden = self.hidden_states(tokens, document_ids)  # (B, m, hidden)
-        tile, losses = self.positions_a_tile(len(tokens)), []
-        for part, target in zip(hidden.split(tile, 1), self.local_targets(targets).split(tile, 2), strict=True):
-            rows = gathered(self.model.norm(part), self.grid)  # (B, tp, tile, hidden)
-            scores = F.linear(rows, self.head_weight).float().flatten(0, 2)  # (B tp tile, V / tp)
-            found, _ = vocab_parallel_cross_entropy(scores, target.flatten().clamp(min=0), self.grid)
-            losses.append(found.view(target.shape) * (target != -100))  # (B, tp, tile)
-        local = torch.cat(losses, 2).flatten(1)  # (B, S / cp)
-        return zigzag_unshard(local, self.grid, 1)[:, :targets.shape[1]]
-
-    @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
                  stop_tokens: tuple[int, ...] = (), seed: int | None = None, cache: KVCache | None = None) -> Tensor:
         """Continue prompts (B, S) of equal length -> (B, S + n) int64, n <= max_new_tokens.

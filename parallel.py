@@ -769,53 +769,35 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
 
     def error(self, message: str) -> None:
+        if message.startswith("argument "):  # "argument --steps: 0 must ..." -> "--steps 0 must ..."
+            message = message.removeprefix("argument ").replace(": ", " ", 1)
         raise ValueError(message)
 
 
-def checked(kind: Callable, text: str, fits: Callable, right: str):
-    """An option's text as a `kind` that `fits`; argparse puts the option's name before what is raised."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not fits(value):
-        raise argparse.ArgumentTypeError(f"{text} must be {right}")
-    return value
+def option(kind: Callable, fits: Callable, right: str) -> Callable[[str], object]:
+    """A type for argparse: an option's text as a `kind` that `fits`; else the error says what would be `right`."""
+    def check(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {right}")  # argparse puts the option's name before it
+        return value
+
+    return check
 
 
-def positive(text: str) -> int:
-    return checked(int, text, lambda n: n >= 1, "a whole number, 1 or more")
-
-
-def nonnegative(text: str) -> int:
-    return checked(int, text, lambda n: n >= 0, "a whole number, 0 or more")
-
-
-def nonnegative_number(text: str) -> float:
-    return checked(float, text, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
-
-
-def fraction(text: str) -> float:
-    return checked(float, text, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-
-
-def seconds(text: str) -> float:
-    return checked(float, text, lambda x: 0 < x < 1e7, "a number of seconds above 0")
-
-
-def available_device(text: str) -> str:
-    here = text == "cpu" or text.startswith("cuda") and torch.cuda.is_available()
-    assigned = text in ("cpu", "cuda") or launched()[1] == 1  # of several processes each takes its own GPU
-    return checked(str, text, lambda _: here and assigned, "cpu, or cuda where there is a GPU")
-
-
-def existing(text: str) -> Path:
-    return checked(Path, text, Path.exists, "a file or directory that exists")
-
-
-def writable(text: str) -> Path:
-    return checked(Path, text, lambda path: path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK),
-                   "a file in a directory that exists and can be written")
+positive = option(int, lambda n: n >= 1, "a whole number, 1 or more")
+nonnegative = option(int, lambda n: n >= 0, "a whole number, 0 or more")
+nonnegative_number = option(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
+fraction = option(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0")
+existing = option(Path, Path.exists, "a file or directory that exists")
+writable = option(Path, lambda path: path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK),
+                  "a file in a directory that exists and can be written")
+device_here = option(str, lambda name: name == "cpu" or name.split(":")[0] == "cuda" and torch.cuda.is_available(),
+                     "cpu, or cuda where there is a GPU")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import tiktoken
 
 from data import Blend, Tokenizer, read_records, shuffled
 from parallel import Grid, Parser, existing, one_line_errors, positive, print_once
-from train import Settings, agreed_settings, argument_parser, load_start, run_stage, weighted_path
+from train import argument_parser, load_start, run_stage, weighted_path
 
 # ------------------------------------------------------------------------------------- conversations
 
@@ -279,15 +279,13 @@ def main(argv: list[str] | None = None) -> None:
     """Stage 2."""
     with one_line_errors():
         a = stage2_parser().parse_args(argv)
-        settings = Settings.from_options(vars(a))
         if a.validate_every and not a.validation_data:
             raise ValueError("--validate-every needs --validation-data, held-out chat samples")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        config, tokenizer = load_start(settings, a.tokenizer, None, a.sequence_length)
+        config, tokenizer = load_start(a, None)
         held_out = a.validation_data if a.validation_sequences else None
         training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length, a.seed, a.pack)
-        agreed = agreed_settings(vars(a), settings, tokenizer)
-        run_stage(grid, config, a.tokenizer or a.model, training, validation, settings, agreed)
+        run_stage(a, grid, config, tokenizer, training, validation)
         grid.close()
 
 

@@ -23,9 +23,10 @@ import signal
 import sys
 import time
 import zlib
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,13 +40,13 @@ from parallel import (
     ShardedAdamW,
     add_grid_arguments,
     attention_kernel,
-    available_device,
-    checked,
+    device_here,
     existing,
     fraction,
     nonnegative,
     nonnegative_number,
     one_line_errors,
+    option,
     positive,
     print_once,
 )
@@ -67,12 +68,14 @@ OPTIMIZER_SHARD_BYTES = 5 * 10**9  # largest file of optimizer state
 def argument_parser(description: str, required: bool = True) -> Parser:
     """The options both stages have; a stage adds its data group. A plan needs none of the `required` ones."""
     parser = Parser(description)
-    add = parser.add_argument_group("model").add_argument
-    add("--model", type=existing, help="start from this Hugging Face model directory")
-    add("--config", type=existing, help="or start from random weights of this config.json")
+    group = parser.add_argument_group("model")
+    start = group.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", type=existing, help="start from this Hugging Face model directory")
+    start.add_argument("--config", type=existing, help="start from random weights of this config.json")
+    add = group.add_argument
     add("--tokenizer", type=existing, help="tokenizer directory or file (if not given: the model's own)")
     add("--dtype", choices=("float32", "bfloat16"), help="compute type (if not given: bfloat16 on a GPU, float32 on a CPU)")
-    add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
 
     add = parser.add_argument_group("memory").add_argument
     add("--recompute", choices=RECOMPUTE, default="none",
@@ -121,59 +124,20 @@ def stage1_parser(required: bool = True) -> Parser:
     return parser
 
 
+positive_weight = option(float, lambda weight: 0 < weight < math.inf, "a weight above 0")
+
+
 def weighted_path(text: str) -> tuple[Path, float]:
     """An option's PATH or PATH=WEIGHT -> (path, weight), 1.0 without one."""
     path, _, weight = text.rpartition("=")
     if not path or "/" in weight:  # this '=' belongs to the path
         path, weight = text, "1"
-    return existing(path), checked(float, weight, lambda value: 0 < value < math.inf, "a weight above 0")
+    return existing(path), positive_weight(weight)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The options that both stages share, see `argument_parser`. Raises ValueError for what cannot go together."""
-
-    model: Path | None
-    config: Path | None
-    device: str
-    dtype: str
-    recompute: str
-    offload: bool
-    offload_optimizer: bool
-    tile: int | None
-    steps: int
-    batch_size: int
-    micro_batch_size: int | None
-    learning_rate: float
-    warmup_steps: int
-    final_learning_rate: float
-    weight_decay: float
-    betas: tuple[float, float]
-    clip: float
-    seed: int
-    out: Path
-    resume: bool
-    checkpoint_every: int
-    keep_checkpoints: int
-    validate_every: int
-    validation_sequences: int
-
-    def __post_init__(self) -> None:
-        if (self.model is None) == (self.config is None):
-            raise ValueError("give --model, a model directory to start from, or --config, a config.json for random weights")
-        if self.offload and self.recompute == "none":
-            raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or --recompute mlp")
-
-    @classmethod
-    def from_options(cls, options: dict) -> Settings:
-        """Those of a parsed command line, with the compute type that suits the device."""
-        options = options | {"dtype": options["dtype"] or default_dtype(options["device"])}
-        return cls(**{field.name: options[field.name] for field in fields(cls)})
-
-
-def default_dtype(device: str) -> str:
-    """bfloat16 on a GPU; float32 on a CPU, where few have bfloat16 units."""
-    return "bfloat16" if device.startswith("cuda") else "float32"
+def compute_type(options: Namespace) -> str:
+    """What was asked for, else bfloat16 on a GPU and float32 on a CPU, where few have bfloat16 units."""
+    return options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
 
 
 def check_batch(grid: Grid, length: int, batch_size: int, micro_batch_size: int | None, document_mask: bool) -> int:
@@ -237,18 +201,17 @@ def extension(config: ModelConfig, length: int) -> str:
             f"{unsure or ', which'} replaces the model's own {scaling.kind} rule")
 
 
-def load_start(settings: Settings, tokenizer: Path | None, scaling: RopeScaling | None,
-               sequence_length: int) -> tuple[ModelConfig, data.Tokenizer]:
+def load_start(options: Namespace, scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
     """Configuration and tokenizer to start from, checked against each other. Raises ValueError, OSError."""
-    config = starting_config(settings.model or settings.config, scaling, sequence_length)
-    if not (tokenizer or settings.model):
+    config = starting_config(options.model or options.config, scaling, options.sequence_length)
+    if not (options.tokenizer or options.model):
         raise ValueError("--tokenizer is needed with --config: the one that the corpus was prepared with")
-    loaded = data.load_tokenizer(tokenizer or settings.model)
-    if loaded.n_vocab > config.vocab_size:
-        raise ValueError(f"{loaded.path}: {loaded.n_vocab} tokens, but the model's vocab_size is {config.vocab_size}; use the "
-                         "model's own tokenizer")
-    stops = data.stop_tokens(loaded, config.hf.get("eos_token_id"))  # where servers should stop
-    return replace(config, hf=config.hf | {"eos_token_id": stops}), loaded
+    tokenizer = data.load_tokenizer(options.tokenizer or options.model)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(f"{tokenizer.path}: {tokenizer.n_vocab} tokens, but the model's vocab_size is {config.vocab_size}; "
+                         "use the model's own tokenizer")
+    stops = data.stop_tokens(tokenizer, config.hf.get("eos_token_id"))  # where servers should stop
+    return replace(config, hf=config.hf | {"eos_token_id": stops}), tokenizer
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, final_share: float) -> float:
@@ -350,11 +313,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8,}", path.name))
 
 
-def agreed_settings(options: dict, settings: Settings, tokenizer: data.Tokenizer) -> dict:
+def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
     """What a resumed run must share with the run it continues, as JSON; files by what is in them, not by their path."""
-    agreed = {name: value for name, value in sorted(options.items()) if name not in FREE_TO_CHANGE}
-    agreed |= {"dtype": settings.dtype, "tokenizer": data.fingerprint(tokenizer),
-               "data": [[data.digest(path), weight] for path, weight in options["data"]]}
+    agreed = {name: value for name, value in sorted(vars(options).items()) if name not in FREE_TO_CHANGE}
+    agreed |= {"dtype": compute_type(options), "tokenizer": data.fingerprint(tokenizer),
+               "data": [[data.digest(path), weight] for path, weight in options.data]}
     return json.loads(json.dumps(agreed, default=str))
 
 
@@ -461,16 +424,16 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step == last or every > 0 and step % every == 0
 
 
-def train(model: Llama, optimizer: ShardedAdamW, training, validation, settings: Settings, save: Callable[[int], Path],
-          first_step: int, stop: list[int]) -> int:
-    """Steps first_step + 1 ... settings.steps, then a checkpoint. Returns the last step made: a signal in `stop` ends early."""
-    grid, device, steps = model.grid, model.head_weight.device, settings.steps
-    share, length = settings.batch_size // grid.dp, training.sequence_length
+def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace, micro_batch_size: int,
+          save: Callable[[int], Path], first_step: int, stop: list[int]) -> int:
+    """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made: a signal in `stop` ends early."""
+    grid, device, steps = model.grid, model.head_weight.device, options.steps
+    share, length = options.batch_size // grid.dp, training.sequence_length
     products, attention = forward_flops(model.config, length)  # of a whole sequence; shorter ones take a little less
     flops = 3 * (products + (0 if training.document_mask else attention))  # masked documents: their products alone
     peak, step = peak_rate(device), first_step
-    log = open_metrics(settings.out / "metrics.jsonl", first_step) if grid.is_first else None
-    bar = tqdm(range(first_step + 1, steps + 1), initial=first_step, total=steps, desc=settings.out.name, mininterval=1.0,
+    log = open_metrics(options.out / "metrics.jsonl", first_step) if grid.is_first else None
+    bar = tqdm(range(first_step + 1, steps + 1), initial=first_step, total=steps, desc=options.out.name, mininterval=1.0,
                disable=not grid.is_first)
 
     def note(**values) -> None:
@@ -479,16 +442,16 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, settings:
 
     for step in bar:
         start = time.perf_counter()
-        batch = data.batch(training, (step - 1) * settings.batch_size + grid.dp_rank * share, share)
+        batch = data.batch(training, (step - 1) * options.batch_size + grid.dp_rank * share, share)
         waited = time.perf_counter() - start
-        loss, positions = training_step(model, optimizer, batch, settings.micro_batch_size)
-        rate = learning_rate(step, steps, settings.learning_rate, settings.warmup_steps, settings.final_learning_rate)
+        loss, positions = training_step(model, optimizer, batch, micro_batch_size)
+        rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, options.final_learning_rate)
         try:
             if not math.isfinite(loss):
                 raise ArithmeticError(f"the loss is {loss}")
-            norm = optimizer.step(rate, settings.clip)
+            norm = optimizer.step(rate, options.clip)
         except ArithmeticError as error:
-            good = checkpoints(settings.out)
+            good = checkpoints(options.out)
             raise ArithmeticError(f"step {step}: {error}; nothing was updated. The last good checkpoint is "
                                   f"{good[-1] if good else 'none'}; try a lower --learning-rate") from None
         seconds, gib = time.perf_counter() - start, peak_memory_gib(device)
@@ -499,13 +462,13 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, settings:
              mfu=mfu and round(mfu, 4), data_wait=round(waited / seconds, 4), peak_memory_gib=round(gib, 3))
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {f'MFU {mfu:.0%}, ' if mfu else ''}{gib:.1f} GiB, "
                             f"data {waited / seconds:.0%}", refresh=False)
-        if validation and is_due(step, settings.validate_every, steps):
-            held_out = validate(model, validation, settings.validation_sequences)
+        if validation and is_due(step, options.validate_every, steps):
+            held_out = validate(model, validation, options.validation_sequences)
             note(validation_loss=held_out)
             if grid.is_first:
                 bar.write(f"step {step}: held-out loss {held_out:.3f}")
         stopping = stop_requested(stop, grid, device)
-        if stopping or is_due(step, settings.checkpoint_every, steps):
+        if stopping or is_due(step, options.checkpoint_every, steps):
             path = save(step)
         if stopping:
             if grid.is_first:
@@ -514,60 +477,59 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, settings:
     return step
 
 
-def build_model(config: ModelConfig, checkpoint: Path | None, grid: Grid, settings: Settings) -> Llama:
-    """The model of a checkpoint, as it is; else the one that `config` describes, with the model's weights or random ones."""
-    dtype, source = getattr(torch, settings.dtype), checkpoint or settings.model
+def build_model(config: ModelConfig, checkpoint: Path | None, grid: Grid, options: Namespace) -> Llama:
+    """The model of a checkpoint, as it is; else the one that `config` describes, with --model's weights or random ones."""
+    dtype, source = getattr(torch, compute_type(options)), checkpoint or options.model
     if source:
-        model = Llama.from_pretrained(source, grid, dtype, settings.device)
+        model = Llama.from_pretrained(source, grid, dtype, options.device)
     else:
-        model = Llama(config, grid).initialise(settings.seed).to(settings.device, dtype)
+        model = Llama(config, grid).initialise(options.seed).to(options.device, dtype)
     if not checkpoint:
         model.config = config
-    model.recompute, model.offload, model.tile = settings.recompute, settings.offload, settings.tile
+    model.recompute, model.offload, model.tile = options.recompute, options.offload, options.tile
     return model
 
 
-def run_stage(grid: Grid, config: ModelConfig, tokenizer: Path, training, validation, settings: Settings, agreed: dict) -> None:
+def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: data.Tokenizer, training, validation) -> None:
     """Build everything, train, and leave `final`: what is the same in both stages.
 
-    tokenizer: the files to put beside the model. agreed: what a resumed run must share. Raises ValueError, OSError,
-    ArithmeticError.
+    options: those of `argument_parser`. Raises ValueError, OSError, ArithmeticError.
     """
-    length, out = training.sequence_length, settings.out
-    micro_batch_size = check_batch(grid, length, settings.batch_size, settings.micro_batch_size, training.document_mask)
-    settings = replace(settings, micro_batch_size=micro_batch_size)
-    kernel = attention_kernel(settings.device, getattr(torch, settings.dtype), config.head_dim)
-    checkpoint, step, updates = load_progress(out, settings.resume, agreed)
-    found = torch.tensor([step, zlib.crc32(json.dumps(agreed).encode())], device=settings.device)
+    out, length, dtype = options.out, training.sequence_length, compute_type(options)
+    tokenizer_files = options.tokenizer or options.model
+    if options.offload and options.recompute == "none":
+        raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or --recompute mlp")
+    micro_batch_size = check_batch(grid, length, options.batch_size, options.micro_batch_size, training.document_mask)
+    kernel = attention_kernel(options.device, getattr(torch, dtype), config.head_dim)
+    agreed = agreed_settings(options, tokenizer)
+    checkpoint, step, updates = load_progress(out, options.resume, agreed)
+    found = torch.tensor([step, zlib.crc32(json.dumps(agreed).encode())], device=options.device)
     if (grid.all_gather(found, "all") != found).any():
         raise ValueError(f"the ranks have found different checkpoints in {out}, options or data; --out and --data must be the "
                          "same for all of them")
     if (out / "final" / "config.json").exists():
         print_once(f"{out}/final is already there; nothing to do")
         return
-    model = build_model(config, checkpoint, grid, settings)
-    optimizer = ShardedAdamW(model, grid, settings.betas, weight_decay=settings.weight_decay,
-                             on_host=settings.offload_optimizer)
+    model = build_model(config, checkpoint, grid, options)
+    optimizer = ShardedAdamW(model, grid, options.betas, weight_decay=options.weight_decay, on_host=options.offload_optimizer)
     if checkpoint:
         load_optimizer(checkpoint, optimizer, updates)
     if grid.is_first:
         out.mkdir(parents=True, exist_ok=True)
     parameters = sum(math.prod(shape) for shape, _ in optimizer.shapes().values())
-    config = model.config
-    resumed = f", resumed after step {step}" if checkpoint else ""
-    print_once(f"{parameters / 1e6:.2f}M parameters, {settings.dtype} on {settings.device}, "
-               f"window {config.max_position_embeddings}, rope {config.rope_scaling.kind}, "
-               f"{settings.batch_size} x {length} tokens a step{resumed}")
+    config, resumed = model.config, f", resumed after step {step}" if checkpoint else ""
+    print_once(f"{parameters / 1e6:.2f}M parameters, {dtype} on {options.device}, window {config.max_position_embeddings}, "
+               f"rope {config.rope_scaling.kind}, {options.batch_size} x {length} tokens a step{resumed}")
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}; a rank: "
                + rank_shapes(config, micro_batch_size, length, grid))
 
     def save(step: int) -> Path:
-        return save_checkpoint(out, step, model, optimizer, tokenizer, agreed, settings.keep_checkpoints)
+        return save_checkpoint(out, step, model, optimizer, tokenizer_files, agreed, options.keep_checkpoints)
 
     with signals_received() as stop:
-        step = train(model, optimizer, training, validation, settings, save, step, stop)
-    if step == settings.steps:
-        with written_once(out / "final", model, tokenizer):
+        step = train(model, optimizer, training, validation, options, micro_batch_size, save, step, stop)
+    if step == options.steps:
+        with written_once(out / "final", model, tokenizer_files):
             pass
         print_once(f"wrote {out}/final")
 
@@ -576,15 +538,13 @@ def main(argv: list[str] | None = None) -> None:
     """Stage 1."""
     with one_line_errors():
         a = stage1_parser().parse_args(argv)
-        settings = Settings.from_options(vars(a))
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        config, tokenizer = load_start(settings, a.tokenizer, scaling_from_options(vars(a)), a.sequence_length)
+        config, tokenizer = load_start(a, scaling_from_options(vars(a)))
         training, validation = stage1_datasets(
             a.data, a.validation_sequences, a.seed, a.short_weight, a.long_weight, sequence_length=a.sequence_length,
             separator=a.separator, tokenizer=tokenizer, short=a.short_length, long=a.long_length,
             document_mask=a.cross_document_mask)
-        agreed = agreed_settings(vars(a), settings, tokenizer)
-        run_stage(grid, config, a.tokenizer or a.model, training, validation, settings, agreed)
+        run_stage(a, grid, config, tokenizer, training, validation)
         grid.close()
 
 

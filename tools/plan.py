@@ -20,7 +20,7 @@ from torch import Tensor
 from model import RECOMPUTE, SPLIT_BY_TP, TILE_BYTES, VOCABULARY_TILE, ModelConfig, read_config
 from parallel import Grid, Parser, attention_kernel, block_backward, block_forward, launched, one_line_errors, positive
 from rope_yarn import scaling_from_options
-from train import Settings, check_batch, default_dtype, forward_flops, rank_shapes, stage1_parser
+from train import check_batch, forward_flops, rank_shapes, stage1_parser
 
 # ------------------------------------------------------------------------------------------------------------- devices
 
@@ -337,9 +337,10 @@ def main(argv: list[str] | None = None) -> None:
         a = parser().parse_args(argv)
         on_gpu = a.on in DEVICES or a.device.startswith("cuda")
         where = "cuda" if on_gpu else a.device
-        dtype = getattr(torch, a.dtype or default_dtype(where))
-        Settings.from_options(vars(a))  # a command that cannot run has no plan
-        scaling_from_options(vars(a))
+        dtype = getattr(torch, a.dtype or ("bfloat16" if on_gpu else "float32"))
+        scaling_from_options(vars(a))  # a command that cannot run has no plan
+        if a.offload and a.recompute == "none":
+            raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or --recompute mlp")
         config, processes = read_config(a.model or a.config), a.processes or max(launched()[1], a.tp * a.cp)
         if processes % (a.tp * a.cp):
             raise ValueError(f"--tp {a.tp} x --cp {a.cp} must divide --processes {processes}")
