@@ -30,13 +30,12 @@ from eval_niah import (
     Checkpoint,
     Reader,
     add_checkpoint_arguments,
-    check_output,
     print_saved,
     prompt_tokens,
     short_length,
     text_of,
 )
-from parallel import Grid, check_least, finish, parse_once, print_once
+from parallel import Grid, Parser, existing, one_line_errors, positive, print_once, writable
 from rope_yarn import scaling_from_options
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -64,8 +63,6 @@ def read_questions(path: Path, metric: str | None = None, max_new_tokens: int | 
     A record may state its own task, metric and max_new_tokens; the arguments win over them, and without either they
     are the file's name, "all" and 128. Raises ValueError naming the line.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--jsonl {path}: no such file")
     questions = []
     for number, line in data.read_lines(path):
         try:
@@ -106,6 +103,8 @@ def shared_words(text: str, answer: str) -> float:
     """F1 of the words that prediction and answer share (arXiv 1606.05250)."""
     said, right = Counter(words(text)), Counter(words(answer))
     return 2 * (said & right).total() / max(1, said.total() + right.total())
+
+
 METRICS = {  # score in [0, 1] of a text against the right answers; the first two are RULER's (arXiv 2404.06654)
     "all": lambda text, answers: sum(answer.lower() in text.lower() for answer in answers) / len(answers),
     "any": lambda text, answers: float(any(answer.lower() in text.lower() for answer in answers)),
@@ -290,31 +289,28 @@ def answer_pending(checkpoint: Checkpoint, grid: Grid, questions: list[Question]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Answer and score the prompts of a file.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Answer and score the prompts of a file.")
     add_checkpoint_arguments(parser)
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--jsonl", type=Path, required=True, help="a prompt and its answers a line")
+    prompts.add_argument("--jsonl", type=existing, required=True, help="a prompt and its answers a line")
     prompts.add_argument("--prompt", choices=("plain", "chat"), help="if not given: chat where the tokenizer has chat tokens")
     prompts.add_argument("--system", help="a system message before each chat prompt")
     prompts.add_argument("--metric", choices=METRICS, help="if not given: the record's, else all")
-    prompts.add_argument("--max-new-tokens", type=int, help="if not given: the record's, else 128")
-    prompts.add_argument("--max-length", type=int, help="longer prompts lose their middle; if not given: the model's window")
-    prompts.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward of a replica, or one prompt")
+    prompts.add_argument("--max-new-tokens", type=positive, help="if not given: the record's, else 128")
+    prompts.add_argument("--max-length", type=positive,
+                         help="longer prompts lose their middle; if not given: the model's window")
+    prompts.add_argument("--batch-tokens", type=positive, default=16384, help="tokens a forward of a replica, or one prompt")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="JSON lines, one an answer; a stopped run goes on")
-    return parse_once(parser, argv)
+    output.add_argument("--out", type=writable, help="JSON lines, one an answer; a stopped run goes on")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Answer what `--out` does not hold yet, write a line an answer, and print mean scores."""
-    a = parse_arguments(argv)
-    try:
-        check_least(1, max_new_tokens=a.max_new_tokens, batch_tokens=a.batch_tokens)
-        check_least(2, max_length=a.max_length)
+    with one_line_errors():
+        a = parse_arguments(argv)
         if a.system is not None and a.prompt == "plain":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
-        check_output("--out", a.out)
         checkpoint = Checkpoint.open(a.model, scaling_from_options(vars(a)), a.tp, a.cp, a.device, a.dtype)
         checkpoint.note_lengths(a.max_length or 0)
         questions = read_questions(a.jsonl, a.metric, a.max_new_tokens)
@@ -336,8 +332,6 @@ def main(argv: list[str] | None = None) -> None:
             print_once(f"note: {cut} of {len(answers)} prompts do not fit into {limit} tokens with their answer: middle cut")
         print_saved(*counts)
         grid.close()
-    except (ValueError, OSError, ArithmeticError) as error:
-        finish(error)
 
 
 if __name__ == "__main__":

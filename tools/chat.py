@@ -12,35 +12,44 @@ import torch
 
 from data import encode_chat, end_of_turn
 from eval_niah import Checkpoint
-from parallel import Grid, add_grid_arguments, finish, launched, parse_once, print_once
+from parallel import (
+    Grid,
+    Parser,
+    add_grid_arguments,
+    checked,
+    launched,
+    nonnegative_number,
+    one_line_errors,
+    positive,
+    print_once,
+)
+
+
+def nucleus(text: str) -> float:
+    return checked(float, text, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Chat with a checkpoint.")
+    parser = Parser("Chat with a checkpoint.")
     parser.add_argument("model", type=Path, help="Hugging Face model directory")
     parser.add_argument("--prompt", required=True, help="the user's message")
     parser.add_argument("--system", help="a system message before it")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without a chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=0.9, help="nucleus size when sampling")
+    parser.add_argument("--max-new-tokens", type=positive, default=200, help="of the answer")
+    parser.add_argument("--temperature", type=nonnegative_number, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=nucleus, default=0.9, help="nucleus size when sampling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="auto: bfloat16 on GPU, float32 on CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_grid_arguments(parser)
-    return parse_once(parser, argv)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Answer one prompt and print the answer."""
-    a = parse_arguments(argv)
-    try:
-        for name, value, fits in (("--max-new-tokens", a.max_new_tokens, a.max_new_tokens >= 1),
-                                  ("--temperature", a.temperature, 0 <= a.temperature < float("inf")),
-                                  ("--top-p", a.top_p, 0 < a.top_p <= 1)):
-            if not fits:
-                raise ValueError(f"{name} {value} is out of range")
+    with one_line_errors():
+        a = parse_arguments(argv)
         if launched()[1] != a.tp * a.cp:
             raise ValueError(f"--tp {a.tp} x --cp {a.cp} must be the number of processes, {launched()[1]}: one prompt has no "
                              "use for data parallelism")
@@ -62,8 +71,6 @@ def main(argv: list[str] | None = None) -> None:
         answer = [t for t in output[0, len(tokens):].tolist() if t not in stops and t < tokenizer.n_vocab]
         print_once(tokenizer.decode(answer))
         grid.close()
-    except (ValueError, OSError, ArithmeticError) as error:
-        finish(error)
 
 
 if __name__ == "__main__":

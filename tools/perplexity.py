@@ -17,9 +17,9 @@ import torch
 from tiktoken import Encoding
 
 import data
-from eval_niah import Checkpoint, add_checkpoint_arguments, as_json, begin_of_text, check_output
+from eval_niah import Checkpoint, add_checkpoint_arguments, as_json, begin_of_text
 from model import Llama
-from parallel import Grid, check_least, finish, parse_once
+from parallel import Grid, Parser, one_line_errors, positive, writable
 from rope_yarn import scaling_from_options
 
 
@@ -74,29 +74,26 @@ def perplexity_table(runs: list[dict], labels: list[str]) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Perplexity by position in long documents.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Perplexity by position in long documents.")
     add_checkpoint_arguments(parser)
     documents = parser.add_argument_group("documents")
     documents.add_argument("--haystack", type=Path, required=True, help="text that was not trained on: a corpus directory (of "
                            "which the held-out split is used), a directory, .txt or .jsonl of text, or stdlib")
-    documents.add_argument("--lengths", type=int, required=True, help="tokens of a document; shorter ones are passed over")
-    documents.add_argument("--samples", type=int, default=5, help="documents")
-    documents.add_argument("--buckets", type=int, default=16, help="stretches of positions")
+    documents.add_argument("--lengths", type=positive, required=True, help="tokens of a document; shorter ones are passed over")
+    documents.add_argument("--samples", type=positive, default=5, help="documents")
+    documents.add_argument("--buckets", type=positive, default=16, help="stretches of positions")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="results, JSON; tools.plot draws them")
-    output.add_argument("--window", type=int, help="old window to mark (default: before extension)")
-    return parse_once(parser, argv)
+    output.add_argument("--out", type=writable, help="results, JSON; tools.plot draws them")
+    output.add_argument("--window", type=positive, help="old window to mark (default: before extension)")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check everything, read long documents, load the model, measure, show and write."""
-    a = parse_arguments(argv)
-    try:
-        check_least(1, samples=a.samples, buckets=a.buckets, window=a.window)
+    with one_line_errors():
+        a = parse_arguments(argv)
         if a.lengths < a.buckets:
             raise ValueError(f"--lengths {a.lengths} is too small for --buckets {a.buckets}")
-        check_output("--out", a.out)
         path = data.source_path(a.haystack, "--haystack")
         checkpoint = Checkpoint.open(a.model, scaling_from_options(vars(a)), a.tp, a.cp, a.device, a.dtype)
         checkpoint.note_lengths(a.lengths)
@@ -109,8 +106,6 @@ def main(argv: list[str] | None = None) -> None:
             if a.out:
                 data.write_complete(a.out, as_json(results))
         grid.close()
-    except (ValueError, OSError, ArithmeticError) as error:
-        finish(error)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from data import (
     source_path,
 )
 from eval_niah import KEYS, WORDING, begin_of_text
-from parallel import check_least
+from parallel import Parser, fraction, one_line_errors, positive
 from tools.prepare import is_held_out, write_corpus
 
 
@@ -172,42 +172,41 @@ def chat_samples(corpus: Path, tokenizer, length: int, count: int, seed: int):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("retrieval", "chat"))
-    parser.add_argument("--corpus", type=Path, required=True, help="corpus of the standard library, by tools.prepare")
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--length", type=int, required=True, help="tokens of a document, of a chat sample at most")
-    parser.add_argument("--shortest", type=int, help="retrieval: lengths from this to --length, as many short as long ones "
-                        "in every octave (default: --length)")
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--most-facts", type=int, default=3, help="facts of a retrieval document, 1 to this many")
-    parser.add_argument("--chat-share", type=float, default=0.3, help="share of retrieval documents as conversations")
-    parser.add_argument("--text-loss", type=float, default=0.1, help="share of a retrieval document's text with loss")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = Parser("Training documents of the tiny recipe: retrieval documents, or chat samples.")
+    add = parser.add_argument
+    add("what", choices=("retrieval", "chat"), help="what to write")
+    add("--corpus", type=Path, required=True, help="of the standard library, by tools.prepare")
+    add("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
+    add("--length", type=positive, required=True, help="tokens of a document, of a chat at most")
+    add("--shortest", type=positive, help="retrieval: lengths from this to --length, as many short as "
+        "long ones in every octave (if not given: --length)")
+    add("--count", type=positive, required=True, help="documents or samples")
+    add("--most-facts", type=positive, default=3, help="facts of a retrieval document: 1 to this many")
+    add("--chat-share", type=fraction, default=0.3, help="of retrieval documents, as conversations")
+    add("--text-loss", type=fraction, default=0.1, help="share of a document's text with loss")
+    add("--seed", type=int, default=0, help="another seed draws other documents")
+    add("--out", type=Path, required=True, help="new corpus directory; chat: a .jsonl file")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write one corpus of retrieval documents, or one file of chat samples."""
-    a = parse_arguments(argv)
-    try:
+    with one_line_errors():
+        a = parse_arguments(argv)
         shortest = a.shortest or a.length
-        check_least(1, count=a.count, most_facts=a.most_facts)
         if not 64 <= shortest <= a.length:
             raise ValueError(f"--shortest {shortest} must be 64 to --length {a.length}")
         tokenizer = load_tokenizer(a.tokenizer)
         if a.what == "chat":
-            lines = [json.dumps(sample) + "\n" for sample in chat_samples(a.corpus, tokenizer, a.length, a.count, a.seed)]
-            a.out.write_text("".join(lines))
+            samples = chat_samples(a.corpus, tokenizer, a.length, a.count, a.seed)
+            a.out.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
             print(f"wrote {a.out}: {a.count} chat documents of at most {a.length} tokens")
         else:
-            documents = retrieval_documents(tokenizer, training_haystack(a.corpus, tokenizer), a.count, shortest, a.length,
+            haystack = training_haystack(a.corpus, tokenizer)
+            documents = retrieval_documents(tokenizer, haystack, a.count, shortest, a.length,
                                             a.most_facts, a.chat_share, a.text_loss, a.seed)
             write_corpus({"train": documents}, a.out, tokenizer)
             print(f"wrote {a.out}: {a.count} retrieval documents of {shortest} to {a.length} tokens")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
