@@ -87,7 +87,7 @@ CASES = [
     ("negative weight", "tools.prepare", "--source a=text.txt --tokenizer tokenizer --long-weight -1 --out new", "finite weights"),
     ("masked documents on a ring", "tools.plan", "H100-80 --model good --sequence-length 64 --pack --cp 2", "sft.py --pack"),
     ("plan of a command that cannot run", "tools.plan", "H100-80 --model good --sequence-length 64 --steps -3", "--steps -3 is too small"),
-    ("prompts that are not there", "tools.answer", "good --jsonl nowhere.jsonl", "--jsonl: nowhere.jsonl must be a file or directory that exists"),
+    ("prompts that are not there", "tools.answer", "good --jsonl nowhere.jsonl", "--jsonl: nowhere.jsonl must be a file that exists"),
     ("prompts without answers", "tools.answer", "good --jsonl shape.jsonl", "shape.jsonl, line 1: needs a JSON object with prompt"),
     ("documents shorter than the length", "tools.perplexity", "good --haystack text.txt --lengths 9999 --samples 1",
      "0 documents have more than 9999 tokens"),

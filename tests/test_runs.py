@@ -152,9 +152,10 @@ def test_slurm_file_outside_slurm(planned):
 
 
 @pytest.fixture
-def record(tmp_path):
+def record(tmp_path, monkeypatch):
     """A function that runs a script among stubs and returns the result and the commands that it gave."""
     stub = STUB.replace("PYTHON", sys.executable)
+    monkeypatch.chdir(tmp_path)  # options name files there
     folder = tree(tmp_path, {name: stub for name in ("python", "torchrun", "srun", "scontrol")})
 
     def run(*arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:

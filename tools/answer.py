@@ -35,7 +35,7 @@ from eval_niah import (
     short_length,
     text_of,
 )
-from parallel import Grid, Parser, existing, one_line_errors, positive, print_once, writable
+from parallel import Grid, Parser, checked, one_line_errors, positive, print_once, writable
 from rope_yarn import scaling_from_options
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -288,11 +288,15 @@ def answer_pending(checkpoint: Checkpoint, grid: Grid, questions: list[Question]
     return reader.counts()
 
 
+def existing_file(text: str) -> Path:
+    return checked(Path, text, Path.is_file, "a file that exists")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Answer and score the prompts of a file.")
     add_checkpoint_arguments(parser)
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--jsonl", type=existing, required=True, help="a prompt and its answers a line")
+    prompts.add_argument("--jsonl", type=existing_file, required=True, help="a prompt and its answers a line")
     prompts.add_argument("--prompt", choices=("plain", "chat"), help="if not given: chat where the tokenizer has chat tokens")
     prompts.add_argument("--system", help="a system message before each chat prompt")
     prompts.add_argument("--metric", choices=METRICS, help="if not given: the record's, else all")

@@ -369,12 +369,11 @@ class Benchmarks:
         own_hashes, own_starts, own_records = [], [], []
         for record, (starts, hashes) in enumerate(found):
             usual = starts[records_with[np.searchsorted(values, hashes)] > common]
-            edges = np.zeros(len(self.texts[record]) + 1, dtype=np.int64)
-            edges[usual] += 1
-            edges[usual + self.window] -= 1
-            covered = np.append(0, np.cumsum(np.cumsum(edges) > 0))  # characters before each
-            inside = covered[starts + self.window] - covered[starts]
-            own = 2 * inside <= self.window
+            covered = np.zeros(len(self.texts[record]), dtype=bool)
+            for start in usual:
+                covered[start:start + self.window] = True
+            before = np.append(0, np.cumsum(covered))  # how many characters before each
+            own = 2 * (before[starts + self.window] - before[starts]) <= self.window
             own_hashes.append(hashes[own])
             own_starts.append(starts[own])
             own_records.append(np.full(own.sum(), record))

@@ -100,7 +100,7 @@ def read_results(paths: list[Path], window: int | None) -> list[dict]:
                 perplexity_table(runs[-1:], [""])
             else:
                 terminal_map(runs[-1], colour=False)
-        except (ValueError, LookupError, TypeError, ArithmeticError):
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
             raise ValueError(f"{path}: not results of needles or perplexity that --out has written") from None
     if len({str(results.get("edges")) for results in runs}) > 1:
         raise ValueError("these are not all of needles, or all of perplexity at the same positions")
