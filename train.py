@@ -358,6 +358,7 @@ def open_metrics(path: Path, step: int):
 # ------------------------------------------------------------------------------------------------------- the loop
 
 
+@torch.no_grad()
 def validate(model: Llama, dataset, sequences: int) -> float:
     """Mean held-out loss."""
     grid, device = model.grid, model.head_weight.device
@@ -365,8 +366,7 @@ def validate(model: Llama, dataset, sequences: int) -> float:
     for index in range(grid.dp_rank, sequences, grid.dp):
         grid.restart_timer()
         batch = data.batch(dataset, index, 1).to(device)
-        losses = model.token_losses(batch.tokens, batch.targets, batch.document_ids)
-        total += torch.stack((losses.double().sum(), (batch.targets != -100).sum()))
+        total += torch.stack(model.loss(batch.tokens, batch.targets, batch.document_ids))
     grid.restart_timer()  # other replicas may have a sequence more
     loss, targets = grid.all_reduce(total, "dp").tolist()
     return loss / max(1, targets)

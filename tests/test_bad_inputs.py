@@ -90,7 +90,7 @@ CASES = [
     ("directory of text as haystack", "eval_niah.py", "good --haystack hollow --lengths 64", "hollow: neither a corpus nor"),
     ("masked documents on a ring", "tools.plan", "H100-80 --model good --sequence-length 64 --pack --cp 2", "sft.py --pack"),
     ("plan of a command that cannot run", "tools.plan", "H100-80 --model good --sequence-length 64 --steps -3", "--steps -3 is too small"),
-    ("prompts that are not there", "tools.answer", "good --jsonl nowhere.jsonl", "--jsonl nowhere.jsonl: no such file"),
+    ("prompts that are not there", "tools.answer", "good --jsonl nowhere.jsonl", "--jsonl: nowhere.jsonl must be a file that exists"),
     ("prompts without answers", "tools.answer", "good --jsonl shape.jsonl", "shape.jsonl, line 1: needs a JSON object with prompt"),
     ("documents shorter than the length", "tools.perplexity", "good --haystack text.txt --lengths 9999 --samples 1",
      "0 documents have more than 9999 tokens"),
@@ -100,13 +100,13 @@ CASES = [
     ("more ranks than processes", "eval_niah.py", f"{NIAH} --cp 2", "--tp 1 x --cp 2 = 2 does not divide .*, 1"),
     ("no samples", "eval_niah.py", f"{NIAH} --samples 0", "--samples 0"),
     ("results cannot be written", "eval_niah.py", f"{NIAH} --out nowhere/x.json", "--out nowhere/x.json"),
-    ("compared file is missing", "tools.plot", "compare nowhere.json", "nowhere.json: no such file"),
+    ("compared file is missing", "tools.plot", "compare nowhere.json", "nowhere.json must be a file or directory that exists"),
     ("compared file is no result", "tools.plot", "compare shape.jsonl", "shape.jsonl"),
     ("beta_fast below beta_slow", "rope_yarn.py", "--beta-fast 1 --beta-slow 4", "beta_fast is 1.0; it must be"),
     ("odd head dimension", "rope_yarn.py", "--head-dim 63", "63"),
     ("prompt and answer beyond the window", "tools.chat", "good --prompt hello --max-new-tokens 64", "window of 64"),
     ("more ranks than processes", "tools.chat", "good --prompt hello --max-new-tokens 8 --tp 2", "--tp 2 x --cp 1 must be the number"),
-    ("top-p out of range", "tools.chat", "good --prompt hello --top-p 1.5", "--top-p 1.5"),
+    ("top-p out of range", "tools.chat", "good --prompt hello --top-p 1.5", "--top-p: 1.5 must be a number above 0"),
 ]
 
 

@@ -8,7 +8,6 @@ alike share the keys and values of what they share. The same command goes on aft
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -27,18 +26,19 @@ from tqdm import tqdm
 
 import data
 from eval_niah import (
-    Checkpoint,
     Reader,
-    add_checkpoint_arguments,
-    check_output,
+    checkpoint_parser,
+    load_model,
+    note_lengths,
     print_saved,
     prompt_tokens,
+    read_checkpoint,
     short_length,
     text_of,
 )
-from parallel import Grid, check_least, finish, parse_once, print_once
-from rope_yarn import scaling_from_options
+from parallel import Grid, Parser, one_line_errors, option, positive, print_once, writable
 from sft import has_chat_tokens
+from train import compute_type
 
 # ----------------------------------------------------------------------------------------------------------- questions
 
@@ -65,8 +65,6 @@ def read_questions(path: Path, metric: str | None = None, max_new_tokens: int | 
     A record may state its own task, metric and max_new_tokens; the arguments win over them, and without either they
     are the file's name, "all" and 128. Raises ValueError naming the line.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--jsonl {path}: no such file")
     questions = []
     for number, line in data.read_lines(path):
         try:
@@ -107,6 +105,8 @@ def shared_words(text: str, answer: str) -> float:
     """F1 of the words that prediction and answer share (arXiv 1606.05250)."""
     said, right = Counter(words(text)), Counter(words(answer))
     return 2 * (said & right).total() / max(1, said.total() + right.total())
+
+
 METRICS = {  # score in [0, 1] of a text against the right answers; the first two are RULER's (arXiv 2404.06654)
     "all": lambda text, answers: sum(answer.lower() in text.lower() for answer in answers) / len(answers),
     "any": lambda text, answers: float(any(answer.lower() in text.lower() for answer in answers)),
@@ -136,7 +136,8 @@ def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Questi
     the one before; equal lengths share a batch of up to `batch_tokens` tokens. Prompts longer than `limit` with their
     answer lose their middle. Every rank yields all answers, those of a few batches at a time.
     """
-    grid, device, stops = reader.model.grid, reader.device, tuple(data.stop_tokens(tokenizer, None))
+    model = reader.model
+    grid, device, stops = model.grid, model.head_weight.device, tuple(data.stop_tokens(tokenizer, None))
     ordered = sorted(pending, key=lambda index: (questions[index].text, index))
     share = -(-len(ordered) // grid.dp)
 
@@ -152,7 +153,7 @@ def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Questi
         for indices, rows, lengths in itertools.islice(mine, 1 if grid.dp == 1 else ROUND):
             prompts = torch.tensor(rows, device=device)  # (B, S)
             cache = reader.begin(prompts, prompts.shape[1] - 1)
-            whole = reader.model.generate(prompts, questions[indices[0]].max_new_tokens, stop_tokens=stops, cache=cache)
+            whole = model.generate(prompts, questions[indices[0]].max_new_tokens, stop_tokens=stops, cache=cache)
             new = whole[:, prompts.shape[1]:].tolist()
             said += [[index, length, len(row), *answer] for index, length, row, answer in zip(indices, lengths, rows, new)]
         grid.restart_timer(ROUND)  # another replica may be at its first batch
@@ -274,71 +275,65 @@ def choose_prompt(prompt: str | None, system: str | None, questions: list[Questi
     return prompt, system
 
 
-def answer_pending(checkpoint: Checkpoint, grid: Grid, questions: list[Question], answers: dict[int, dict], limit: int,
-                   chat: bool, system: str | None, batch_tokens: int, out: Path | None, settings: dict) -> list[int]:
-    """Add what is missing to `answers` and to the file `out`; tokens of the prompts read, and of those computed."""
-    missing = torch.tensor([index not in answers for index in range(len(questions))], device=checkpoint.device)
-    pending = grid.broadcast(missing.long()).nonzero()[:, 0].tolist()  # the first rank's file decides
-    if not pending:
-        return [0, 0]
-    if answers:
-        print_once(f"{out} has {len(answers)} of {len(questions)} answers: the others follow")
-    reader = Reader(checkpoint.load(grid), checkpoint.device)
-    found = answer_questions(reader, checkpoint.tokenizer, questions, pending, limit, chat, system, batch_tokens)
-    write_answers(out if grid.is_first else None, settings, answers, questions,
-                  tqdm(found, total=len(pending), unit="prompt", disable=None if grid.is_first else True))
-    return reader.counts()
+def missing_answers(questions: list[Question], answers: dict[int, dict], grid: Grid, device: str) -> list[int]:
+    """Indices of the questions that have no answer yet, on every rank: the first rank's file decides."""
+    missing = torch.tensor([index not in answers for index in range(len(questions))], device=device)
+    return grid.broadcast(missing.long()).nonzero()[:, 0].tolist()
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Answer and score the prompts of a file.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_checkpoint_arguments(parser)
+existing_file = option(Path, Path.is_file, "a file that exists")
+
+
+def parser() -> Parser:
+    parser = checkpoint_parser("Answer and score the prompts of a file.")
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--jsonl", type=Path, required=True, help="a prompt and its answers a line")
+    prompts.add_argument("--jsonl", type=existing_file, required=True, help="a prompt and its answers a line")
     prompts.add_argument("--prompt", choices=("plain", "chat"), help="if not given: chat where the tokenizer has chat tokens")
     prompts.add_argument("--system", help="a system message before each chat prompt")
     prompts.add_argument("--metric", choices=METRICS, help="if not given: the record's, else all")
-    prompts.add_argument("--max-new-tokens", type=int, help="if not given: the record's, else 128")
-    prompts.add_argument("--max-length", type=int, help="longer prompts lose their middle; if not given: the model's window")
-    prompts.add_argument("--batch-tokens", type=int, default=16384, help="tokens a forward of a replica, or one prompt")
+    prompts.add_argument("--max-new-tokens", type=positive, help="if not given: the record's, else 128")
+    prompts.add_argument("--max-length", type=positive,
+                         help="longer prompts lose their middle; if not given: the model's window")
+    prompts.add_argument("--batch-tokens", type=positive, default=16384, help="tokens a forward of a replica, or one prompt")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="JSON lines, one an answer; a stopped run goes on")
-    return parse_once(parser, argv)
+    output.add_argument("--out", type=writable, help="JSON lines, one an answer; a stopped run goes on")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Answer what `--out` does not hold yet, write a line an answer, and print mean scores."""
-    a = parse_arguments(argv)
-    try:
-        check_least(1, max_new_tokens=a.max_new_tokens, batch_tokens=a.batch_tokens)
-        check_least(2, max_length=a.max_length)
+    with one_line_errors():
+        a = parser().parse_args(argv)
         if a.system is not None and a.prompt == "plain":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
-        check_output("--out", a.out)
-        checkpoint = Checkpoint.open(a.model, scaling_from_options(vars(a)), a.tp, a.cp, a.device, a.dtype)
-        checkpoint.note_lengths(a.max_length or 0)
+        config, tokenizer = read_checkpoint(a)
+        note_lengths(config, a.max_length or 0)
         questions = read_questions(a.jsonl, a.metric, a.max_new_tokens)
-        limit = a.max_length or checkpoint.config.max_position_embeddings
-        prompt, system = choose_prompt(a.prompt, a.system, questions, checkpoint.tokenizer)
+        limit = a.max_length or config.max_position_embeddings
+        prompt, system = choose_prompt(a.prompt, a.system, questions, tokenizer)
         least = max(question.max_new_tokens for question in questions) + 2
         if limit < least:
             raise ValueError(f"--max-length {limit} is too small: the answers alone take {least - 2}")
         # what decides the answers, as the first line of their file states it: results of other settings never mix
         settings = {"prompt": prompt, "system": system, "metric": a.metric, "max_new_tokens": a.max_new_tokens,
-                    "max_length": a.max_length, "dtype": checkpoint.dtype,
-                    "jsonl": data.digest(a.jsonl), "model": checkpoint.config.to_hf(), "weights": weights_stamp(a.model)}
+                    "max_length": a.max_length, "dtype": compute_type(a),
+                    "jsonl": data.digest(a.jsonl), "model": config.to_hf(), "weights": weights_stamp(a.model)}
         answers = read_answers(a.out, settings) if a.out else {}
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        counts = answer_pending(checkpoint, grid, questions, answers, limit, prompt == "chat", system, a.batch_tokens, a.out,
-                                settings)
+        pending = missing_answers(questions, answers, grid, a.device)
+        if answers and pending:
+            print_once(f"{a.out} has {len(answers)} of {len(questions)} answers: the others follow")
+        if pending:
+            reader = Reader(load_model(a, grid), least)
+            found = answer_questions(reader, tokenizer, questions, pending, limit, prompt == "chat", system, a.batch_tokens)
+            found = tqdm(found, total=len(pending), unit="prompt", disable=None if grid.is_first else True)
+            write_answers(a.out if grid.is_first else None, settings, answers, questions, found)
         print_once(score_table(answers))
         if cut := sum(answer["read"] < answer["prompt_tokens"] for answer in answers.values()):
             print_once(f"note: {cut} of {len(answers)} prompts do not fit into {limit} tokens with their answer: middle cut")
-        print_saved(*counts)
+        if pending:
+            print_saved(*reader.counts())
         grid.close()
-    except (ValueError, OSError, ArithmeticError) as error:
-        finish(error)
 
 
 if __name__ == "__main__":

@@ -5,47 +5,36 @@
 """
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
-from eval_niah import Checkpoint
-from parallel import Grid, add_grid_arguments, finish, launched, parse_once, print_once
+from eval_niah import checkpoint_parser, load_model, read_checkpoint
+from parallel import Grid, Parser, launched, nonnegative, nonnegative_number, one_line_errors, option, positive, print_once
 from sft import encode_chat, end_of_turn
 
+nucleus = option(float, lambda share: 0 < share <= 1, "a number above 0, at most 1")
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Chat with a checkpoint.")
-    parser.add_argument("model", type=Path, help="Hugging Face model directory")
-    parser.add_argument("--prompt", required=True, help="the user's message")
-    parser.add_argument("--system", help="a system message before it")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without a chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=0.9, help="nucleus size when sampling")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="auto: bfloat16 on GPU, float32 on CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add_grid_arguments(parser)
-    return parse_once(parser, argv)
+
+def parser() -> Parser:
+    parser = checkpoint_parser("Chat with a checkpoint.")
+    add = parser.add_argument_group("chat").add_argument
+    add("--prompt", required=True, help="the user's message")
+    add("--system", help="a system message before it")
+    add("--raw", action="store_true", help="continue the prompt as plain text, without a chat template")
+    add("--max-new-tokens", type=positive, default=200, help="of the answer")
+    add("--temperature", type=nonnegative_number, default=0.0, help="0 is greedy")
+    add("--top-p", type=nucleus, default=0.9, help="nucleus size when sampling")
+    add("--seed", type=nonnegative, default=0)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Answer one prompt and print the answer."""
-    a = parse_arguments(argv)
-    try:
-        for name, value, fits in (("--max-new-tokens", a.max_new_tokens, a.max_new_tokens >= 1),
-                                  ("--temperature", a.temperature, 0 <= a.temperature < float("inf")),
-                                  ("--top-p", a.top_p, 0 < a.top_p <= 1)):
-            if not fits:
-                raise ValueError(f"{name} {value} is out of range")
+    with one_line_errors():
+        a = parser().parse_args(argv)
         if launched()[1] != a.tp * a.cp:
             raise ValueError(f"--tp {a.tp} x --cp {a.cp} must be the number of processes, {launched()[1]}: one prompt has no "
                              "use for data parallelism")
-        checkpoint = Checkpoint.open(a.model, None, a.tp, a.cp, a.device, a.dtype)
-        config, tokenizer = checkpoint.config, checkpoint.tokenizer
+        config, tokenizer = read_checkpoint(a)
         if a.raw:
             tokens, stops = tokenizer.encode_ordinary(a.prompt), ()
         else:
@@ -56,14 +45,12 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is {a.max_new_tokens}: together they "
                              f"must fit the model's window of {config.max_position_embeddings}, and the prompt not be empty")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        model = checkpoint.load(grid)
+        model = load_model(a, grid)
         prompt = torch.tensor([tokens], device=a.device)
         output = model.generate(prompt, a.max_new_tokens, a.temperature, a.top_p, stops, a.seed)
         answer = [t for t in output[0, len(tokens):].tolist() if t not in stops and t < tokenizer.n_vocab]
         print_once(tokenizer.decode(answer))
         grid.close()
-    except (ValueError, OSError, ArithmeticError) as error:
-        finish(error)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tiktoken import Encoding
 
 import data
-from eval_niah import Checkpoint, add_checkpoint_arguments, as_json, begin_of_text, check_output
+from eval_niah import as_json, begin_of_text, checkpoint_parser, load_model, note_lengths, old_window, read_checkpoint
 from model import Llama
-from parallel import Grid, check_least, finish, parse_once
-from rope_yarn import scaling_from_options
+from parallel import Grid, gathered, one_line_errors, positive, vocab_parallel_cross_entropy, writable, zigzag_unshard
 from tools.prepare import read_documents, source_path
+from train import compute_type
 
 
 def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:
@@ -43,19 +44,32 @@ def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int
                      f"--samples asks for {count}: lower it or --lengths, or take longer documents")
 
 
+def token_losses(model: Llama, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every position, (B, S) float32, 0 where the target is -100; on every rank."""
+    grid, hidden = model.grid, model.hidden_states(tokens)  # (B, m, hidden)
+    tile, losses = model.positions_a_tile(len(tokens)), []
+    for part, target in zip(hidden.split(tile, 1), model.local_targets(targets).split(tile, 2), strict=True):
+        rows = gathered(model.model.norm(part), grid)  # (B, tp, tile, hidden)
+        scores = F.linear(rows, model.head_weight).float().flatten(0, 2)  # (B tp tile, V / tp)
+        found, _ = vocab_parallel_cross_entropy(scores, target.flatten().clamp(min=0), grid)
+        losses.append(found.view(target.shape) * (target != -100))  # (B, tp, tile)
+    local = torch.cat(losses, 2).flatten(1)  # (B, S / cp)
+    return zigzag_unshard(local, grid, 1)[:, :targets.shape[1]]
+
+
 @torch.inference_mode()
-def perplexity_by_position(model: Llama, documents: np.ndarray, buckets: int, device: str) -> dict:
+def perplexity_by_position(model: Llama, documents: np.ndarray, buckets: int) -> dict:
     """Mean loss of the tokens at each stretch of positions, over documents (N, S + 1), one at a time a replica.
 
     Returns "edges" (buckets + 1 positions), "loss" (nats a token, buckets) and "standard_error" over the documents.
     """
-    grid, length = model.grid, documents.shape[1] - 1
+    grid, length, device = model.grid, documents.shape[1] - 1, model.head_weight.device
     edges = [round(i * length / buckets) for i in range(buckets + 1)]
     sums = torch.zeros(len(documents), buckets, dtype=torch.float64, device=device)
     for row in range(grid.dp_rank, len(documents), grid.dp):
         grid.restart_timer()
         tokens = torch.from_numpy(documents[row:row + 1]).to(device)
-        losses = model.token_losses(tokens[:, :-1].contiguous(), tokens[:, 1:])[0].double()  # (S,)
+        losses = token_losses(model, tokens[:, :-1].contiguous(), tokens[:, 1:])[0].double()  # (S,)
         sums[row] = torch.stack([part.mean() for part in losses.tensor_split(edges[1:-1])])
     grid.restart_timer()  # other replicas may have a document more
     sums = grid.all_reduce(sums, "dp").cpu()  # (N, buckets)
@@ -76,43 +90,37 @@ def perplexity_table(runs: list[dict], labels: list[str]) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Perplexity by position in long documents.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_checkpoint_arguments(parser)
+    parser = checkpoint_parser("Perplexity by position in long documents.")
     documents = parser.add_argument_group("documents")
     documents.add_argument("--haystack", type=Path, required=True, help="text that was not trained on: a corpus directory (of "
                            "which the held-out split is used), a directory, .txt or .jsonl of text, or stdlib")
-    documents.add_argument("--lengths", type=int, required=True, help="tokens of a document; shorter ones are passed over")
-    documents.add_argument("--samples", type=int, default=5, help="documents")
-    documents.add_argument("--buckets", type=int, default=16, help="stretches of positions")
+    documents.add_argument("--lengths", type=positive, required=True, help="tokens of a document; shorter ones are passed over")
+    documents.add_argument("--samples", type=positive, default=5, help="documents")
+    documents.add_argument("--buckets", type=positive, default=16, help="stretches of positions")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="results, JSON; tools.plot draws them")
-    output.add_argument("--window", type=int, help="old window to mark (default: before extension)")
-    return parse_once(parser, argv)
+    output.add_argument("--out", type=writable, help="results, JSON; tools.plot draws them")
+    output.add_argument("--window", type=positive, help="old window to mark (default: before extension)")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check everything, read long documents, load the model, measure, show and write."""
-    a = parse_arguments(argv)
-    try:
-        check_least(1, samples=a.samples, buckets=a.buckets, window=a.window)
+    with one_line_errors():
+        a = parse_arguments(argv)
         if a.lengths < a.buckets:
             raise ValueError(f"--lengths {a.lengths} is too small for --buckets {a.buckets}")
-        check_output("--out", a.out)
         path = source_path(a.haystack, "--haystack")
-        checkpoint = Checkpoint.open(a.model, scaling_from_options(vars(a)), a.tp, a.cp, a.device, a.dtype)
-        checkpoint.note_lengths(a.lengths)
-        documents = load_long_documents(path, checkpoint.tokenizer, a.lengths, a.samples)
+        config, tokenizer = read_checkpoint(a)
+        note_lengths(config, a.lengths)
+        documents = load_long_documents(path, tokenizer, a.lengths, a.samples)
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        results = {"settings": vars(a) | {"dtype": checkpoint.dtype}, "window": a.window or checkpoint.window_before()}
-        results |= perplexity_by_position(checkpoint.load(grid), documents, a.buckets, a.device)
+        results = {"settings": vars(a) | {"dtype": compute_type(a)}, "window": a.window or old_window(config)}
+        results |= perplexity_by_position(load_model(a, grid), documents, a.buckets)
         if grid.is_first:
             print(perplexity_table([results], [a.model.name]))
             if a.out:
                 data.write_complete(a.out, as_json(results))
         grid.close()
-    except (ValueError, OSError, ArithmeticError) as error:
-        finish(error)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from data import write_complete
-from eval_niah import accuracy_grid, check_output, lengths_inside, short_length, terminal_map
-from parallel import check_least
+from eval_niah import accuracy_grid, lengths_inside, short_length, terminal_map
+from parallel import Parser, existing, one_line_errors, option, positive, writable
 from rope_yarn import RopeScaling, add_rule_arguments, inverse_frequencies, scaling_from_options
 from tools.perplexity import perplexity_table
 
@@ -100,9 +100,7 @@ def read_results(paths: list[Path], window: int | None) -> list[dict]:
                 perplexity_table(runs[-1:], [""])
             else:
                 terminal_map(runs[-1], colour=False)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file") from None
-        except (ValueError, LookupError, TypeError, ArithmeticError):
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
             raise ValueError(f"{path}: not results of needles or perplexity that --out has written") from None
     if len({str(results.get("edges")) for results in runs}) > 1:
         raise ValueError("these are not all of needles, or all of perplexity at the same positions")
@@ -142,33 +140,30 @@ def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) ->
 # ------------------------------------------------------------------------------------------------------- command line
 
 
+png_file = option(writable, lambda path: path.suffix == ".png", "a PNG: a name that ends in .png")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw results side by side, or what a RoPE rule does to each pair.")
+    parser = Parser("Draw results side by side, or what a RoPE rule does to each pair.")
     commands = parser.add_subparsers(dest="command", required=True)
-    compare = commands.add_parser("compare", help="results of eval_niah.py or tools.perplexity: a table, and a figure")
-    compare.add_argument("results", type=Path, nargs="+", metavar="JSON", help="what --out has written")
+    text = "results of eval_niah.py or tools.perplexity: a table, and a figure"
+    compare = commands.add_parser("compare", help=text, description=text)
+    compare.add_argument("results", type=existing, nargs="+", metavar="JSON", help="what --out has written")
     compare.add_argument("--labels", nargs="+", help="names of the runs (if not given: the files')")
-    compare.add_argument("--window", type=int, help="old window to mark (if not given: the results')")
-    compare.add_argument("--figure", type=Path, help="heat maps or curves, PNG")
-    rope = commands.add_parser("rope", help="wavelengths of each pair before and after a rule")
+    compare.add_argument("--window", type=positive, help="old window to mark (if not given: the results')")
+    compare.add_argument("--figure", type=png_file, help="heat maps or curves, PNG")
+    text = "wavelengths of each pair before and after a rule"
+    rope = commands.add_parser("rope", help=text, description=text)
     add_rule_arguments(rope)
-    rope.add_argument("--figure", type=Path, required=True, help="PNG")
+    rope.add_argument("--figure", type=png_file, required=True, help="PNG")
     return parser.parse_args(argv)
 
 
-def check_figure(path: Path | None) -> None:
-    """Raise ValueError or OSError unless a PNG can be drawn there."""
-    check_output("--figure", path)
-    if path and path.suffix != ".png":
-        raise ValueError(f"--figure {path}: the figure is a PNG; give a name that ends in .png")
-    if path and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
-
-
 def main(argv: list[str] | None = None) -> None:
-    a = parse_arguments(argv)
-    try:
-        check_figure(a.figure)
+    with one_line_errors():
+        a = parse_arguments(argv)
+        if a.figure and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
         if a.command == "rope":
             scaling = scaling_from_options(vars(a))
             write_complete(a.figure, draw_rule(a.head_dim, a.theta, a.original_length, scaling))
@@ -176,14 +171,14 @@ def main(argv: list[str] | None = None) -> None:
         labels = a.labels or [path.stem for path in a.results]
         if len(labels) != len(a.results):
             raise ValueError(f"--labels has {len(labels)} names for {len(a.results)} results")
-        check_least(1, window=a.window)
         runs = read_results(a.results, a.window)
-        tabulate, draw = (perplexity_table, draw_perplexity) if "edges" in runs[0] else (accuracy_table, draw_figure)
+        if "edges" in runs[0]:
+            tabulate, draw = perplexity_table, draw_perplexity
+        else:
+            tabulate, draw = accuracy_table, draw_figure
         print(tabulate(runs, labels))
         if a.figure:
             write_complete(a.figure, draw(runs, labels))
-    except (ValueError, OSError, ArithmeticError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
