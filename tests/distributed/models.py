@@ -14,6 +14,7 @@ from allocations import Allocations  # noqa: E402
 
 from model import Llama  # noqa: E402
 from parallel import Grid, shard_dims, whole_shape  # noqa: E402
+from tools.perplexity import token_losses  # noqa: E402
 
 
 def agree(grid: Grid, tokens: torch.Tensor) -> bool:
@@ -55,7 +56,7 @@ if __name__ == "__main__":
         with torch.no_grad():
             differences = {
                 "logits": model(tokens) - alone(tokens),
-                "token_losses": model.token_losses(tokens, targets) - alone.token_losses(tokens, targets),
+                "token_losses": token_losses(model, tokens, targets) - token_losses(alone, tokens, targets),
                 "loss": model.loss(tokens, targets)[0] - alone.loss(tokens, targets)[0],
                 "hidden_at": model.hidden_at(tokens, torch.tensor([[0, 36], [17, 5]]))
                 - alone.hidden_at(tokens, torch.tensor([[0, 36], [17, 5]])),

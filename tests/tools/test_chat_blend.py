@@ -439,11 +439,11 @@ def test_the_output_trains(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--source good.jsonl", "argument --source: good.jsonl must be CATEGORY=PATH"),
-    ("--source a=missing.jsonl", "argument --source: missing.jsonl: no such file"),
-    ("--source a=text.md", "argument --source: text.md must be a .json, .jsonl"),
-    ("--source a=empty", "argument --source: empty must be .* or a directory of them"),
-    ("--source a=good.jsonl=x", "argument --source: a=good.jsonl=x: weight 'x' must be a number above 0"),
+    ("--source good.jsonl", "--source good.jsonl must be CATEGORY=PATH"),
+    ("--source a=missing.jsonl", "--source missing.jsonl: no such file"),
+    ("--source a=text.md", "--source text.md must be a .json, .jsonl"),
+    ("--source a=empty", "--source empty must be .* or a directory of them"),
+    ("--source a=good.jsonl=x", "--source a=good.jsonl=x: weight 'x' must be a number above 0"),
     ("--source a=good.jsonl=0", "weight '0'"), ("--source a=good.jsonl=nan", "'nan'"),
     ("--source a=good.jsonl=1 b=other.jsonl", "a weight to every source or to none"),
     ("--source a=broken.jsonl", "broken.jsonl, line 2: not valid JSON"),
@@ -453,14 +453,14 @@ def test_the_output_trains(tmp_path, tokenizer):
     ("--source a=cut.jsonl.gz", "cut.jsonl.gz: damaged gzip"), ("--source a=deep.jsonl", "deep.jsonl, line 1: not valid JSON"),
     ("--source a=keys.jsonl", "keys.jsonl: has no chat records, its keys are: title, body; needs messages, conv"),
     ("--source a=nothing.jsonl", "nothing.jsonl: has no chat records, its keys are: none"),
-    ("--source a=good.jsonl --benchmark gone.jsonl", "argument --benchmark: gone.jsonl: no such file"),
-    ("--source a=good.jsonl --benchmark text.md", "argument --benchmark: text.md must be"),
+    ("--source a=good.jsonl --benchmark gone.jsonl", "--benchmark gone.jsonl: no such file"),
+    ("--source a=good.jsonl --benchmark text.md", "--benchmark text.md must be"),
     ("--source a=good.jsonl --benchmark broken.jsonl", "broken.jsonl, line 2: not valid JSON"),
     ("--source a=good.jsonl --benchmark nothing.jsonl", "--benchmark nothing.jsonl: has no text of 20 letters"),
-    ("--source a=good.jsonl --count 0", "argument --count: 0 must be a whole number, 1 or more"),
-    ("--source a=good.jsonl --window 19", "argument --window: 19 must be a whole number, 20 or more"),
-    ("--source a=good.jsonl --near-duplicate 1", "argument --near-duplicate: 1 must be 0"),
-    ("--source a=good.jsonl --near-duplicate nan", "argument --near-duplicate: nan must be 0"),
+    ("--source a=good.jsonl --count 0", "--count 0 must be a whole number, 1 or more"),
+    ("--source a=good.jsonl --window 19", "--window 19 must be a whole number, 20 or more"),
+    ("--source a=good.jsonl --near-duplicate 1", "--near-duplicate 1 must be 0"),
+    ("--source a=good.jsonl --near-duplicate nan", "--near-duplicate nan must be 0"),
     ("--source a=good.jsonl --count 2 --holdout 2", "--holdout 2 must be below --count 2"),
     ("--source a=good.jsonl --holdout 9", "--holdout 9 must be below the 2"),
     ("--source a=good.jsonl --count 3",
@@ -490,4 +490,4 @@ def test_the_script_runs_by_itself(tmp_path, tokenizer):
     good = subprocess.run([*command, *three_sources(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert good.returncode == 0 and "wrote" in good.stdout and "nothing is decontaminated" in good.stdout
     again = subprocess.run([*command, "a=gone.jsonl"], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr == "error: argument --source: gone.jsonl: no such file or directory\n"
+    assert again.returncode == 1 and again.stderr == "error: --source gone.jsonl: no such file or directory\n"

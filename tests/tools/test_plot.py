@@ -38,8 +38,8 @@ def test_a_rule_is_drawn(rule, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     ("compare before.json --labels A B", "--labels has 2 names for 1 results"), ("compare text.txt", "text.txt: not results of needles"),
-    ("compare nowhere.json", "argument JSON: nowhere.json must be a file or directory that exists"), ("compare before.json --figure x.pdf", "argument --figure: x.pdf must be a PNG"),
-    ("compare before.json --figure no/x.png", "argument --figure: no/x.png must be a file in a directory that exists"), ("compare before.json --window 0", "argument --window: 0 must be a whole number, 1 or more"),
+    ("compare nowhere.json", "JSON nowhere.json must be a file or directory that exists"), ("compare before.json --figure x.pdf", "--figure x.pdf must be a PNG"),
+    ("compare before.json --figure no/x.png", "--figure no/x.png must be a file in a directory that exists"), ("compare before.json --window 0", "--window 0 must be a whole number, 1 or more"),
     ("rope --factor 0.5 --figure x.png", "factor is 0.5")])
 def test_mistakes_are_one_line_and_no_file(results, monkeypatch, arguments, message):
     monkeypatch.chdir(results)

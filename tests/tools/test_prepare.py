@@ -406,12 +406,12 @@ def test_command_line_prepares_a_corpus_and_prints_its_lengths(tmp_path, tokeniz
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--source text --tokenizer t --out o", "argument --source: text: write it as NAME=PATH"),
+    ("--source text --tokenizer t --out o", "--source text: write it as NAME=PATH"),
     ("--source a=missing --tokenizer t --out o", "--source missing"),
-    ("--source a=text --tokenizer missing --out o", "argument --tokenizer: missing"),
+    ("--source a=text --tokenizer missing --out o", "--tokenizer missing"),
     ("--source a=text --tokenizer t --out text", "already exists"),
-    ("--source a=text --tokenizer t --out o --processes 0", "argument --processes: 0 must be a whole number, 1 or more"),
-    ("--source a=text --tokenizer t --out o --holdout 2", "argument --holdout: 2 must be a number from 0 to 1"),
+    ("--source a=text --tokenizer t --out o --processes 0", "--processes 0 must be a whole number, 1 or more"),
+    ("--source a=text --tokenizer t --out o --holdout 2", "--holdout 2 must be a number from 0 to 1"),
     ("--source a=text --tokenizer t --out o --holdout 1", "leaves no training documents"),
     ("--source a=text --tokenizer t --out o --tokens 9", "unrecognized arguments: --tokens 9")])
 def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):
