@@ -179,7 +179,7 @@ def test_stop_token_ends_generation(tiny_model):
 def test_round_trip_is_byte_identical_and_sharded(dtype, tiny_model, tmp_path):
     model = tiny_model(dtype)
     model.save_pretrained(tmp_path / "a", max_shard_bytes=20_000)
-    assert len(list((tmp_path / "a").glob("model-*-of-*.safetensors"))) > 2
+    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 2
     Llama.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", max_shard_bytes=20_000)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name

@@ -16,7 +16,8 @@ from tools.prepare import read_documents, source_path, texts_of
 
 
 def learn_tokens(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """The vocabulary in order of merging (BPE, arXiv 1508.07909): the 256 bytes, then what is merged.
+    """The vocabulary in order of merging (BPE, arXiv 1508.07909): the 256 bytes, then what is
+    merged.
 
     Pieces are Qwen2's: Llama 3's but for single digits, so no merge joins digits.
     """
