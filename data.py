@@ -1,5 +1,4 @@
-"""What is on disk and how it becomes batches: tokenizers, corpora, weights; documents packed into
-sequences.
+"""What is on disk, and how it becomes batches: tokenizers, weights, corpora, packed documents.
 
 A corpus is a directory that `python -m tools.prepare` writes. It holds shards, each of documents of
 one source, in three files:
@@ -14,7 +13,8 @@ corpus is complete.
 A dataset has `sequence_length` S, `document_mask` (whether documents of a row are kept apart) and
 `sequence(index) -> (tokens int64, loss mask bool, document ids int64)`, each of S + 1 elements and
 a pure function of index and seed: resume anywhere, on any number of ranks. `batch` shifts the
-targets there and then, before anything is sharded: none is lost at a shard's border. """
+targets there and then, before anything is sharded: none is lost at a shard's border.
+"""
 from __future__ import annotations
 
 import base64
@@ -23,6 +23,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -63,23 +64,22 @@ class Tokenizer(tiktoken.Encoding):
 
     It applies `normal_form` (Qwen2: NFC) and drops bytes the vocabulary lacks as the tokenizers
     library does (SmolLM2 lacks 21). `encode_ordinary` never makes special tokens of what a text
-    spells. """
+    spells.
+    """
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
                  normal_form: str | None = None, path: Path | None = None) -> None:
         size = max([*ranks.values(), *special.values()]) + 1
-        absent = {bytes([b]) for b in range(256)} - ranks.keys()
-        for i, byte in enumerate(sorted(absent)):  # tiktoken wants ids for them: past the end
-            ranks = ranks | {byte: size + i}
-        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        absent = sorted({bytes([b]) for b in range(256)} - ranks.keys())
+        beyond = {byte: size + i for i, byte in enumerate(absent)}  # tiktoken wants ids for them
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks | beyond, special_tokens=special)
         self.max_token_value = size - 1
         self.normal_form = normal_form
         self.lacks_bytes = bool(absent)
         self.path = path  # the file it was loaded from
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of plain text. White space is cut after 100,000 in a row: at a million, tiktoken
-        panics."""
+        """Ids of plain text, its white space cut after 100,000 in a row: at a million tiktoken panics."""
         pieces = re.split(r"(\s{100000})", self.normalise(text))
         encoded = map(super().encode_ordinary, pieces)
         return self.known(itertools.chain.from_iterable(encoded))
@@ -173,18 +173,18 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
 def byte_characters() -> dict[str, int]:
     """The characters as which a tokenizer.json writes bytes: {character: byte}, as GPT-2 does.
 
-    Printable ones stand for themselves, the others are written as characters from 256 on: "Ġ" is
-    the space. """
-    byte_of = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
-    for byte in range(256):
-        if chr(byte) not in byte_of:
-            byte_of[chr(256 + len(byte_of) - 188)] = byte
+    Printable ones stand for themselves, the others are characters from 256 on: "Ġ" is the space.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    for number, byte in enumerate(others):
+        byte_of[chr(256 + number)] = byte
     return byte_of
 
 
 def split_pattern(pre_tokenizer: dict) -> str | None:
-    """The regular expression that cuts text as tokenizer.json's `pre_tokenizer` does; None if
-    unknown."""
+    """The regular expression that cuts text as `pre_tokenizer` does; None if that is not known."""
     match pre_tokenizer.get("pretokenizers") or [pre_tokenizer]:
         case [{"type": "ByteLevel", "add_prefix_space": False, **more}] if more.get("use_regex", True):
             return GPT2
@@ -214,8 +214,7 @@ def stop_tokens(tokenizer: tiktoken.Encoding, known: int | list[int] | None) -> 
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of each line of a file, .gz or not, that is not blank. ValueError for a
-    damaged .gz."""
+    """(number from 1, line) of each line, of a file or .gz, that is not blank. ValueError: damaged."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -253,7 +252,8 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
     is removed.
 
     Raises ValueError if `path` already holds something, OSError with the path if writing fails
-    (disk full). """
+    (disk full).
+    """
     path = Path(path).absolute()
     if path.is_file() or path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path}: already exists; remove it or choose another place")
@@ -289,8 +289,7 @@ def write_complete(path: Path, content: bytes) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file that is there only meanwhile. Raises ValueError if another process has
-    it."""
+    """Hold a lock on a file that is there only meanwhile. ValueError if another process has it."""
     with open(path, "ab") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forks do not inherit it
@@ -370,12 +369,12 @@ def read_weights(path: Path, shapes: dict[str, tuple], dims: dict[str, int | Non
 
 def read_shards(files: dict[str, Path], shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid,
                 dtype: torch.dtype | None, device) -> dict[str, Tensor]:
-    """This tp rank's shard of every tensor named in `shapes` (the shapes of shards), read from
-    `files` (locate_weights).
+    """This tp rank's shard of every tensor named in `shapes` (of shards), from `files` (locate_weights).
 
     dims: the dimension along which tp cuts each, None: not at all. dtype None keeps the file's.
     Raises ValueError that names the file if it is damaged, or if a tensor has another shape than
-    the whole of these shards, or is quantised. """
+    the whole of these shards, or is quantised.
+    """
     weights = {}
     for file in sorted({files[name] for name in shapes}):
         with open_weights(file) as tensors:
@@ -407,39 +406,37 @@ def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int
 
 def write_weights(path: Path, stem: str, shapes: dict[str, tuple[tuple, torch.dtype]],
                   tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int, grid: Grid) -> None:
-    """`stem`-00001.safetensors and so on, and an index that says which holds what, from (name,
-    whole tensor) `tensors`.
+    """`stem`-0000i-of-0000n.safetensors and the index that says which holds what.
 
-    shapes: {name: (shape, dtype)} of all. Every rank goes through `tensors`, which may communicate;
-    the first rank writes. A full disk is an OSError that names the file. """
-    weight_map, total_bytes = {}, 0
-    number, shard, shard_bytes = 1, {}, 0
-
-    def save() -> None:
+    tensors: (name, whole tensor) in the order of `shapes`, {name: (shape, dtype)}. Every rank goes through
+    them, which may communicate; the first rank writes. A full disk is an OSError that names the file.
+    """
+    # 1. Which tensors go into which file.
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+    numbers, number, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > max_shard_bytes:
+            number, filled = number + 1, 0
+        numbers[name] = number
+        filled += size
+    weight_map = {name: f"{stem}-{i:05d}-of-{number:05d}.safetensors" for name, i in numbers.items()}
+    # 2. File after file.
+    for file, group in itertools.groupby(tensors, key=lambda item: weight_map[item[0]]):
+        shard = {}
+        for name, tensor in group:
+            if grid.is_first:
+                shard[name] = tensor.cpu().contiguous()
         grid.restart_timer()  # the others wait for the first
         if grid.is_first:
-            save_tensors(path / f"{stem}-{number:05d}.safetensors", shard)
-
-    for name, tensor in tensors:
-        shape, dtype = shapes[name]
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if shard_bytes and shard_bytes + size > max_shard_bytes:
-            save()
-            number, shard, shard_bytes = number + 1, {}, 0
-        if grid.is_first:
-            shard[name] = tensor.cpu().contiguous()
-        weight_map[name] = f"{stem}-{number:05d}.safetensors"
-        shard_bytes += size
-        total_bytes += size
-    save()
+            save_tensors(path / file, shard)
+    # 3. The index.
     if grid.is_first:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (path / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file, with the mode of any new file: the library writes one for its owner
-    alone."""
+    """One safetensors file, with the mode of any new file: the library makes it its owner's alone."""
     try:
         file.touch()
         mode = file.stat().st_mode
@@ -453,8 +450,7 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
-    """Identifies what ordinary ids stand for (special ones have other names in tokenizer.json than
-    in .model)."""
+    """Identifies what ordinary ids stand for; special ones have other names in another file."""
     content = hashlib.sha256()
     for token, rank in sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1]):
         content.update(b"%d %d %s" % (rank, len(token), token))
@@ -471,13 +467,14 @@ def read_meta(directory: str | Path, tokenizer: tiktoken.Encoding | None = None)
     fingerprint, ...}, where a shard is {"name", "source", "documents", "tokens"}.
 
     Raises FileNotFoundError, or ValueError for a corpus of another format or, if one is given,
-    another `tokenizer`. """
+    another `tokenizer`.
+    """
     path = Path(directory) / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); write one with python -m tools.prepare")
     try:
         meta = json.loads(path.read_text())
-        known = meta["format"] == 2
+        known = meta["format"] == 2 and {"splits", "tokenizer"} <= meta.keys()
     except (ValueError, TypeError, KeyError):
         known = False
     if not known:
@@ -488,17 +485,15 @@ def read_meta(directory: str | Path, tokenizer: tiktoken.Encoding | None = None)
 
 
 def map_file(path: Path, dtype: torch.dtype, size: int) -> np.ndarray:
-    """A file of `size` numbers as an array (size,) that is read where it is touched; unlike a
-    memmap it stays open as no file, of which a process may have few. Raises ValueError for another
-    size."""
+    """A file of `size` numbers as an array (size,) that is read where it is touched. Unlike numpy's
+    memmap it keeps no file open: a process may have a thousand, a corpus has more. ValueError."""
     if not path.is_file() or path.stat().st_size != size * dtype.itemsize:
         raise ValueError(f"{path}: missing, or not the {size} elements of meta.json; prepare the corpus again")
     return torch.from_file(str(path), size=size, dtype=dtype).numpy()
 
 
 def open_shard(directory: Path, shard: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A shard of a corpus: tokens uint32 (T,), loss mask bool (T,), lengths of its documents int64
-    (N,).
+    """A shard of a corpus: tokens uint32 (T,), loss mask bool (T,), documents' lengths int64 (N,).
 
     Raises ValueError naming the file that is not as long as `shard`, an entry of meta.json, says.
     """
@@ -552,7 +547,8 @@ def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, 
 
     Below `short` tokens a document weighs short_weight, above `long` long_weight, else 1. Each
     source is then scaled so that its expected tokens stay as they are: sources keep their
-    proportions. Raises ValueError. """
+    proportions. Raises ValueError.
+    """
     finite = 0 <= short_weight < np.inf and 0 <= long_weight < np.inf
     if not 0 <= short <= long or not finite:
         raise ValueError(f"length weights need 0 <= short {short} <= long {long}, and finite weights of 0 or more, "
@@ -599,9 +595,9 @@ class PackedDataset:
     tokens i·S to i·S + S of the stream, so its last target is the next one's first input, and
     documents of S - len(separator) tokens start exactly where sequences do:
 
-        stream     a a a a a <s> b b <s> c c c c c c ...
-        S = 4      |-------0-------|
-                           |-------1-------| ...
+        stream      a a a a a <s> b b <s> c c c c ...     with S = 4, and <s> as if it were one
+        token sequence 0  a a a a a sequence 1          a <s> b b <s> sequence 2
+        <s> c c c c
     """
 
     def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int, separator: str = "<s>",
@@ -622,26 +618,22 @@ class PackedDataset:
         self.document_mask = document_mask
         self.separator = separator_tokens(separator, tokenizer)  # (n,)
 
-        self.tokens, self.masks = [], []  # of each shard, (T,)
-        lengths, shards, starts, sources, names = [], [], [], [], {}
-        for number, shard in enumerate(meta["splits"][split]):
-            tokens, mask, own_lengths = open_shard(Path(directory), shard)
-            source = names.setdefault(shard["source"], len(names))
-            self.tokens.append(tokens)
-            self.masks.append(mask)
-            lengths.append(own_lengths)
-            shards.append(np.full(len(own_lengths), number))
-            starts.append(np.cumsum(own_lengths) - own_lengths)
-            sources.append(np.full(len(own_lengths), source))
-        self.lengths = np.concatenate(lengths)  # of each document, (documents,), as all that follow
-        self.shards = np.concatenate(shards)  # where it is,
-        self.starts = np.concatenate(starts)  # and from which token of the shard on
-        self.sources = np.concatenate(sources)
-        self.weights = length_weights(self.lengths, self.sources, short, long, short_weight, long_weight)
+        shards = meta["splits"][split]
+        arrays = [open_shard(Path(directory), shard) for shard in shards]
+        self.tokens = [tokens for tokens, _, _ in arrays]  # of each shard, (T,)
+        self.masks = [mask for _, mask, _ in arrays]
+        lengths = [own for _, _, own in arrays]
+        self.lengths = np.concatenate(lengths)  # of each document, (documents,), as the next three:
+        self.starts = np.concatenate([np.cumsum(own) - own for own in lengths])  # where in its shard
+        counts = [shard["documents"] for shard in shards]
+        self.shards = np.repeat(np.arange(len(shards)), counts)  # and which that is
+        names = sorted({shard["source"] for shard in shards})
+        sources = np.repeat([names.index(shard["source"]) for shard in shards], counts)
+        self.weights = length_weights(self.lengths, sources, short, long, short_weight, long_weight)
 
-        self.epochs = 0  # how many of the stream are planned so far,
-        self.order = np.zeros(0, dtype=np.int64)  # (n,), the documents that occur in them,
-        self.bounds = np.zeros(1, dtype=np.int64)  # (n + 1,), and where in the stream each begins and the last ends
+        self.epochs = 0  # how many epochs of the stream are planned so far,
+        self.order = np.zeros(0, dtype=np.int64)  # (n,): the documents that occur in them,
+        self.bounds = np.zeros(1, dtype=np.int64)  # (n + 1,): where each begins, and the last ends
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens uint32 (T,) and loss mask bool (T,) of a document."""
@@ -654,7 +646,8 @@ class PackedDataset:
 
         Systematic sampling: along the sum of all weights stands a mark at every whole number, moved
         by one random fraction; a document of weight w covers floor(w) or ceil(w) marks, and occurs
-        as often. """
+        as often.
+        """
         shift = np.random.default_rng([self.seed, epoch, 1]).random()
         marks = np.floor(np.cumsum(self.weights) + shift).astype(np.int64)  # up to each document's end
         repeats = np.diff(marks, prepend=0)
@@ -702,8 +695,7 @@ class PackedDataset:
 
 
 def held_out_split(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Tokens uint32 (T,) of each held-out document of a corpus, in order. Raises ValueError, see
-    PackedDataset."""
+    """Tokens uint32 (T,) of each held-out document of a corpus. ValueError: see PackedDataset."""
     dataset = PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
     for index in range(len(dataset.lengths)):
         yield dataset.document(index)[0]
@@ -714,7 +706,8 @@ class Blend:
     gives its own in order, without a gap: the k-th time a dataset is drawn it gives its sequence k.
 
     Of n sequences a dataset of share p gives about p n, give or take sqrt(p (1 - p) n). Raises
-    ValueError. """
+    ValueError.
+    """
 
     CHUNK = 4096
 
@@ -740,7 +733,7 @@ class Blend:
         return self.datasets[owners[place]].sequence(int(indices[place]))
 
     def draw(self) -> None:
-        """Draw the owners of the next CHUNK sequences: a pure function of (seed, number of the chunk)."""
+        """Draw the owners of the next CHUNK sequences, by (seed, number of the chunk)."""
         numbers = np.random.default_rng([self.seed, len(self.chunks)]).random(self.CHUNK)
         owners = np.searchsorted(self.borders[:-1], numbers, side="right")
         indices = np.empty(self.CHUNK, dtype=np.int64)

@@ -34,8 +34,7 @@ def has_chat_tokens(tokenizer: tiktoken.Encoding) -> bool:
 
 
 def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
-    """Id of the token that ends a message: Llama 3's <|eot_id|> or ChatML's <|im_end|>. Raises
-    ValueError."""
+    """Id of the token that ends a message: <|eot_id|> (Llama 3) or <|im_end|> (ChatML). ValueError."""
     for start, end in CHAT_TOKENS:
         if {start, end} <= tokenizer.special_tokens_set:
             return tokenizer.encode_single_token(end)
@@ -44,8 +43,7 @@ def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
 
 
 def check_messages(messages: list[dict], training: bool = True) -> None:
-    """Raise ValueError unless these are chat messages, for training with an assistant's words in
-    them."""
+    """Raise ValueError unless these are messages, with an assistant's words if for training."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError("messages must be a list of objects with role and content")
     for i, message in enumerate(messages):
@@ -66,7 +64,8 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
     By the tokenizer's special tokens it is Llama 3's template or ChatML. No system message is added
     (Hugging Face's templates of Llama 3.1, SmolLM2 and Qwen2 add one). Contents are plain text: a
     special token spelled there stays text. `add_generation_prompt` opens the assistant's answer,
-    and then messages need none. Raises ValueError: see check_messages, end_of_turn. """
+    and then messages need none. Raises ValueError: see check_messages, end_of_turn.
+    """
     check_messages(messages, training=not add_generation_prompt)
     end_of_turn(tokenizer)  # raises if there is no template
     if "<|start_header_id|>" in tokenizer.special_tokens_set:
@@ -161,8 +160,7 @@ def encode_documents(documents: Iterable[tuple], tokenizer: tiktoken.Encoding) -
 
 
 def read_conversations(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, {"messages": ...}) of each line of a .jsonl or .jsonl.gz file. ValueError starts with
-    the place."""
+    """(place, {"messages": ...}) of each line of a .jsonl or .jsonl.gz file. Raises ValueError."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line")
     for place, record in read_records(path):
@@ -180,12 +178,12 @@ class ChatDataset:
 
     A row has one sample, or with `pack` as many as fit in their order, each under an id of its own
     for the cross-document mask. Samples longer than `sequence_length` are dropped, never cut:
-    `dropped` counts them, `rows` has the others. """
+    `dropped` counts them, `rows` has the others.
+    """
 
     def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding, sequence_length: int,
                  seed: int, pack: bool = False) -> None:
-        """samples: a .jsonl or .jsonl.gz file of {"messages": [...]}, or lists of messages. Raises
-        ValueError."""
+        """samples: a .jsonl(.gz) file of {"messages": [...]}, or lists of messages. ValueError."""
         if isinstance(samples, (str, Path)):
             name, documents = samples, read_conversations(Path(samples))
         else:

@@ -132,7 +132,7 @@ def test_a_damaged_or_foreign_corpus_is_refused(tmp_path, tokenizer):
         data.PackedDataset(tmp_path, "train", 2, 0, "none")
 
 
-@pytest.mark.parametrize("content", ["{oops", "[1]", "{}", '{"format": 1, "vocab_size": 656}'])
+@pytest.mark.parametrize("content", ["{oops", "[1]", "{}", '{"format": 1, "vocab_size": 656}', '{"format": 2}'])
 def test_a_corpus_of_another_format_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ValueError, match="^[^\n]*meta.json: not a corpus of format 2, [^\n]*; prepare it again$"):

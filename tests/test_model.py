@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from model import VOCABULARY_TILE, Llama, ModelConfig, TiledCrossEntropy, read_config, rescale
 from parallel import Grid, ShardedAdamW
 from rope_yarn import RopeScaling, ntk_theta
+from tools.perplexity import token_losses
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
@@ -81,7 +82,7 @@ def test_loss_and_gradients_equal_dense_cross_entropy(tied, tiny_model):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for (name, a), b in zip(ours.named_parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12, msg=name)
-    losses = ours.token_losses(tokens, targets)
+    losses = token_losses(ours, tokens, targets)
     torch.testing.assert_close(losses.double().sum(), loss.detach(), rtol=1e-5, atol=0)
     assert (losses[targets == -100] == 0).all()
 
@@ -180,7 +181,7 @@ def test_stop_token_ends_generation(tiny_model):
 def test_round_trip_is_byte_identical_and_sharded(dtype, tiny_model, tmp_path):
     model = tiny_model(dtype)
     model.save_pretrained(tmp_path / "a", max_shard_bytes=20_000)
-    assert len(list((tmp_path / "a").glob("model-*-of-*.safetensors"))) > 2
+    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 2
     Llama.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", max_shard_bytes=20_000)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name

@@ -14,7 +14,7 @@ from torch.distributed.run import get_args_parser
 import eval_niah
 import sft
 import train
-from parallel import check_grid
+from parallel import Grid
 from tools import plan, ruler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,14 +194,13 @@ def check(command: list[str]) -> None:
         processes = int(a.nproc_per_node) * int(a.nnodes.split(":")[-1])
     if program in ("train.py", "sft.py"):
         a = (train.stage1_parser if program == "train.py" else sft.stage2_parser)().parse_args(options)
-        check_grid(a.tp, a.cp, processes, sequence_length=a.sequence_length)
-        assert a.steps and a.out and a.data and a.batch_size % (processes // (a.tp * a.cp) * (a.micro_batch_size or 1)) == 0
+        grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
+        train.check_batch(grid, a.sequence_length, a.batch_size, a.micro_batch_size, document_mask=False)
+        assert grid.size("all") == processes and a.steps and a.out and a.data
         return
-    parse = eval_niah.parse_arguments if program == "eval_niah.py" else importlib.import_module(program).parse_arguments
-    a = parse(options)
+    a = (eval_niah if program == "eval_niah.py" else importlib.import_module(program)).parser().parse_args(options)
     if program in ("eval_niah.py", "tools.answer", "tools.perplexity"):
-        check_grid(a.tp, a.cp, processes)
-        assert a.model and (a.jsonl if program == "tools.answer" else a.haystack and a.lengths)
+        assert processes % (a.tp * a.cp) == 0 and a.model and (a.jsonl if program == "tools.answer" else a.haystack and a.lengths)
     else:
         assert launcher == ["python"]  # nothing else knows of other processes
     if program == "tools.ruler":

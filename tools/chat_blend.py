@@ -578,7 +578,7 @@ window_length = option(int, lambda n: n >= SHORTEST_ITEM, f"a whole number, {SHO
 similarity = option(float, lambda x: x == 0 or 0.5 <= x < 1, "0 (off), or from 0.5 to below 1")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parser() -> Parser:
     parser = Parser("The chat samples of stage 2, cleaned, without copies, drawn by category.")
     add = parser.add_argument
     add("--source", type=parse_source, nargs="+", action="extend", required=True,
@@ -597,7 +597,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--holdout", type=nonnegative, default=0, help="samples that go to valid.jsonl")
     add("--seed", type=int, default=0, help="another seed draws other samples")
     add("--out", type=Path, required=True, help="new directory")
-    return parser.parse_args(argv)
+    return parser
 
 
 def check_options(sources: list[Source], count: int | None, holdout: int, near: float) -> None:
@@ -613,7 +613,7 @@ def check_options(sources: list[Source], count: int | None, holdout: int, near: 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        a = parse_arguments(argv)
+        a = parser().parse_args(argv)
         check_options(a.source, a.count, a.holdout, a.near_duplicate)
         tokenizer = load_tokenizer(a.tokenizer)
         end_of_turn(tokenizer)  # raises if it has none

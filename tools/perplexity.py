@@ -7,7 +7,6 @@ A low perplexity is no retrieval yet: that is what the needles of eval_niah.py a
 """
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from pathlib import Path
@@ -89,7 +88,7 @@ def perplexity_table(runs: list[dict], labels: list[str]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parser() -> Parser:
     parser = checkpoint_parser("Perplexity by position in long documents.")
     documents = parser.add_argument_group("documents")
     documents.add_argument("--haystack", type=Path, required=True, help="text that was not trained on: a corpus directory (of "
@@ -100,13 +99,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=writable, help="results, JSON; tools.plot draws them")
     output.add_argument("--window", type=positive, help="old window to mark (default: before extension)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check everything, read long documents, load the model, measure, show and write."""
     with one_line_errors():
-        a = parse_arguments(argv)
+        a = parser().parse_args(argv)
         if a.lengths < a.buckets:
             raise ValueError(f"--lengths {a.lengths} is too small for --buckets {a.buckets}")
         path = source_path(a.haystack, "--haystack")

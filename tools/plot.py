@@ -7,7 +7,6 @@ The files are what --out of eval_niah.py or tools.perplexity has written; withou
 """
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
 import itertools
@@ -143,7 +142,7 @@ def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) ->
 png_file = option(writable, lambda path: path.suffix == ".png", "a PNG: a name that ends in .png")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parser() -> Parser:
     parser = Parser("Draw results side by side, or what a RoPE rule does to each pair.")
     commands = parser.add_subparsers(dest="command", required=True)
     text = "results of eval_niah.py or tools.perplexity: a table, and a figure"
@@ -156,12 +155,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     rope = commands.add_parser("rope", help=text, description=text)
     add_rule_arguments(rope)
     rope.add_argument("--figure", type=png_file, required=True, help="PNG")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        a = parse_arguments(argv)
+        a = parser().parse_args(argv)
         if a.figure and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
         if a.command == "rope":

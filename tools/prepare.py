@@ -68,7 +68,7 @@ OURS = re.compile(r"parts|lock|train-\d+\..*|valid-\d+\..*|meta\.json\.\d+\.part
 
 
 def source_path(source: str | Path, option: str = "--source") -> Path:
-    """The path that a --source names; "stdlib" is the running Python's library. FileNotFoundError."""
+    """The path that a --source names; "stdlib" is this Python's library. FileNotFoundError."""
     path = Path(sysconfig.get_path("stdlib") if str(source) == "stdlib" else source)
     if not path.exists():
         raise FileNotFoundError(f"{option} {source}: no such file or directory")
@@ -76,7 +76,7 @@ def source_path(source: str | Path, option: str = "--source") -> Path:
 
 
 def text_files(folder: Path) -> Iterator[Path]:
-    """JSON lines and files with a known text suffix, sorted, the folder's own before its folders'."""
+    """JSON lines and files with a known text suffix, sorted; a folder's own before its folders'."""
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(n for n in folders if n not in SKIPPED_FOLDERS and n[0] != ".")
         for name in sorted(names):
@@ -144,8 +144,8 @@ def field_of(record: dict, source_field: str) -> str | None:
 
 
 def encode_document(document: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens uint32 (T,) and loss mask bool (T,): loss on all of a text, on a completion but not its
-    prompt, or as encode_chat says."""
+    """Tokens uint32 (T,) and loss mask bool (T,): loss on all of a text, on a completion but not
+    its prompt, or as encode_chat says."""
     if "messages" in document:
         tokens, mask = encode_chat(document["messages"], tokenizer)
     else:
@@ -186,7 +186,7 @@ def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
 
 
 def contains(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which of `values` are among `known`, sorted, one at least: contains([1, 4], [4, 2]) is [True, False]."""
+    """Which of `values` are among `known` (sorted, not empty): for [1, 4] and [4, 2], [True, False]."""
     places = np.searchsorted(known, values, side="right") - 1
     return known[places] == values
 
@@ -216,7 +216,7 @@ def cut_shared_windows(tokens: np.ndarray, mask: np.ndarray, window: int,
 
 def write_shard(directory: Path, name: str, source: str,
                 documents: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[dict]:
-    """Write (tokens, mask) documents as shard `name`, see data.py; those without a token are left out.
+    """Write (tokens, mask) documents as shard `name`, see data.py, but for those without a token.
 
     Returns its entry of meta.json in a list, which is empty if there is nothing to write.
     """
@@ -240,7 +240,7 @@ def shard_documents(directory: Path, shard: dict) -> Iterator[tuple[np.ndarray, 
 
 
 def write_meta(directory: Path, tokenizer: Tokenizer, splits: dict[str, list[dict]], **notes) -> dict:
-    """Write a corpus's meta.json, the last of its files; returns it. ValueError without a training document."""
+    """Write meta.json, a corpus's last file, and return it. ValueError without training documents."""
     if not splits["train"]:
         raise ValueError(f"{directory}: no training documents that hold text, so nothing to write")
     meta = {"format": 2, "vocab_size": tokenizer.n_vocab, "tokenizer": fingerprint(tokenizer),
@@ -250,7 +250,7 @@ def write_meta(directory: Path, tokenizer: Tokenizer, splits: dict[str, list[dic
 
 
 def by_source(items: Iterable[tuple[str, int, object]], most: int) -> Iterator[tuple[str, list]]:
-    """(source, size, item) -> (source, items of that source), as soon as these are of size `most`."""
+    """(source, size, item) -> (source, items of that source), when these are of size `most`."""
     waiting, sizes = {}, Counter()
     for source, size, item in items:
         waiting.setdefault(source, []).append(item)
@@ -263,7 +263,7 @@ def by_source(items: Iterable[tuple[str, int, object]], most: int) -> Iterator[t
 
 def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]],
                  out_dir: str | Path, tokenizer: Tokenizer, shard_tokens: int = 2**22, **notes) -> dict:
-    """Write documents token for token: {"train": ..., "valid": ...}, each (source, tokens, loss mask).
+    """Write documents token for token: {"train": [(source, tokens, loss mask), ...], "valid": ...}.
 
     A mask of None is loss everywhere. out_dir appears complete or not at all; its meta.json takes
     `notes` and is returned. ValueError without training documents.
@@ -327,11 +327,11 @@ def worker_tokenizer(path: Path) -> Tokenizer:
 
 def encode_job(job: Job, tokenizer_path: Path, out_dir: Path, holdout: float, seed: int,
                settings: str) -> dict[str, list[dict]]:
-    """Encode a job: its training shard in `out_dir`, its held-out one, not cut yet, in out_dir/parts.
+    """Encode a job: a training shard in `out_dir`, a held-out one, not cut yet, in out_dir/parts.
 
-    Returns the shards of each split, see write_shard. Last the job's receipt is written: what it
-    wrote, and an identity of all that this depends on. If that is there, so are they, and nothing is
-    encoded; `settings` is what else than documents, source and seed they depend on.
+    Returns the shards of each split, see write_shard. The job's receipt is written last: it says
+    what was written, and has a hash of all that this depends on (`settings`: what that is beside
+    documents, source and seed). Where such a receipt is, nothing is encoded again.
     """
     hashes = [content_hash(document, seed) for document in job.documents]
     content = json.dumps([settings, job.source, hashes]).encode()
@@ -363,7 +363,7 @@ def encode_job(job: Job, tokenizer_path: Path, out_dir: Path, holdout: float, se
 
 
 def shared_windows(directory: Path, shard: dict, known: Path, window: int) -> np.ndarray:
-    """Which of the `known` hashes (a sorted .npy file) are windows of a shard's documents, sorted."""
+    """Those of the `known` hashes (a sorted .npy file) that a shard's documents have, sorted."""
     hashes = np.load(known, mmap_mode="r")
     found = [np.zeros(0, np.uint64)]
     for tokens, _ in shard_documents(directory, shard):
@@ -373,7 +373,7 @@ def shared_windows(directory: Path, shard: dict, known: Path, window: int) -> np
 
 
 def in_order(pool: Executor, ahead: int, function: Callable, calls: Iterable[tuple]) -> Iterator:
-    """Results of function(*call) in order; only `ahead` calls are under way, so memory is bounded."""
+    """Results of function(*call) in order. `ahead` calls at most wait: so memory is bounded."""
     waiting = deque()
     try:
         for call in calls:
@@ -390,13 +390,13 @@ def in_order(pool: Executor, ahead: int, function: Callable, calls: Iterable[tup
 
 @contextmanager
 def workers(processes: int) -> Iterator[Executor]:
-    """A pool of processes, forks of a server that has these modules and no threads: a fork of this
+    """A pool of processes, forks of a server that has torch and no threads: a fork of this
     process, which has some, might hang. A single worker is a thread of this process."""
     if processes == 1:
         pool = ThreadPoolExecutor(1)
     else:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tools.prepare"])
+        context.set_forkserver_preload(["sft"])
         pool = ProcessPoolExecutor(processes, context, end_with_parent)
     try:
         yield pool
@@ -405,8 +405,8 @@ def workers(processes: int) -> Iterator[Executor]:
 
 
 def end_with_parent() -> None:
-    """End this process with the one that started it, which alone heeds Ctrl-C: a killed one leaves no
-    worker that waits for its next job."""
+    """End this process with the one that started it, which alone heeds Ctrl-C: a killed one leaves
+    no worker that waits for its next job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -425,8 +425,8 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, 
     """Tokenise (name, path) sources, see source_path, into a corpus; returns its meta.json.
 
     A record's `source_field` (SlimPajama: meta.redpajama_set_name) makes it a source of its own,
-    NAME/FIELD. A share `holdout` of the documents (see is_held_out) becomes split "valid"; every run
-    of `holdout_window` tokens that a training document has too is cut out of it (0: kept), or
+    NAME/FIELD. A share `holdout` of the documents (see is_held_out) becomes split "valid"; every
+    run of `holdout_window` tokens that a training document has too is cut out of it (0: kept), or
     boilerplate would count as held-out. `job_characters`: how much text a shard is made of.
 
     Memory holds a few jobs a process and 8 bytes a held-out token. Raises ValueError, OSError.
@@ -482,23 +482,29 @@ def held_out_windows(directory: Path, shards: list[dict], window: int) -> np.nda
 
 
 def remove_others(directory: Path, shards: list[dict]) -> None:
-    """Remove shards that are not among these: of a stopped run of other sources or settings."""
-    names = {shard["name"] for shard in shards}
-    for path in directory.glob("*-*.*"):
-        if path.name.split(".")[0] not in names or path.name.endswith(".partial"):
+    """Remove files that are not of these shards: of a stopped run of other sources or settings."""
+    wanted = {"lock"}
+    for shard in shards:
+        for kind in ("tokens", "mask", "lengths"):
+            wanted.add(f"{shard['name']}.{kind}")
+    for path in directory.iterdir():
+        if path.is_file() and path.name not in wanted:
             path.unlink()
 
 
 @contextmanager
 def unfinished(out_dir: Path) -> Iterator[None]:
-    """Make `out_dir` and in it `parts`, which goes when the corpus is complete, for this process alone.
+    """Make `out_dir` and in it `parts`, which goes when the corpus is complete, for this process
+    alone.
 
     If nothing has been done that the next run could use, an error removes it all. Raises ValueError
-    if a corpus is there already, or files that prepare did not write, or if another process uses it.
+    if a corpus is there already, or files that prepare did not write, or if another process uses
+    it.
     """
     parts = out_dir / "parts"
     if is_corpus(out_dir):
-        shutil.rmtree(parts, ignore_errors=True)  # a run may have been killed just before that
+        shutil.rmtree(parts, ignore_errors=True)  # what a run left that was killed just before that
+        (out_dir / "lock").unlink(missing_ok=True)
         raise ValueError(f"{out_dir}: already exists; remove it or choose another place")
     for path in out_dir.iterdir() if out_dir.exists() else ():
         if not OURS.fullmatch(path.name):
@@ -545,7 +551,7 @@ def named_source(text: str) -> tuple[str, Path]:
     return name, source_path(path)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parser() -> Parser:
     parser = Parser("Tokenise sources into a corpus directory; every document as it is found, once. "
                     "Up-sampling by length, and how many tokens are used, are options of train.py.")
     add = parser.add_argument
@@ -560,12 +566,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="cut held-out runs of this many tokens that training has too; 0: no")
     add("--seed", type=nonnegative, default=0, help="chooses the held-out documents")
     add("--processes", type=positive, default=os.cpu_count(), help="change the time, not the result")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        a = parse_arguments(argv)
+        a = parser().parse_args(argv)
         try:
             meta = prepare_corpus(a.source, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window,
                                   a.seed, processes=a.processes, source_field=a.source_field)

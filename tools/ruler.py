@@ -18,7 +18,6 @@ length) for a cache of prefixes.
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -526,7 +525,7 @@ def load_haystack(source: str, tokenizer: Tokenizer) -> str:
     return haystack
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parser() -> Parser:
     parser = Parser("Prompts of RULER's synthetic tasks, each of exactly the length asked for.")
     add = parser.add_argument
     add("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
@@ -540,7 +539,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--system", help="system message of chat prompts")
     add("--seed", type=int, default=42, help="another seed makes other prompts")
     add("--out", type=writable, required=True, help="JSON lines, replaced if there")
-    return parser.parse_args(argv)
+    return parser
 
 
 def write_records(make: Callable[[str, int, int], dict], tasks: list[str], lengths: list[int],
@@ -578,7 +577,7 @@ def write_records(make: Callable[[str, int, int], dict], tasks: list[str], lengt
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        a = parse_arguments(argv)
+        a = parser().parse_args(argv)
         if a.system is not None and a.prompt == "plain":
             raise ValueError("--system: a plain prompt has no system message; add --prompt chat")
         tasks = list(TASKS) if "all" in a.tasks else list(dict.fromkeys(a.tasks))

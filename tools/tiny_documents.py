@@ -13,7 +13,6 @@ corpus's own docstrings, and one in two a short retrieval document as a conversa
 """
 from __future__ import annotations
 
-import argparse
 import ast
 import itertools
 import json
@@ -205,7 +204,7 @@ def chat_samples(corpus: Path, tokenizer, length: int, count: int, seed: int) ->
         yield {"messages": sample}
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parser() -> Parser:
     parser = Parser("Training documents of the tiny recipe: retrieval documents, or chat samples.")
     add = parser.add_argument
     add("what", choices=("retrieval", "chat"), help="what to write")
@@ -220,13 +219,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--text-loss", type=fraction, default=0.1, help="share of a document's text with loss")
     add("--seed", type=int, default=0, help="another seed draws other documents")
     add("--out", type=Path, required=True, help="new corpus directory; chat: a .jsonl file")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write one corpus of retrieval documents, or one file of chat samples."""
     with one_line_errors():
-        a = parse_arguments(argv)
+        a = parser().parse_args(argv)
         shortest = a.shortest or a.length
         if not 64 <= shortest <= a.length:
             raise ValueError(f"--shortest {shortest} must be 64 to --length {a.length}")

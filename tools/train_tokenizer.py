@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,8 @@ from tools.prepare import read_documents, source_path, texts_of
 
 
 def learn_tokens(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """The vocabulary in order of merging (BPE, arXiv 1508.07909): the 256 bytes, then what is merged.
+    """The vocabulary in order of merging (BPE, arXiv 1508.07909): the 256 bytes, then what is
+    merged.
 
     Pieces are Qwen2's: Llama 3's but for single digits, so no merge joins digits.
     """
@@ -72,19 +72,19 @@ def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
                 max_bytes -= len(text.encode(errors="replace"))
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parser() -> Parser:
     parser = Parser("Train byte-level BPE, one token a digit.")
     parser.add_argument("--source", type=source_path, nargs="+", action="extend", required=True,
                         metavar="PATH", help="file, directory or stdlib")
     parser.add_argument("--vocab-size", type=positive, required=True, help="tokens, without the 256 special ones")
     parser.add_argument("--max-bytes", type=positive, default=5_000_000, help="how much text to train on")
     parser.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        a = parse_arguments(argv)
+        a = parser().parse_args(argv)
         tokenizer = train_bpe(read_texts(a.source, a.max_bytes), a.vocab_size, a.out)
         print(f"wrote {tokenizer.path}: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
 
