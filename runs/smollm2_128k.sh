@@ -2,7 +2,7 @@
 # SmolLM2-135M-Instruct from 8K to 128K tokens of context on one GPU: both stages of arXiv 2504.06214, small,
 # with every evaluation before, between and after them.
 #     bash runs/smollm2_128k.sh --plan                                        # memory and time of both stages, on this machine
-#     GPU=H100-80 bash runs/smollm2_128k.sh --plan                            # or there: 13 GiB, 27 s a step, 18 min of stage 1
+#     GPU=H100-80 bash runs/smollm2_128k.sh --plan                            # or there: 12 GiB, 27 s a step, 18 min of stage 1
 #     bash runs/smollm2_128k.sh MODEL_DIR CHAT OUT [WINDOW [STEPS [SAMPLES]]] # by default 131072 40 5
 #     BATCH=1 ROWS=1 bash runs/smollm2_128k.sh MODEL_DIR CHAT OUT 16384 2 1   # the same script, small enough for a CPU
 # MODEL_DIR  SmolLM2-135M-Instruct in Hugging Face layout. Paths are absolute, or relative to this repository.
@@ -17,7 +17,7 @@ MEMORY=${MEMORY:---recompute mlp}     # without it 77 GiB at 128K
 BATCH=${BATCH:-4}                     # sequences a step: 0.5M tokens at 128K, 21M in 40 steps
 ROWS=${ROWS:-8}                       # stage 2's, of 8,192 tokens: about the paper's 128 samples, packed
 LR1=${LR1:-1e-4} LR2=${LR2:-2e-5}     # small models take more than the paper's 3e-5 and 5e-6 for 8B: our choice, not tuned
-DTYPE=${DTYPE:-bfloat16}              # of evaluations; train.py finds out for itself whether it is the faster one here
+DTYPE=${DTYPE:-bfloat16}              # of evaluations; training: bfloat16 on a GPU, float32 on a CPU
 SYSTEM="You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # what the model's template adds
 LAUNCH=python
 [ "$GPUS" = 1 ] || LAUNCH="torchrun --standalone --nproc-per-node $GPUS --shutdown-timeout 600"

@@ -5,11 +5,11 @@
 #     bash runs/ultralong.sh PRESET MODEL_DIR TEXT CHAT OUT    # everything
 # PRESET        planned: memory of a GPU, a step and all of stage 1
 #               on one node of 8 H100-80                                  on the paper's grid of 256
-#   1m          31 GiB and 65 on the host a GPU, 56 min a step, 111 h     26 GiB, 104 s a step, 3.5 h (the paper: 5 h)
-#   2m          46 GiB and 129 on the host a GPU, 108 min a step, 217 h   16 GiB, 203 s a step, 6.8 h (the paper: 6 h)
-#   4m          71 GiB and 128 on the host a GPU, 264 min a step, 661 h   26 GiB, 401 s a step, 17 h (the paper: 13 h)
+#   1m          29 GiB and 65 on the host a GPU, 56 min a step, 112 h     26 GiB, 104 s a step, 3.5 h (the paper: 5 h)
+#   2m          42 GiB and 129 on the host a GPU, 109 min a step, 217 h   16 GiB, 203 s a step, 6.8 h (the paper: 6 h)
+#   4m          67 GiB and 128 on the host a GPU, 264 min a step, 661 h   26 GiB, 401 s a step, 17 h (the paper: 13 h)
 #               on one H100-80                                            with GPUS=8, a node of eight
-#   llama32_1b  50 GiB and 65 on the host, 413 s a step, 11 h             14 GiB and 8 on the host a GPU, 52 s a step, 1.4 h
+#   llama32_1b  46 GiB and 65 on the host, 418 s a step, 11 h             14 GiB and 8 on the host a GPU, 52 s a step, 1.4 h
 # The paper's grid, 1M tokens over 4 x 8 GPUs, 2M and 4M over 16 x 8:
 #     GPUS=256 CP=4 MEMORY="--recompute mlp" bash runs/ultralong.sh 1m --plan    # CP=16 for 2m and 4m
 #     sbatch runs/ultralong.slurm PRESET MODEL_DIR TEXT CHAT OUT                 # under Slurm; elsewhere set LAUNCH as it does

@@ -19,7 +19,7 @@ from tiktoken import Encoding
 import data
 from eval_niah import as_json, begin_of_text, checkpoint_parser, load_model, note_lengths, old_window, read_checkpoint
 from model import Llama
-from parallel import Grid, gathered, one_line_errors, positive, vocab_parallel_cross_entropy, writable, zigzag_unshard
+from parallel import Grid, Parser, gathered, one_line_errors, positive, vocab_parallel_cross_entropy, writable, zigzag_unshard
 from tools.prepare import read_documents, source_path
 from train import compute_type
 

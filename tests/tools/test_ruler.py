@@ -296,7 +296,7 @@ def test_chat_prompts_are_exact_for_chat(tokenizer_file, tokenizer, text_file, t
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--tasks", "vt", "qa_1"], "--tasks: invalid choice: 'qa_1'"), (["--samples", "0"], "--samples 0 must be a whole number, 1 or more"), (["--system", "x"], "--system"),
+    (["--tasks", "vt", "qa_1"], "--tasks invalid choice: 'qa_1'"), (["--samples", "0"], "--samples 0 must be a whole number, 1 or more"), (["--system", "x"], "--system"),
     (["--haystack", "/no/such/place"], "--haystack /no/such/place"), (["--tokenizer", "/no/such/place"], "/no/such/place"),
     (["--out", "/no/such/place/x"], "--out /no/such/place/x must be a file in a directory that exists"), (["--lengths", "1500", "-3"], "vt: length -3 is too small")])
 def test_mistakes_are_one_line(tokenizer_file, text_file, tmp_path, change, message):
