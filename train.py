@@ -143,7 +143,8 @@ def compute_type(options: Namespace) -> str:
 def check_batch(grid: Grid, length: int, batch_size: int, micro_batch_size: int | None, document_mask: bool) -> int:
     """Sequences of a micro-batch: what is asked for, or a replica's share. Raises ValueError unless the grid can train it."""
     if length % grid.sequence_multiple:
-        raise ValueError(f"--sequence-length {length} is not a multiple of {grid.sequence_multiple} (2 x cp x tp)")
+        near = length // grid.sequence_multiple * grid.sequence_multiple or grid.sequence_multiple
+        raise ValueError(f"--sequence-length {length} is not a multiple of {grid.sequence_multiple} (2 x cp x tp); {near} is")
     if document_mask and grid.cp > 1:
         raise ValueError("--cross-document-mask (and sft.py --pack) works on whole sequences: use --cp 1 (and --tp)")
     if batch_size % grid.dp:

@@ -31,31 +31,35 @@ def zigzag_pass(q, k, v, d_out, grid: Grid):
 
 def contiguous_pass(q, k, v, d_out, grid: Grid):
     """The ring with shard r = positions r S / cp ... (r + 1) S / cp: a rank works only on hops that bring earlier keys."""
-    q, k, v = q.detach(), k.detach(), v.detach()
-    kv, sources = (k, v), [(grid.cp_rank - hop) % grid.cp for hop in range(grid.cp)]
+    q, first_k, first_v = q.detach(), k.detach(), v.detach()
+    sources = [(grid.cp_rank - hop) % grid.cp for hop in range(grid.cp)]
+    k, v = first_k, first_v
     for hop, source in enumerate(sources):
-        arrives = grid.post_hop(*kv) if hop + 1 < grid.cp else None
+        arriving = grid.send_around(k, v) if hop + 1 < grid.cp else None
         if source <= grid.cp_rank:
-            part, part_lse = block_forward(q, *kv, causal=hop == 0)
+            part, part_lse = block_forward(q, k, v, causal=hop == 0)
             if hop == 0:
                 out, lse = part.float(), part_lse
             else:
                 merge(out, lse, part, part_lse)
-        kv = arrives() if arrives else kv
-    out, kv, gradients_arrive = out.to(q.dtype), (k, v), None
+        if arriving:
+            k, v = arriving.wait()
+    out, k, v, gradients = out.to(q.dtype), first_k, first_v, None
     for hop, source in enumerate(sources):
-        arrives = grid.post_hop(*kv) if hop + 1 < grid.cp else None
-        parts = block_backward(d_out, q, *kv, out, lse, causal=hop == 0) if source <= grid.cp_rank else None
+        arriving = grid.send_around(k, v) if hop + 1 < grid.cp else None
+        parts = block_backward(d_out, q, k, v, out, lse, causal=hop == 0) if source <= grid.cp_rank else None
         if hop == 0:
-            dq, d_kv = parts[0].float(), [part.float() for part in parts[1:]]
+            dq, dk, dv = (part.float() for part in parts)
         else:
-            d_kv = gradients_arrive()
+            dk, dv = gradients.wait()
             if parts:
-                for total, part in zip((dq, *d_kv), parts):
+                for total, part in zip((dq, dk, dv), parts, strict=True):
                     total += part
-        gradients_arrive = grid.post_hop(*d_kv, tag=1)
-        kv = arrives() if arrives else kv
-    return dq.to(q.dtype), *(x.to(q.dtype) for x in gradients_arrive())
+        gradients = grid.send_around(dk, dv, tag=1)
+        if arriving:
+            k, v = arriving.wait()
+    dk, dv = gradients.wait()
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def dense_pass(q, k, v, d_out, grid: Grid):
