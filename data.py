@@ -166,7 +166,9 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
             raise ValueError(f"{path}: token {token!r} has no merge, so tiktoken would encode differently")
 
     # 3. Translate characters to the bytes they stand for.
-    ranks = {bytes(byte_of[character] for character in token): i for token, i in vocab.items()}
+    ranks = {}
+    for token, i in vocab.items():
+        ranks[bytes(byte_of[character] for character in token)] = i
     return Tokenizer(path.parent.name, pattern, ranks, special, normal_form, path)
 
 
