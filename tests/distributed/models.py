@@ -24,7 +24,7 @@ def agree(grid: Grid, tokens: torch.Tensor) -> bool:
 
 def largest(model: Llama) -> int:
     """Elements of the largest tensor that a rank makes in a forward and backward pass over 2,048 tokens."""
-    model.recompute, model.tile = "block", 64
+    model.recompute, model.tile = "block", 32
     tokens = torch.randint(model.config.vocab_size, (1, 2048), generator=torch.Generator().manual_seed(2))
     with Allocations() as seen:
         model.loss(tokens, tokens)[0].backward()
