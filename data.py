@@ -389,8 +389,6 @@ def read_shards(files: dict[str, Path], shapes: dict[str, tuple], dims: dict[str
 
 def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int | None, grid: Grid) -> Tensor:
     """This tp rank's shard, of `shape`, of one tensor of an open file. See read_shards."""
-    if name not in tensors.keys():
-        raise ValueError(f"{file}: tensor {name} is not in it, though the index says so")
     stored = tensors.get_slice(name)
     stored_shape, whole = tuple(stored.get_shape()), whole_shape(shape, dim, grid)
     if stored_shape != whole:
@@ -704,43 +702,31 @@ def held_out_split(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 
 
 class Blend:
-    """Datasets mixed by weight: each sequence comes from one of them, drawn by weight, and each
-    gives its own in order, without a gap: the k-th time a dataset is drawn it gives its sequence k.
+    """Datasets mixed by weight: each sequence comes from one of them, drawn by weight, and each gives its own in
+    order, without a gap: the k-th time that a dataset is drawn it gives its sequence k.
 
-    Of n sequences a dataset of share p gives about p n, give or take sqrt(p (1 - p) n). Raises
-    ValueError.
+    Of n sequences a dataset of share p gives about p n, give or take sqrt(p (1 - p) n). Raises ValueError.
     """
 
-    CHUNK = 4096
+    CHUNK = 2**16
 
     def __init__(self, datasets: Sequence, weights: Sequence[float], seed: int) -> None:
         if not datasets or len(datasets) != len(weights) or not all(0 < w < np.inf for w in weights):
             raise ValueError(f"a blend needs a positive weight for each of its datasets, not {weights}")
         if len({dataset.sequence_length for dataset in datasets}) > 1:
             raise ValueError("a blend needs datasets of one sequence_length")
-        self.datasets = datasets
-        self.borders = np.cumsum(weights) / np.sum(weights)  # (datasets,): where the shares end in [0, 1]
-        self.seed = seed
+        self.datasets, self.seed = datasets, seed
+        self.borders = np.cumsum(weights)[:-1] / np.sum(weights)  # between the datasets' shares of [0, 1)
+        self.owners = np.zeros(0, dtype=np.int64)  # the dataset of each sequence that is drawn so far
         self.sequence_length = datasets[0].sequence_length
         self.document_mask = datasets[0].document_mask
-        self.chunks = []  # (owners, indices), int64 (CHUNK,): of which dataset a sequence is, and which
-        self.counts = np.zeros(len(datasets), dtype=np.int64)  # sequences of each drawn so far
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The sequence `index` of the blend, from the dataset that is drawn for it."""
-        chunk, place = divmod(index, self.CHUNK)
-        while chunk >= len(self.chunks):
-            self.draw()
-        owners, indices = self.chunks[chunk]
-        return self.datasets[owners[place]].sequence(int(indices[place]))
-
-    def draw(self) -> None:
-        """Draw the owners of the next CHUNK sequences, by (seed, number of the chunk)."""
-        numbers = np.random.default_rng([self.seed, len(self.chunks)]).random(self.CHUNK)
-        owners = np.searchsorted(self.borders[:-1], numbers, side="right")
-        indices = np.empty(self.CHUNK, dtype=np.int64)
-        for dataset in range(len(self.datasets)):
-            drawn = np.flatnonzero(owners == dataset)
-            indices[drawn] = self.counts[dataset] + np.arange(len(drawn))
-            self.counts[dataset] += len(drawn)
-        self.chunks.append((owners, indices))
+        """The sequence `index` of the blend, from the dataset that is drawn for it: a pure function of (seed, index)."""
+        while index >= len(self.owners):
+            generator = np.random.default_rng([self.seed, len(self.owners)])
+            drawn = np.searchsorted(self.borders, generator.random(self.CHUNK), side="right")
+            self.owners = np.append(self.owners, drawn)
+        owner = self.owners[index]
+        earlier = np.count_nonzero(self.owners[:index] == owner)
+        return self.datasets[owner].sequence(earlier)

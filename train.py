@@ -395,11 +395,6 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch, micr
     return loss / targets, int(positions)
 
 
-def stop_requested(stop: list[int], grid: Grid, device: torch.device) -> bool:
-    """Whether any rank has received a signal: all agree, so all stop after the same step."""
-    return bool(grid.all_reduce(torch.tensor(len(stop), device=device), "all"))
-
-
 def peak_memory_gib(device: torch.device | str) -> float:
     """Largest memory this process has used: allocated on the GPU, resident on a CPU."""
     if torch.device(device).type == "cuda":
@@ -468,7 +463,7 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
             note(validation_loss=held_out)
             if grid.is_first:
                 bar.write(f"step {step}: held-out loss {held_out:.3f}")
-        stopping = stop_requested(stop, grid, device)
+        stopping = grid.all_reduce(torch.tensor(len(stop), device=device), "all").item() > 0  # all stop after the same step
         if stopping or is_due(step, options.checkpoint_every, steps):
             path = save(step)
         if stopping:
