@@ -205,14 +205,22 @@ def stop_tokens(tokenizer: tiktoken.Encoding, known: int | list[int] | None) -> 
     text or a turn here."""
     names = {"<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>"} & tokenizer.special_tokens_set
     stops = {tokenizer.encode_single_token(name) for name in names}
-    if isinstance(known, int):
-        stops.add(known)
-    elif known is not None:
-        stops.update(known)
-    return sorted(stops)
+    stated = [known] if isinstance(known, int) else known or []
+    return sorted(stops.union(stated))
 
 
 # --------------------------------------------------------------------------------------------- files
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file. Raises OSError, or ValueError that names the file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -305,16 +313,20 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def digest(path: str | Path) -> str:
-    """Identifies the data at a path: what a corpus's meta.json, or a file of samples, holds."""
+    """Identifies what is at a path by its content: a file, or of a corpus or model directory the JSON files and the first MiB
+    of each weight file, where two models hardly ever agree."""
     path = Path(path)
-    with open(path / "meta.json" if path.is_dir() else path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    content = hashlib.sha256()
+    for file in sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]:
+        with open(file, "rb") as stream:
+            content.update(stream.read(2**20 if file.suffix == ".safetensors" else -1))
+    return content.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------- weights
 
 
-def locate_weights(path: Path, stem: str = "model") -> dict[str, Path]:
+def locate_weights(path: Path, stem: str) -> dict[str, Path]:
     """Which safetensors file of the directory holds which tensor: {name: file}.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged.
@@ -322,11 +334,10 @@ def locate_weights(path: Path, stem: str = "model") -> dict[str, Path]:
     single = path / f"{stem}.safetensors"
     index = path / f"{stem}.safetensors.index.json"
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = {name: path / file for name, file in weight_map.items()}
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)") from None
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)")
+        files = {name: path / str(file) for name, file in weight_map.items()}
     elif single.is_file():
         with open_weights(single) as tensors:
             files = dict.fromkeys(tensors.keys(), single)
@@ -349,11 +360,15 @@ def open_weights(file: Path) -> Iterator[safe_open]:
         raise ValueError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from None
 
 
-def read_weights(path: Path, shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid,
-                 dtype: torch.dtype | None, device) -> dict[str, Tensor]:
-    """A model directory's tensors named in `shapes` (this tp rank's shards, cut along `dims`):
-    nothing else is read."""
-    files = locate_weights(path)
+def read_weights(path: Path, stem: str, shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid,
+                 dtype: torch.dtype | None, device) -> Iterator[tuple[str, Tensor]]:
+    """(name, this tp rank's shard) of a directory's tensors named in `shapes` (of shards), one at a time.
+
+    dims: the dimension along which tp cuts each, None: not at all. dtype None keeps the file's.
+    Raises ValueError that names the file if it is damaged, or if a tensor is missing, is one too
+    many, has another shape than the whole of these shards, or is quantised.
+    """
+    files = locate_weights(path, stem)
     missing = [name for name in shapes if name not in files]
     unexpected = []
     for name in files:
@@ -366,29 +381,17 @@ def read_weights(path: Path, shapes: dict[str, tuple], dims: dict[str, int | Non
         problem = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
         raise ValueError(f"{path}: tensor {problem} ({len(missing)} missing, {len(unexpected)} unexpected); "
                          "config.json and the weights describe different models")
-    return read_shards(files, shapes, dims, grid, dtype, device)
-
-
-def read_shards(files: dict[str, Path], shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid,
-                dtype: torch.dtype | None, device) -> dict[str, Tensor]:
-    """This tp rank's shard of every tensor named in `shapes` (of shards), from `files` (locate_weights).
-
-    dims: the dimension along which tp cuts each, None: not at all. dtype None keeps the file's.
-    Raises ValueError that names the file if it is damaged, or if a tensor has another shape than
-    the whole of these shards, or is quantised.
-    """
-    weights = {}
     for file in sorted({files[name] for name in shapes}):
         with open_weights(file) as tensors:
             for name in shapes:
                 if files[name] == file:
-                    tensor = read_shard(file, tensors, name, shapes[name], dims[name], grid)
-                    weights[name] = tensor.to(device=device, dtype=dtype)
-    return weights
+                    stored = read_shard(file, tensors, name, shapes[name], dims[name], grid)
+                    # a copy: this is a view of the file, at whatever address, where kernels may round otherwise
+                    yield name, torch.empty(shapes[name], dtype=dtype or stored.dtype, device=device).copy_(stored)
 
 
 def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int | None, grid: Grid) -> Tensor:
-    """This tp rank's shard, of `shape`, of one tensor of an open file. See read_shards."""
+    """This tp rank's shard, of `shape`, of one tensor of an open file. See read_weights."""
     stored = tensors.get_slice(name)
     stored_shape, whole = tuple(stored.get_shape()), whole_shape(shape, dim, grid)
     if stored_shape != whole:
@@ -472,12 +475,8 @@ def read_meta(directory: str | Path, tokenizer: tiktoken.Encoding | None = None)
     path = Path(directory) / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); write one with python -m tools.prepare")
-    try:
-        meta = json.loads(path.read_text())
-        known = meta["format"] == 2 and {"splits", "tokenizer"} <= meta.keys()
-    except (ValueError, TypeError, KeyError):
-        known = False
-    if not known:
+    meta = read_object(path)
+    if meta.get("format") != 2 or not {"splits", "tokenizer"} <= meta.keys():
         raise ValueError(f"{path}: not a corpus of format 2, which this version reads; prepare it again")
     if tokenizer is not None and fingerprint(tokenizer) != meta["tokenizer"]:
         raise ValueError(f"{directory}: was prepared with another tokenizer than {tokenizer.name!r}")
@@ -568,20 +567,19 @@ def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, 
 
 def separator_tokens(separator: str, tokenizer: tiktoken.Encoding | None) -> np.ndarray:
     """What follows each document, int64 (n,); see PackedDataset. Raises ValueError."""
-    if separator not in ("<s>", "none", "bos_eos"):
-        raise ValueError(f"separator {separator!r} is unknown; use '<s>', 'none' or 'bos_eos'")
     if separator == "none":
-        return np.zeros(0, dtype=np.int64)
-    if tokenizer is None:
+        tokens = []
+    elif tokenizer is None:
         raise ValueError(f"separator {separator!r} needs the tokenizer")
-    if separator == "<s>":
-        return np.array(tokenizer.encode_ordinary("<s>"), dtype=np.int64)
-    tokens = []
-    for name in ("<|end_of_text|>", "<|endoftext|>", "<|begin_of_text|>"):
-        if name in tokenizer.special_tokens_set:
-            tokens.append(tokenizer.encode_single_token(name))
-    if not tokens:
-        raise ValueError(f"tokenizer {tokenizer.name!r} has no end-of-text token for separator 'bos_eos'")
+    elif separator == "<s>":
+        tokens = tokenizer.encode_ordinary("<s>")
+    elif separator == "bos_eos":
+        names = ("<|end_of_text|>", "<|endoftext|>", "<|begin_of_text|>")
+        tokens = [tokenizer.encode_single_token(name) for name in names if name in tokenizer.special_tokens_set]
+        if not tokens:
+            raise ValueError(f"tokenizer {tokenizer.name!r} has no end-of-text token for separator 'bos_eos'")
+    else:
+        raise ValueError(f"separator {separator!r} is unknown; use '<s>', 'none' or 'bos_eos'")
     return np.array(tokens, dtype=np.int64)
 
 
@@ -595,24 +593,19 @@ class PackedDataset:
     tokens i·S to i·S + S of the stream, so its last target is the next one's first input, and
     documents of S - len(separator) tokens start exactly where sequences do:
 
-        stream      a a a a a <s> b b <s> c c c c ...     with S = 4, and <s> as if it were one
-        token sequence 0  a a a a a sequence 1          a <s> b b <s> sequence 2
-        <s> c c c c
+        stream      a a a a a <s> b b <s> c c c c ...     with S = 4, and <s> as if it were one token
+        sequence 0  a a a a a
+        sequence 1          a <s> b b <s>
+        sequence 2                    <s> c c c c
     """
 
     def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int, separator: str = "<s>",
                  short: int = 4096, long: int = 8192, short_weight: float = 1.0, long_weight: float = 1.0,
                  tokenizer: tiktoken.Encoding | None = None, document_mask: bool = False) -> None:
-        """tokenizer: the one the corpus was prepared with, which is checked; separator "none" needs
-        none.
-
-        Raises ValueError, FileNotFoundError: see read_meta and open_shard.
-        """
+        """tokenizer: the one the corpus was prepared with, which is checked; separator "none" needs none. See read_meta."""
         meta = read_meta(directory, tokenizer)
         if not meta["splits"].get(split):
             raise ValueError(f"{directory}: no documents in split {split!r}; prepare a larger holdout")
-        if sequence_length < 1 or seed < 0:
-            raise ValueError(f"sequence_length {sequence_length} must be 1 or more, seed {seed} 0 or more")
         self.sequence_length = sequence_length
         self.seed = seed
         self.document_mask = document_mask
@@ -694,13 +687,6 @@ class PackedDataset:
         self.epochs += 1
 
 
-def held_out_split(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Tokens uint32 (T,) of each held-out document of a corpus. ValueError: see PackedDataset."""
-    dataset = PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
-    for index in range(len(dataset.lengths)):
-        yield dataset.document(index)[0]
-
-
 class Blend:
     """Datasets mixed by weight: each sequence comes from one of them, drawn by weight, and each gives its own in
     order, without a gap: the k-th time that a dataset is drawn it gives its sequence k.
@@ -724,7 +710,7 @@ class Blend:
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The sequence `index` of the blend, from the dataset that is drawn for it: a pure function of (seed, index)."""
         while index >= len(self.owners):
-            generator = np.random.default_rng([self.seed, len(self.owners)])
+            generator = np.random.default_rng([self.seed, len(self.owners), 2])
             drawn = np.searchsorted(self.borders, generator.random(self.CHUNK), side="right")
             self.owners = np.append(self.owners, drawn)
         owner = self.owners[index]

@@ -32,9 +32,8 @@ from model import KVCache, Llama, ModelConfig, read_config, rescale
 from parallel import (
     Grid,
     Parser,
-    add_grid_arguments,
+    add_compute_arguments,
     attention_kernel,
-    device_here,
     existing,
     nonnegative,
     one_line_errors,
@@ -84,15 +83,11 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
     is where in it the fact goes, moved to a line border if one is near. Task "needle" may have
     `distractors`: facts of other keys at random depths. Every piece is tokenised alone and joined as ids, so
     lengths add up, and the number has the same tokens in the fact and in the answer. The window holds no key
-    and no number of the prompt. Raises ValueError if the length is too small, the haystack too short, or no
-    key or number is left that the window does not hold.
+    and no number of the prompt. Raises ValueError if the length is too small, or no key or number is left that the
+    window does not hold.
     """
-    if task not in WORDING or not 0 <= depth <= 1:
-        raise ValueError(f"task {task!r}, depth {depth}: needs a task of {list(WORDING)}, a depth in [0, 1]")
-    if distractors and task != "needle":
-        raise ValueError(f"distractors need keys to tell facts apart: use task needle, not {task}")
-    if len(haystack_tokens) < length:
-        raise ValueError(f"the haystack has {len(haystack_tokens)} tokens; length {length} needs as many")
+    assert 0 <= depth <= 1 and (task == "needle" or not distractors), (task, depth, distractors)
+    assert len(haystack_tokens) >= length, f"the haystack has {len(haystack_tokens)} tokens, not {length}"
     window = np.asarray(haystack_tokens[:length]).tolist()
     keys, numbers = draw_facts(rng, tokenizer.decode_bytes(window).lower(), 1 + distractors, digits, task)
 
@@ -146,19 +141,11 @@ def begin_of_text(tokenizer: Encoding) -> list[int]:
     return [tokenizer.encode_single_token(name)] if name in tokenizer.special_tokens_set else []
 
 
-def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat: bool = False,
-                  system: str | None = None) -> list[int]:
-    """What the model reads: plain text after begin-of-text, or a user's message in the chat template; then how the
-    answer begins."""
-    if chat:
-        messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
-        return encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
-    return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
-
-
 def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int], list[int]]:
     """What the chat template puts before and after a user's message, up to the assistant's first token."""
-    one, other = (prompt_tokens(tokenizer, letter, chat=True, system=system) for letter in "xy")
+    instructions = [] if system is None else [{"role": "system", "content": system}]
+    one, other = (encode_chat([*instructions, {"role": "user", "content": letter}], tokenizer, add_generation_prompt=True)[0]
+                  for letter in "xy")
     place = next(i for i, token in enumerate(one) if token != other[i])  # the letter: all else is template
     return one[:place], one[place + 1:]
 
@@ -315,14 +302,8 @@ def standard_error(right: np.ndarray) -> float:
     return float(right.mean(0).std(ddof=1) / right.shape[1] ** 0.5)
 
 
-def last_fact_first(lengths: list[int], depths: list[float]) -> list[tuple[int, float]]:
-    """(length, depth) of every cell, from the last place of the fact to the first: each prompt then begins like the one
-    before, and only what follows its fact is computed."""
-    return sorted(itertools.product(lengths, depths), key=lambda cell: -cell[0] * cell[1])
-
-
 def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int], depths: list[float], samples: int, *,
-             batch_tokens: int = 16384, progress: bool = False, **options) -> dict:
+             batch_tokens: int = 16384, **options) -> dict:
     """Retrieval accuracy of every length x depth, `samples` prompts each; `options` are those of `cell_prompt`.
 
     Returns {"lengths", "depths", "cells", "means", "read", "computed"}. A cell has its length, depth, accuracy in % and
@@ -333,11 +314,13 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
     lengths = sorted(set(lengths))
     reader = Reader(model)
     size = max(1, batch_tokens // lengths[-1]) * model.grid.dp  # prompts read side by side
+    # from the last place of the fact to the first: each prompt begins like the one before, and only what follows is computed
+    cells = sorted(itertools.product(lengths, depths), key=lambda cell: -cell[0] * cell[1])
     found = {(length, depth): [] for length in lengths for depth in depths}
-    bar = tqdm(total=len(found) * samples, unit="prompt", disable=None if progress else True)
+    bar = tqdm(total=len(found) * samples, unit="prompt", disable=None if model.grid.is_first else True)
     for start in range(0, samples, size):
         group = range(start, min(start + size, samples))
-        for length, depth in last_fact_first(lengths, depths):
+        for length, depth in cells:
             prompts = [cell_prompt(tokenizer, haystack_tokens, length, depth, sample, **options) for sample in group]
             for sample, prompt, said in zip(group, prompts, predict(reader, prompts), strict=True):
                 match, given = score(tokenizer, prompt, said)
@@ -409,8 +392,7 @@ def terminal_map(results: dict, colour: bool) -> str:
 
 def print_saved(read: int, computed: int) -> None:
     """How much of the prompts went through the model, the rest being shared."""
-    if read:
-        print_once(f"{computed:,} of the prompts' {read:,} tokens computed ({computed / read:.2f}), the others shared")
+    print_once(f"{computed:,} of the prompts' {read:,} tokens computed ({computed / read:.2f}), the others shared")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -451,10 +433,7 @@ def checkpoint_parser(description: str) -> Parser:
     """The options that say which model is evaluated, and how it is computed."""
     parser = Parser(description)
     parser.add_argument("model", type=existing, help="Hugging Face model directory")
-    add = parser.add_argument_group("compute").add_argument
-    add("--dtype", choices=("float32", "bfloat16"), help="if not given: bfloat16 on a GPU, float32 on a CPU")
-    add("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add_grid_arguments(parser)
+    add_compute_arguments(parser)
     add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
     return parser
 
@@ -467,15 +446,12 @@ def as_json(results: dict) -> bytes:
 def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
     """The first `needed` tokens (int64; or all there are) of a corpus's held-out split, or of one text file.
 
-    Raises FileNotFoundError, or ValueError if that is neither or states facts of its own in our wording.
+    Raises OSError, or ValueError if that is neither or states facts of its own in our wording.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"--haystack {path}: no such file or directory")
     if data.is_corpus(path):
-        options = {"seed": 0, "separator": "none", "tokenizer": tokenizer}
-        held_out = int(data.PackedDataset(path, "valid", 1, **options).lengths.sum())  # then it repeats
-        stream = data.PackedDataset(path, "valid", max(1, min(held_out, needed) - 1), **options)
-        tokens = stream.sequence(0)[0]
+        split = data.PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
+        documents = [split.document(index)[0] for index in split.plan(0)]  # each once
+        tokens = np.concatenate(documents)[:needed].astype(np.int64)
     else:
         try:
             text = path.read_bytes().decode()
@@ -533,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
             cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
         results = {"settings": vars(a) | {"dtype": compute_type(a)}, "window": a.window or old_window(config)}
         results |= evaluate(load_model(a, grid), tokenizer, haystack, a.lengths, depths, a.samples,
-                            batch_tokens=a.batch_tokens, progress=grid.is_first, **options)
+                            batch_tokens=a.batch_tokens, **options)
         if grid.is_first:
             print(terminal_map(results, sys.stdout.isatty()))
             print_saved(results["read"], results["computed"])

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import save_on_cpu
 
-from data import read_weights, write_weights
+from data import read_object, read_weights, write_weights
 from parallel import (
     ColumnParallelLinear,
     GatherSequence,
     Grid,
     RowParallelLinear,
-    SumOverRing,
     VocabParallelEmbedding,
     attend_earlier,
     document_segments,
@@ -45,6 +44,7 @@ from parallel import (
     zigzag_unshard,
 )
 from rope_yarn import (
+    ORIGINAL,
     RopeScaling,
     apply_rotary,
     inverse_frequencies,
@@ -52,7 +52,7 @@ from rope_yarn import (
     ntk_theta,
     rope_theta_from_hf,
     rotary_tables,
-    stated_original,
+    stated_value,
 )
 
 TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}  # what one tile of positions may take on its way through the loss or a block
@@ -138,7 +138,7 @@ class ModelConfig:
                     tie_word_embeddings=config.get("tie_word_embeddings", False),
                     qkv_bias=True if family == "qwen2" else bias, output_bias=bias if family == "llama" else False,
                     hf=dict(config))
-        if scaling.kind == "yarn" and stated_original(config):  # Qwen2.5's documented edit leaves the old window there
+        if scaling.kind == "yarn" and stated_value(config, ORIGINAL):  # Qwen2.5's documented edit leaves the old window there
             extended = round(scaling.original_max_position * scaling.factor)
             return replace(found, max_position_embeddings=max(found.max_position_embeddings, extended))
         return found
@@ -166,37 +166,23 @@ class ModelConfig:
         """The window before extension; None where the checkpoint does not say.
 
         A linear rule's config.json states the new window alone. So does yarn's if it leaves the old one out: its frequencies
-        are then computed as if nothing had been extended, as transformers does. (transformers 5 states it when it saves such
-        a model: that file says what Qwen2.5's documented edit says, and is read as that.)
+        are then computed as if nothing had been extended, as transformers does.
         """
         scaling = self.rope_scaling
         if scaling.kind == "default":
             return self.max_position_embeddings
         window = self.hf.get("max_position_embeddings")
         as_read = window == self.max_position_embeddings and scaling == RopeScaling.from_hf(self.hf)
-        return None if as_read and not stated_original(self.hf) else scaling.original_max_position
+        return None if as_read and not stated_value(self.hf, ORIGINAL) else scaling.original_max_position
 
     def check_tp(self, tp: int) -> None:
         """Raise ValueError unless tensor parallelism can cut everything that it cuts into `tp` pieces."""
         for name in SPLIT_BY_TP:
             if getattr(self, name) % tp:
-                raise ValueError(f"--tp {tp} does not divide the model's {name}, {getattr(self, name)}; it must divide "
-                                 f"{', '.join(f'{other} {getattr(self, other)}' for other in SPLIT_BY_TP)}")
+                raise ValueError(f"--tp {tp} does not divide the model's {name}, {getattr(self, name)}")
 
 
 # ----------------------------------------------------------------------------------------------- architecture
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -258,9 +244,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # x / sqrt(mean(x^2) + eps) * weight
         self.self_attn = Attention(config, grid)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, grid)
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -398,11 +384,6 @@ class KVCache:
         held = torch.tensor(len(self.positions), device=self.keys_values.device)
         return self.grid.all_reduce(held, "cp", dist.ReduceOp.MAX).item()
 
-    def append(self, positions: Tensor, length: int) -> None:
-        """Note that every layer has stored the keys and values of these positions, of `length` new tokens in all."""
-        self.positions = torch.cat([self.positions, positions])
-        self.length += length
-
     def attend(self, new: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the first `new` of k, v (B, Hkv / tp, s, D); out (B, H / tp, s, D) of q over all tokens so far."""
         keys, values = self.keys_values[layer]  # (B, Hkv / tp, capacity, D) each
@@ -423,7 +404,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, grid)
         self.layers = nn.ModuleList(Block(config, grid) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nn.Module):
@@ -473,12 +454,22 @@ class Llama(nn.Module):
         """The output projection (V / tp, hidden): the embedding itself when tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def positions_a_tile(self, rows: int = 1) -> int:
-        """How many of m positions in each of `rows` rows make a tile: `self.tile`, else as many as have TILE_BYTES of logits,
-        in the compute type and in float32. (A block's own tensors take about as much, or less.)"""
-        weight = self.head_weight
-        tile = self.tile or TILE_BYTES[weight.device.type] // (len(weight) * (weight.itemsize + 4))
-        return max(1, tile // (self.grid.tp * rows))
+    def positions_a_tile(self, position_bytes: float, rows: int = 1) -> int:
+        """How many of m positions in each of `rows` rows make a tile: `self.tile` over tp, else as many as TILE_BYTES hold."""
+        tile = self.tile or TILE_BYTES[self.head_weight.device.type] // position_bytes
+        return max(1, int(tile) // (self.grid.tp * rows))
+
+    @property
+    def block_bytes(self) -> float:
+        """What a position takes on its way through a block and back: its gathered input and that one's gradient, twice; gate,
+        up, their product and both gradients."""
+        width = 4 * self.config.hidden_size + 8 * self.config.intermediate_size / self.grid.tp
+        return width * self.head_weight.itemsize
+
+    @property
+    def logit_bytes(self) -> int:
+        """What a position takes in the loss: its logits in the compute type and in float32."""
+        return len(self.head_weight) * (self.head_weight.itemsize + 4)
 
     def pad(self, rows: Tensor, value: int = 0) -> Tensor:
         """(B, S) -> (B, S'): whole rows padded on the right to a length the grid divides evenly."""
@@ -507,26 +498,23 @@ class Llama(nn.Module):
         cos, sin = self.rotary_tables(positions)
         segments = None if document_ids is None else document_segments(self.pad(document_ids))
 
-        if cache:
-            attend = functools.partial(cache.attend, new)
-        else:
-            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return ring_attention(q, k, v, grid, segments)
-
         local = zigzag_shard(tokens, grid, 1).unflatten(1, (grid.tp, -1))  # (B, S) -> (B, tp, m)
         recompute = self.recompute if torch.is_grad_enabled() else "none"
-        tile = self.positions_a_tile(len(tokens))
+        tile = self.positions_a_tile(self.block_bytes, len(tokens))
         x = self.model.embed_tokens(local, tile)  # (B, m, hidden)
         if torch.is_grad_enabled() and recompute == "none":
             tile = x.shape[1]  # backward needs everything at once
-        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():
+        with save_on_cpu(pin_memory=x.is_cuda) if self.offload and recompute != "none" else nullcontext():
             for layer, block in enumerate(self.model.layers):
-                if recompute == "none":
-                    x = block(x, cos, sin, functools.partial(attend, layer), tile)
-                else:
+                if recompute != "none":
                     x = RecomputedBlock.apply(x, block, cos, sin, segments, tile, recompute)
+                elif cache:
+                    x = block(x, cos, sin, functools.partial(cache.attend, new, layer), tile)
+                else:
+                    x = block(x, cos, sin, functools.partial(ring_attention, grid=grid, segments=segments), tile)
         if cache:
-            cache.append(positions[:new], length)
+            cache.positions = torch.cat([cache.positions, positions[:new]])  # every layer has stored these
+            cache.length += length
         return x
 
     def hidden_at(self, tokens: Tensor, places: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -568,8 +556,8 @@ class Llama(nn.Module):
         check_ids(targets.masked_fill(targets == -100, 0), self.config.vocab_size)
         norm = self.model.norm
         losses = TiledCrossEntropy.apply(hidden, norm.weight, self.head_weight, norm, self.local_targets(targets), self.grid,
-                                         self.positions_a_tile())
-        return SumOverRing.apply(losses, self.grid), (targets != -100).sum()
+                                         self.positions_a_tile(self.logit_bytes))
+        return losses, (targets != -100).sum()
 
     def local_targets(self, targets: Tensor) -> Tensor:
         """Targets of the positions this rank of the ring holds: whole rows (B, S) -> (B, tp, m)."""
@@ -615,7 +603,7 @@ class Llama(nn.Module):
         with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
             model = cls(config, grid)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        weights = read_weights(Path(path), shapes, shard_dims(model), model.grid, dtype, device)
+        weights = dict(read_weights(Path(path), "model", shapes, shard_dims(model), model.grid, dtype, device))
         model.load_state_dict(weights, strict=True, assign=True)
         return model
 
@@ -657,10 +645,10 @@ class TiledCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, norm_weight: Tensor, weight: Tensor, norm: RMSNorm, targets: Tensor, grid: Grid,
+    def forward(ctx, x: Tensor, norm_weight: Tensor, weight: Tensor, norm: nn.RMSNorm, targets: Tensor, grid: Grid,
                 tile: int) -> Tensor:
         """x (B, m, hidden), weight (V / tp, hidden), targets (B, tp, m) of all tp ranks, -100 for none -> float32 scalar
-        (float64 for float64 input), the same on every tp rank. The norm's weight stands beside it so that autograd sees it.
+        (float64 for float64 input), the same on every rank. The norm's weight stands beside it so that autograd sees it.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
@@ -681,14 +669,12 @@ class TiledCrossEntropy(torch.autograd.Function):
             # 2. their logits
             logits, scores = product[:len(h)], exact[:len(h)]
             torch.mm(h, weight.T, out=logits)
-            if logits.dtype != scores.dtype:
-                scores.copy_(logits)
+            scores.copy_(logits)  # nothing, where both are one buffer
             # 3. their loss; the scores become (softmax - onehot) * normaliser, and back into the compute type
             losses, normaliser = vocab_parallel_cross_entropy(scores, target.clamp(min=0), grid)
             valid = (target != -100).to(wide)
             total += (losses * valid).sum()
-            if logits.dtype != scores.dtype:
-                logits.copy_(scores)
+            logits.copy_(scores)
             scale = valid[:, None] / normaliser  # rows without a target count as 0
             # 4. the gradient of the rows, through the norm
             d_h = torch.mm(logits, weight).mul_(scale)  # (tp tile, hidden): this rank's part of a sum over tp
@@ -701,7 +687,7 @@ class TiledCrossEntropy(torch.autograd.Function):
             for d_w, columns in zip(d_weight.split(VOCABULARY_TILE), logits.split(VOCABULARY_TILE, dim=1), strict=True):
                 d_w += columns.T @ h
         ctx.save_for_backward(d_rows.view(x.shape), d_norm, d_weight)
-        return total
+        return grid.all_reduce(total, "cp")  # of a rank's own part the gradient is 1: backward does not communicate
 
     @staticmethod
     @once_differentiable
@@ -726,16 +712,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 def read_config(path: str | Path) -> ModelConfig:
     """ModelConfig of a model directory, or of a config.json itself. Raises FileNotFoundError or ValueError, one line."""
     path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no config.json there; expected a Hugging Face model directory")
-    try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(config).__name__}")
-    return ModelConfig.from_hf(config)
+    return ModelConfig.from_hf(read_object(path / "config.json" if path.is_dir() else path))
 
 
 def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:

@@ -26,7 +26,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -60,6 +60,14 @@ class Grid:
     timeout: float = field(default=600.0, repr=False, compare=False)
     is_owner: bool = field(default=False, repr=False, compare=False)  # of torch's process group, which it closes
 
+    def __post_init__(self) -> None:
+        self.tp_rank = self.rank % self.tp
+        self.cp_rank = self.rank // self.tp % self.cp
+        self.dp_rank = self.rank // (self.tp * self.cp)
+        self.is_first = self.rank == 0  # the process that prints and writes files
+        # sequence lengths that cut evenly: 2 chunks a context-parallel rank, each in tp pieces; 1 for one process
+        self.sequence_multiple = 1 if self.tp * self.cp == 1 else 2 * self.cp * self.tp
+
     @classmethod
     def create(cls, tp: int = 1, cp: int = 1, device: str | None = None, timeout: float = 600.0) -> Grid:
         """The grid of this job: world = dp x cp x tp processes, NCCL on cuda, gloo on cpu. Call it on every rank.
@@ -88,28 +96,6 @@ class Grid:
             members = ranks.permute(*outside, *inside).reshape(-1, grid.size(name))  # a row is a group
             grid.groups[name], _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=patience)
         return grid
-
-    @property
-    def tp_rank(self) -> int:
-        return self.rank % self.tp
-
-    @property
-    def cp_rank(self) -> int:
-        return self.rank // self.tp % self.cp
-
-    @property
-    def dp_rank(self) -> int:
-        return self.rank // (self.tp * self.cp)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process is the one that prints and writes files."""
-        return self.rank == 0
-
-    @property
-    def sequence_multiple(self) -> int:
-        """Sequence lengths that cut evenly: 2 chunks a context-parallel rank, each in tp pieces; 1 for one process."""
-        return 1 if self.tp * self.cp == 1 else 2 * self.cp * self.tp
 
     def size(self, group: str) -> int:
         """How many ranks the group of this name has."""
@@ -272,18 +258,6 @@ def scattered(x: Tensor, grid: Grid) -> Tensor:
     return grid.reduce_scatter(x.movedim(1, 0), "tp")  # (tp, B, m, hidden) -> (B, m, hidden)
 
 
-class SumOverRing(torch.autograd.Function):
-    """The sum over cp ranks of a scalar each has a part of; a rank's own part has gradient 1."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
-        return grid.all_reduce(x.clone(), "cp")
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 class ColumnParallelLinear(nn.Linear):
     """The rank's 1 / tp of the outputs: x (..., in), whole -> (..., out / tp). Arguments are the whole layer's sizes."""
 
@@ -331,12 +305,12 @@ class Lookup(torch.autograd.Function):
     def forward(ctx, weight: Tensor, tokens: Tensor, tile: int, grid: Grid) -> Tensor:
         ctx.save_for_backward(weight, tokens)
         ctx.tile, ctx.grid = tile, grid
-        parts = []
-        for part in tokens.split(tile, dim=2):
+        out = weight.new_empty(tokens.shape[0], tokens.shape[2], weight.shape[1])  # (B, m, hidden)
+        for part, out_part in zip(tokens.split(tile, dim=2), out.split(tile, dim=1), strict=True):
             row, mine = local_rows(part, len(weight), grid)
             x = F.embedding(row, weight).masked_fill_(~mine[..., None], 0.0)  # (B, tp, tile, hidden)
-            parts.append(scattered(x, grid))  # (B, tile, hidden)
-        return torch.cat(parts, dim=1)
+            out_part.copy_(scattered(x, grid))
+        return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
@@ -426,8 +400,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[l
     256 MiB, and 256 + 512 MiB.
 
     `segments` (from `document_segments`) is the cross-document mask of the ablation: each document attends to itself only,
-    one causal block a document, so no S x S mask is ever built. The recipe itself leaves it out (arXiv 2504.06214,
-    section 3.1). Raises ValueError for segments on a ring of several ranks.
+    one causal block a document, so no S x S mask is ever built. It works on a ring of one rank. The recipe itself leaves it
+    out (arXiv 2504.06214, section 3.1).
     """
     return RingAttention.apply(q, k, v, grid, segments)
 
@@ -499,12 +473,8 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 
 def by_document(attention: Callable, segments: list[list[int]], grid: Grid, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`attention(..., grid)` of each document of each row alone: `inputs` and results are (B, H, S, ...).
-
-    Raises ValueError on a ring of several ranks.
-    """
-    if grid.cp > 1:
-        raise ValueError(f"the cross-document mask works on whole sequences, --cp 1; this grid has cp {grid.cp}")
+    """`attention(..., grid)` of each document of each row alone: `inputs` and results are (B, H, S, ...)."""
+    assert grid.cp == 1, f"the cross-document mask works on whole sequences, not on a ring of {grid.cp}"
     rows = []
     for row, borders in enumerate(segments):
         documents = []
@@ -567,21 +537,16 @@ def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
 
 
 def zigzag_shard(x: Tensor, grid: Grid, dim: int) -> Tensor:
-    """This rank's two chunks of a whole sequence, S -> S / cp along `dim`. Raises ValueError if 2 cp does not divide S."""
-    if grid.cp > 1 and x.shape[dim] % (2 * grid.cp):
-        raise ValueError(f"a sequence of {x.shape[dim]} cannot be cut into 2 x cp = {2 * grid.cp} equal chunks")
+    """This rank's two chunks of a whole sequence, S -> S / cp along `dim`."""
+    assert grid.cp == 1 or x.shape[dim] % (2 * grid.cp) == 0, f"{x.shape[dim]} is no multiple of 2 x cp = {2 * grid.cp}"
     chunks = x.tensor_split(2 * grid.cp, dim)
     return torch.cat((chunks[grid.cp_rank], chunks[-1 - grid.cp_rank]), dim)
 
 
 def zigzag_unshard(x: Tensor, grid: Grid, dim: int) -> Tensor:
     """The whole sequence on every rank, S / cp -> S along `dim`; no gradient flows through it."""
-    early, late = [], []
-    for shard in grid.all_gather(x, "cp"):
-        first, second = shard.tensor_split(2, dim)
-        early.append(first)
-        late.insert(0, second)
-    return torch.cat(early + late, dim)
+    early, late = grid.all_gather(x, "cp").tensor_split(2, dim + 1)  # of every rank: (cp, ..., S / (2 cp), ...) each
+    return torch.cat([*early, *late.flip(0)], dim)
 
 
 def zigzag_positions(seq_len: int, grid: Grid) -> Tensor:
@@ -651,13 +616,15 @@ class ShardedAdamW:
             parameter.grad_dtype = wide
             parameter.grad = torch.zeros_like(parameter, dtype=wide)
             own = self.cut(parameter.detach())[self.piece]
-            self.masters[name] = own.to("cpu" if on_host else parameter.device, wide)  # float32 weights are their own master
+            # float32 weights are their own master: a view, if it is none of a padded copy
+            copy = on_host or parameter.numel() % self.pieces > 0
+            self.masters[name] = own.to("cpu" if on_host else parameter.device, wide, copy=copy)
         matrices = [self.masters[name] for name, parameter in self.parameters.items() if parameter.ndim >= 2]
         vectors = [self.masters[name] for name, parameter in self.parameters.items() if parameter.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         for master in self.masters.values():  # now rather than in the first step, so that a checkpoint has a place to go
-            self.adamw.state[master] = {"step": torch.zeros((), device=master.device),
+            self.adamw.state[master] = {"step": torch.zeros((), device=master.device), "master": master,
                                         "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
 
     def cut(self, x: Tensor) -> Tensor:
@@ -682,7 +649,8 @@ class ShardedAdamW:
     def step(self, learning_rate: float, max_norm: float = 0.0) -> float:
         """One AdamW update from the accumulated gradients, clipped to `max_norm` (0: no clipping).
 
-        Returns the gradient norm before clipping. Raises ArithmeticError, with nothing updated, if it is not finite.
+        Returns the gradient norm before clipping, after which `parameter.grad` is used up. Raises ArithmeticError, with
+        nothing updated, if it is not finite.
         """
         gradients = self.reduce_gradients()
         norm = self.gradient_norm(gradients)
@@ -700,7 +668,7 @@ class ShardedAdamW:
         return norm
 
     def reduce_gradients(self) -> dict[str, Tensor]:
-        """This rank's piece of every parameter's gradient, summed over all ranks: float32 (n,)."""
+        """This rank's piece of every parameter's gradient, summed over all ranks: float32 (n,). Call once a step."""
         pieces = {}
         for name, parameter in self.parameters.items():
             if self.dims[name] is None:
@@ -721,11 +689,6 @@ class ShardedAdamW:
             piece = self.masters[name].to(parameter.device, parameter.dtype)
             parameter.copy_(self.join(piece, parameter.shape))
 
-    @property
-    def steps(self) -> int:
-        """How many updates have been made: AdamW's bias correction needs it."""
-        return int(next(iter(self.adamw.state.values()))["step"])
-
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of every parameter's whole tensor of one kind of state, in the order of `state`."""
         shapes = {}
@@ -733,23 +696,19 @@ class ShardedAdamW:
             shapes[name] = whole_shape(parameter.shape, self.dims[name], self.grid), self.masters[name].dtype
         return shapes
 
-    def own_piece(self, kind: str, name: str) -> Tensor:
-        """This rank's piece of a parameter's state of a kind of KINDS."""
-        master = self.masters[name]
-        return master if kind == "master" else self.adamw.state[master][kind]
-
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of every parameter for a kind of KINDS, on every rank, one at a time."""
         for name, parameter in self.parameters.items():
-            piece = self.own_piece(kind, name).to(parameter.device)
+            piece = self.adamw.state[self.masters[name]][kind].to(parameter.device)
             yield name, unshard(self.join(piece, parameter.shape), self.dims[name], self.grid)
 
     @torch.no_grad()
-    def load_state(self, kind: str, tensors: dict[str, Tensor], steps: int) -> None:
-        """Restore a kind of state from this tp rank's shards of all parameters, and the number of `steps`."""
-        for name, tensor in tensors.items():
-            self.own_piece(kind, name).copy_(self.cut(tensor)[self.piece])
-            self.adamw.state[self.masters[name]]["step"].fill_(steps)
+    def load_state(self, kind: str, tensors: Iterable[tuple[str, Tensor]], steps: int) -> None:
+        """Restore a kind of state from (name, this tp rank's shard) of every parameter, and the number of `steps`."""
+        for name, tensor in tensors:
+            state = self.adamw.state[self.masters[name]]
+            state[kind].copy_(self.cut(tensor)[self.piece])
+            state["step"].fill_(steps)
         if kind == "master":
             self.publish()
 
@@ -767,6 +726,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, **more) -> None:
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+
+    def print_help(self, file=None) -> None:
+        if launched()[0] == 0:
+            super().print_help(file)
 
     def error(self, message: str) -> None:
         if message.startswith("argument "):  # "argument --steps: 0 must ..." -> "--steps 0 must ..."
@@ -796,8 +759,9 @@ seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0")
 existing = option(Path, Path.exists, "a file or directory that exists")
 writable = option(Path, lambda path: path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK),
                   "a file in a directory that exists and can be written")
-device_here = option(str, lambda name: name == "cpu" or name.split(":")[0] == "cuda" and torch.cuda.is_available(),
-                     "cpu, or cuda where there is a GPU")
+device_here = option(str, lambda name: name == "cpu" or torch.cuda.is_available() and
+                     (name == "cuda" or name.startswith("cuda:") and launched()[1] == 1),
+                     "cpu, or cuda where there is a GPU (of several processes each takes its own)")
 
 
 @contextmanager
@@ -824,9 +788,13 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a grid; what is left of the processes is data parallel."""
-    group = parser.add_argument_group("parallelism, under torchrun --standalone --nproc-per-node N (data: N / tp / cp)")
+def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = device_here) -> None:
+    """How a model is computed: type, device (of option type `device`) and grid; what is left of the processes is data
+    parallel."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    group = parser.add_argument_group("compute; parallel under torchrun --standalone --nproc-per-node N (data: N / tp / cp)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="if not given: bfloat16 on a GPU, float32 on a CPU")
+    group.add_argument("--device", type=device, default=here, help="cpu or cuda")
     group.add_argument("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
     group.add_argument("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
     group.add_argument("--timeout", type=seconds, default=600.0, help="seconds for a micro-batch, a validation "

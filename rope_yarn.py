@@ -24,7 +24,7 @@ yarn's g is linear in the pair's index i, as in its published code and transform
 YaRN's paper is linear in the turns r_i: that is Llama-3.1's rule, and the frequencies of the two
 differ by up to 1.83 times. The ultra-long recipe (2504.06214) is yarn with beta_slow 1, beta_fast
 4, L = 8,192 and s = 128, 256 or 512. It replaces Llama-3.1's own scaling: every rule here starts
-from theta, so two can never stack.
+from theta, so two never stack. (Exported, a model with ntk is one with a larger theta: stay with it.)
 
 Angles are formed in float64. The float32 product m * f_i is off by 0.05 rad at 1M tokens and 0.2
 rad at 4M (half as much again if f_i was computed in float32 too), worst in the fast pairs, which
@@ -103,7 +103,7 @@ class RopeScaling:
         if self.attention_factor is not None:
             return float(self.attention_factor)
         if self.kind == "yarn" and self.attention_temperature:
-            return yarn_temperature(self.factor)
+            return 0.1 * math.log(self.factor) + 1.0
         return 1.0
 
     @classmethod
@@ -115,17 +115,15 @@ class RopeScaling:
         """
         if not isinstance(config, dict):
             raise ValueError(f"rope scaling must be in a JSON object; found {config!r}")
-        for share in stated_values(config, "partial_rotary_factor"):
-            if share != 1:  # every pair of a Llama's head is turned
-                raise ValueError(f"config.json: partial_rotary_factor is {share!r}; it must be 1")
+        share = stated_value(config, "partial_rotary_factor", 1)
+        if share != 1:  # every pair of a Llama's head is turned
+            raise ValueError(f"config.json: partial_rotary_factor is {share!r}; it must be 1")
         # of two old windows transformers 4 would take that in the scaling, 5 that beside it
-        windows = stated_values(config, ORIGINAL) or [config.get("max_position_embeddings")]
-        if any(window != windows[0] for window in windows):
-            raise ValueError(f"config.json: {ORIGINAL} has several values, {windows}; keep one")
+        window = stated_value(config, ORIGINAL, config.get("max_position_embeddings"))
         places = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
         if "rope_type" in config or "type" in config:  # it is the scaling itself
             places = [config]
-        rules = [cls(**fields_from_hf(place, windows[0])) for place in places]
+        rules = [cls(**fields_from_hf(place, window)) for place in places]
         if rules and rules[-1] != rules[0]:
             raise ValueError("config.json: rope_scaling and rope_parameters contradict each other; "
                              "keep one")
@@ -161,11 +159,6 @@ def old_window(scaling: RopeScaling) -> int:
     if scaling.original_max_position is None:
         raise ValueError(f"rope scaling: {scaling.kind} needs original_max_position")
     return scaling.original_max_position
-
-
-def yarn_temperature(factor: float) -> float:
-    """YaRN's factor on cos and sin, 0.1 ln s + 1 (arXiv 2309.00071, equation 22)."""
-    return 0.1 * math.log(factor) + 1.0
 
 
 def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
@@ -270,27 +263,25 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 # -------------------------------------------------------------------------- reading config.json
 
 
-def stated_values(config: dict, key: str) -> list:
-    """What a config.json states for `key`: in rope_scaling, in rope_parameters and at its top."""
+def stated_value(config: dict, key: str, default: object = None):
+    """What a config.json states for `key`: in rope_scaling, in rope_parameters or at its top.
+
+    Raises ValueError if these contradict each other.
+    """
     places = (config.get("rope_scaling"), config.get("rope_parameters"), config)
     values = [place.get(key) for place in places if isinstance(place, dict)]
-    return [value for value in values if value is not None]
-
-
-def stated_original(config: dict) -> bool:
-    """Whether a config.json states the old window, with its scaling or beside it."""
-    return bool(stated_values(config, ORIGINAL))
+    values = [value for value in values if value is not None] or [default]
+    if any(value != values[0] for value in values[1:]):
+        raise ValueError(f"config.json: {key} has several values, {values}; keep one")
+    return values[0]
 
 
 def rope_theta_from_hf(config: dict) -> float:
     """A config.json's rope_theta, else 10,000. Raises ValueError for two, or none above 1."""
-    values = stated_values(config, "rope_theta") or [10000.0]
-    for theta in values:
-        if not is_number(theta) or theta <= 1:
-            raise ValueError(f"config.json: rope_theta is {theta!r}; it must be a number above 1")
-        if theta != values[0]:
-            raise ValueError(f"config.json: rope_theta has several values, {values}; keep one")
-    return float(values[0])
+    theta = stated_value(config, "rope_theta", 10000.0)
+    if not is_number(theta) or theta <= 1:
+        raise ValueError(f"config.json: rope_theta is {theta!r}; it must be a number above 1")
+    return float(theta)
 
 
 def fields_from_hf(stated: dict, window: int | None) -> dict:

@@ -28,11 +28,6 @@ CHAT_TOKENS = (  # that begin and end a message
     ("<|im_start|>", "<|im_end|>"))  # ChatML
 
 
-def has_chat_tokens(tokenizer: tiktoken.Encoding) -> bool:
-    """Whether the tokenizer has a chat template's special tokens."""
-    return any(tokenizer.special_tokens_set.issuperset(tokens) for tokens in CHAT_TOKENS)
-
-
 def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
     """Id of the token that ends a message: <|eot_id|> (Llama 3) or <|im_end|> (ChatML). ValueError."""
     for start, end in CHAT_TOKENS:
@@ -68,13 +63,17 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
     """
     check_messages(messages, training=not add_generation_prompt)
     end_of_turn(tokenizer)  # raises if there is no template
-    if "<|start_header_id|>" in tokenizer.special_tokens_set:
-        return encode_llama3(messages, tokenizer, add_generation_prompt)
-    return encode_chatml(messages, tokenizer, add_generation_prompt)
+    is_llama3 = "<|start_header_id|>" in tokenizer.special_tokens_set
+    template = llama3_pieces if is_llama3 else chatml_pieces
+    tokens, mask = [], []
+    for ids, loss in template(messages, tokenizer, add_generation_prompt):
+        tokens += ids
+        mask += [loss] * len(ids)
+    return tokens, mask
 
 
-def encode_llama3(messages: list[dict], tokenizer: tiktoken.Encoding,
-                  add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
+def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
+                  add_generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
     """Llama 3's template (llama-models, chat_format.py); contents are stripped, as Hugging Face's
     templates do.
 
@@ -84,31 +83,21 @@ def encode_llama3(messages: list[dict], tokenizer: tiktoken.Encoding,
         CONTENT<|eot_id|>            (as often as there are messages, without line breaks between)
     """
     text, special = tokenizer.encode_ordinary, tokenizer.encode_single_token
-    tokens, mask = [], []
 
-    def add(ids: list[int], loss: bool = False) -> None:
-        tokens.extend(ids)
-        mask.extend([loss] * len(ids))
+    def header(role: str) -> list[int]:
+        return [special("<|start_header_id|>"), *text(role), special("<|end_header_id|>"), *text("\n\n")]
 
-    def add_header(role: str) -> None:
-        add([special("<|start_header_id|>")])
-        add(text(role))
-        add([special("<|end_header_id|>")])
-        add(text("\n\n"))
-
-    add([special("<|begin_of_text|>")])
+    yield [special("<|begin_of_text|>")], False
     for message in messages:
-        learned = message["role"] == "assistant"
-        add_header(message["role"])
-        add(text(message["content"].strip()), loss=learned)
-        add([special("<|eot_id|>")], loss=learned)
+        yield header(message["role"]), False
+        content = text(message["content"].strip())
+        yield [*content, special("<|eot_id|>")], message["role"] == "assistant"
     if add_generation_prompt:
-        add_header("assistant")
-    return tokens, mask
+        yield header("assistant"), False
 
 
-def encode_chatml(messages: list[dict], tokenizer: tiktoken.Encoding,
-                  add_generation_prompt: bool) -> tuple[list[int], list[bool]]:
+def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
+                  add_generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
     """ChatML, as SmolLM2 and Qwen2 have it; contents are kept as they are.
 
         <|im_start|>ROLE
@@ -117,38 +106,22 @@ def encode_chatml(messages: list[dict], tokenizer: tiktoken.Encoding,
     """
     text, special = tokenizer.encode_ordinary, tokenizer.encode_single_token
     line_break = text("\n")  # one token
-    tokens, mask = [], []
-
-    def add(ids: list[int], loss: bool = False) -> None:
-        tokens.extend(ids)
-        mask.extend([loss] * len(ids))
-
     for message in messages:
-        learned = message["role"] == "assistant"
-        add([special("<|im_start|>")])
-        add(text(message["role"]))
+        yield [special("<|im_start|>"), *text(message["role"])], False
         # one text: where a content begins with white space, one token may hold that and the line
         # break before it
         content = text("\n" + message["content"])
         if content[:1] == line_break:  # else that token is the content's
-            add(line_break)
+            yield line_break, False
             content = content[1:]
-        add(content, loss=learned)
-        add([special("<|im_end|>")], loss=learned)
-        add(line_break)
+        yield [*content, special("<|im_end|>")], message["role"] == "assistant"
+        yield line_break, False
     if add_generation_prompt:
-        add([special("<|im_start|>")])
-        add(text("assistant"))
-        add(line_break)
-    return tokens, mask
+        yield [special("<|im_start|>"), *text("assistant"), *line_break], False
 
 
 def encode_documents(documents: Iterable[tuple], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
-    """(anything, {"messages": ...}) -> (the same, tokens uint32 (T,), loss mask bool (T,)), in
-    order.
-
-    Threads: tiktoken releases the interpreter.
-    """
+    """(anything, {"messages": ...}) -> (the same, tokens uint32 (T,), loss mask bool (T,)), in order, by threads."""
     def encode(document: tuple) -> tuple:
         tokens, mask = encode_chat(document[1]["messages"], tokenizer)
         return document[0], np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
@@ -253,7 +226,7 @@ def stage2_parser() -> Parser:
     add("--data", nargs="+", action="extend", type=weighted_path, required=True, metavar="FILE[=WEIGHT]",
         help="JSON lines with messages; each sample comes from one file, by weight")
     add("--sequence-length", type=positive, default=8192, help="longer samples are dropped and counted")
-    add("--pack", action="store_true",
+    add("--pack", dest="document_mask", action="store_true",
         help="as many samples a row as fit, which do not see each other; --batch-size counts rows")
     add("--validation-data", type=existing, help="held-out chat samples; without them there is no validation")
     parser.set_defaults(batch_size=128, micro_batch_size=1, learning_rate=5e-6)
@@ -280,9 +253,9 @@ def main(argv: list[str] | None = None) -> None:
         if a.validate_every and not a.validation_data:
             raise ValueError("--validate-every needs --validation-data, held-out chat samples")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        config, tokenizer = load_start(a, None)
+        config, tokenizer = load_start(a, grid, None)
         held_out = a.validation_data if a.validation_sequences else None
-        training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length, a.seed, a.pack)
+        training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length, a.seed, a.document_mask)
         run_stage(a, grid, config, tokenizer, training, validation)
         grid.close()
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -38,7 +37,7 @@ from parallel import (
     Grid,
     Parser,
     ShardedAdamW,
-    add_grid_arguments,
+    add_compute_arguments,
     attention_kernel,
     device_here,
     existing,
@@ -56,8 +55,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "chat_template.jinja", "generation_config.json")
 FREE_TO_CHANGE = ("out", "resume", "device", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_sequences",
                   "validation_data", "micro_batch_size", "recompute", "offload", "offload_optimizer", "tile", "tp", "cp",
-                  "timeout", "model", "config")  # at a resume; the checkpoint has the model
-PEAKS = {"H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "A100-SXM4-80GB": 312e12}  # dense bfloat16 FLOP/s, by CUDA's name
+                  "timeout", "config")  # at a resume; the checkpoint has the model
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}  # dense bfloat16 FLOP/s
 CHECKPOINT_FORMAT = 2
 OPTIMIZER_SHARD_BYTES = 5 * 10**9  # largest file of optimizer state
 
@@ -65,17 +64,21 @@ OPTIMIZER_SHARD_BYTES = 5 * 10**9  # largest file of optimizer state
 # --------------------------------------------------------------------------------------------------------- options
 
 
-def argument_parser(description: str, required: bool = True) -> Parser:
-    """The options both stages have; a stage adds its data group. A plan needs none of the `required` ones."""
-    parser = Parser(description)
+below_one = option(float, lambda beta: 0 <= beta < 1, "a number from 0 to below 1")
+positive_weight = option(float, lambda weight: 0 < weight < math.inf, "a weight above 0")
+directory = option(Path, lambda path: not path.is_file(), "a directory, not a file")
+
+
+def argument_parser(description: str, planned: bool = False) -> Parser:
+    """The options both stages have; a stage adds its data group. For a run that is only planned, what it would read and
+    where it would run need not be there, and --steps, --data and --out need not be given."""
+    parser, required, readable = Parser(description), not planned, Path if planned else existing
     group = parser.add_argument_group("model")
     start = group.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", type=existing, help="start from this Hugging Face model directory")
     start.add_argument("--config", type=existing, help="start from random weights of this config.json")
     add = group.add_argument
-    add("--tokenizer", type=existing, help="tokenizer directory or file (if not given: the model's own)")
-    add("--dtype", choices=("float32", "bfloat16"), help="compute type (if not given: bfloat16 on a GPU, float32 on a CPU)")
-    add("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--tokenizer", type=readable, help="tokenizer directory or file (if not given: the model's own)")
 
     add = parser.add_argument_group("memory").add_argument
     add("--recompute", choices=RECOMPUTE, default="none",
@@ -92,13 +95,13 @@ def argument_parser(description: str, required: bool = True) -> Parser:
     add("--warmup-steps", type=nonnegative, default=10, help="linear warm-up")
     add("--final-learning-rate", type=fraction, default=0.1, help="end of the cosine, as a share of the peak")
     add("--weight-decay", type=nonnegative_number, default=0.1, help="of matrices; vectors do not decay")
-    add("--betas", type=fraction, nargs=2, default=(0.9, 0.95), help="of AdamW")
+    add("--betas", type=below_one, nargs=2, default=(0.9, 0.95), help="of AdamW")
     add("--clip", type=nonnegative_number, default=1.0, help="largest global gradient norm; 0: no clipping")
     add("--seed", type=nonnegative, default=0, help="weights (with --config) and data order")
 
-    add_grid_arguments(parser)
+    add_compute_arguments(parser, str if planned else device_here)
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, required=required, help="run directory")
+    add("--out", type=directory, required=required, help="run directory")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint, if there is one")
     add("--checkpoint-every", type=nonnegative, default=0, help="steps; 0: at the end, and when a signal stops the run")
     add("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
@@ -107,24 +110,21 @@ def argument_parser(description: str, required: bool = True) -> Parser:
     return parser
 
 
-def stage1_parser(required: bool = True) -> Parser:
+def stage1_parser(planned: bool = False) -> Parser:
     """Stage 1's options: packed documents, length up-sampling, rope scaling."""
-    parser = argument_parser("Continued pretraining on packed documents (stage 1), or pretraining from scratch.", required)
+    parser = argument_parser("Continued pretraining on packed documents (stage 1), or pretraining from scratch.", planned)
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", action="extend", type=weighted_path, required=required, metavar="DIR[=WEIGHT]",
-        help="corpora written by `python -m tools.prepare`; each sequence comes from one, by weight")
+    add("--data", nargs="+", action="extend", type=str if planned else weighted_path, required=not planned,
+        metavar="DIR[=WEIGHT]", help="corpora written by `python -m tools.prepare`; each sequence comes from one, by weight")
     add("--sequence-length", type=positive, required=True, help="tokens")
     add("--separator", choices=("<s>", "none", "bos_eos"), default="<s>", help="between documents")
     add("--short-length", type=nonnegative, default=4096, help="documents below are short")
     add("--long-length", type=nonnegative, default=8192, help="documents above are long")
     add("--short-weight", type=nonnegative_number, default=1.0, help="how often short documents are used")
     add("--long-weight", type=nonnegative_number, default=1.0, help="how often long documents are used")
-    add("--cross-document-mask", action="store_true", help="ablation: documents do not see each other")
+    add("--cross-document-mask", dest="document_mask", action="store_true", help="ablation: documents do not see each other")
     add_scaling_arguments(parser, "context extension (replaces the checkpoint's own scaling)")
     return parser
-
-
-positive_weight = option(float, lambda weight: 0 < weight < math.inf, "a weight above 0")
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
@@ -140,20 +140,28 @@ def compute_type(options: Namespace) -> str:
     return options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
 
 
-def check_batch(grid: Grid, length: int, batch_size: int, micro_batch_size: int | None, document_mask: bool) -> int:
-    """Sequences of a micro-batch: what is asked for, or a replica's share. Raises ValueError unless the grid can train it."""
-    if length % grid.sequence_multiple:
-        near = length // grid.sequence_multiple * grid.sequence_multiple or grid.sequence_multiple
-        raise ValueError(f"--sequence-length {length} is not a multiple of {grid.sequence_multiple} (2 x cp x tp); {near} is")
-    if document_mask and grid.cp > 1:
+def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
+    """Raise ValueError for options that cannot be trained on this grid, naming one and what would be right."""
+    config.check_tp(grid.tp)
+    length, multiple = options.sequence_length, grid.sequence_multiple
+    if length % multiple:
+        near = length // multiple * multiple or multiple
+        raise ValueError(f"--sequence-length {length} is not a multiple of {multiple} (2 x cp x tp); {near} is")
+    if options.document_mask and grid.cp > 1:
         raise ValueError("--cross-document-mask (and sft.py --pack) works on whole sequences: use --cp 1 (and --tp)")
-    if batch_size % grid.dp:
-        raise ValueError(f"--batch-size {batch_size} is not a multiple of the {grid.dp} data-parallel replicas")
-    share = batch_size // grid.dp
-    micro_batch_size = micro_batch_size or share
-    if share % micro_batch_size:
-        raise ValueError(f"--micro-batch-size {micro_batch_size} does not divide a replica's share of --batch-size, {share}")
-    return micro_batch_size
+    if options.batch_size % grid.dp:
+        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of the {grid.dp} data-parallel replicas")
+    share = options.batch_size // grid.dp
+    if share % micro_batch_size(options, grid):
+        raise ValueError(f"--micro-batch-size {options.micro_batch_size} does not divide a replica's share of --batch-size, "
+                         f"{share}")
+    if options.offload and options.recompute == "none":
+        raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or --recompute mlp")
+
+
+def micro_batch_size(options: Namespace, grid: Grid) -> int:
+    """Sequences of a forward of one data-parallel replica: what is asked for, or its whole share of the batch."""
+    return options.micro_batch_size or options.batch_size // grid.dp
 
 
 def stage1_datasets(sources: list[tuple[Path, float]], validation_sequences: int, seed: int, short_weight: float,
@@ -202,9 +210,11 @@ def extension(config: ModelConfig, length: int) -> str:
             f"{unsure or ', which'} replaces the model's own {scaling.kind} rule")
 
 
-def load_start(options: Namespace, scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
+def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
     """Configuration and tokenizer to start from, checked against each other. Raises ValueError, OSError."""
     config = starting_config(options.model or options.config, scaling, options.sequence_length)
+    check_run(options, grid, config)
+    attention_kernel(options.device, getattr(torch, compute_type(options)), config.head_dim)  # refuses what it does not take
     if not (options.tokenizer or options.model):
         raise ValueError("--tokenizer is needed with --config: the one that the corpus was prepared with")
     tokenizer = data.load_tokenizer(options.tokenizer or options.model)
@@ -234,18 +244,6 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
     products = 2 * length * (config.num_hidden_layers * block + config.vocab_size * hidden)
     return products, config.num_hidden_layers * 2 * length**2 * width  # Q K^T and P V: 2 x 2 S^2 / 2 each
 
-
-def peak_rate(device: torch.device | str) -> float | None:
-    """FLOP/s that an MFU of 100 % means: the GPU's data sheet's, None for a device that is not in PEAKS."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
-
-
-def rank_shapes(config: ModelConfig, rows: int, length: int, grid: Grid) -> str:
-    """What a rank's tensors look like: a line for people."""
-    heads, kv_heads = config.num_attention_heads // grid.tp, config.num_key_value_heads // grid.tp
-    return (f"x ({rows}, {length // (grid.cp * grid.tp)}, {config.hidden_size}) between blocks, q ({rows}, {heads}, "
-            f"{length // grid.cp}, {config.head_dim}), k and v with {kv_heads} heads")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -289,7 +287,7 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
         for kind in optimizer.KINDS:
             data.write_weights(aside / "optimizer", kind, shapes, optimizer.state(kind), OPTIMIZER_SHARD_BYTES, grid)
         if grid.is_first:
-            progress = {"format": CHECKPOINT_FORMAT, "step": step, "updates": optimizer.steps, "settings": agreed}
+            progress = {"format": CHECKPOINT_FORMAT, "step": step, "settings": agreed}
             (aside / "training.json").write_text(json.dumps(progress, indent=2) + "\n")
     if grid.is_first:
         for old in checkpoints(run)[:-keep]:
@@ -300,13 +298,12 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
     return path
 
 
-def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, updates: int) -> None:
+def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, step: int) -> None:
     """Restore the optimizer from a checkpoint of any grid."""
     shapes = {name: tuple(parameter.shape) for name, parameter in optimizer.parameters.items()}
     for kind in optimizer.KINDS:  # one at a time, by way of the host: the device may have no room for more
-        files = data.locate_weights(checkpoint / "optimizer", kind)
-        tensors = data.read_shards(files, shapes, optimizer.dims, optimizer.grid, None, "cpu")
-        optimizer.load_state(kind, tensors, updates)
+        tensors = data.read_weights(checkpoint / "optimizer", kind, shapes, optimizer.dims, optimizer.grid, None, "cpu")
+        optimizer.load_state(kind, tensors, step)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -318,22 +315,19 @@ def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
     """What a resumed run must share with the run it continues, as JSON; files by what is in them, not by their path."""
     agreed = {name: value for name, value in sorted(vars(options).items()) if name not in FREE_TO_CHANGE}
     agreed |= {"dtype": compute_type(options), "tokenizer": data.fingerprint(tokenizer),
+               "model": options.model and data.digest(options.model),
                "data": [[data.digest(path), weight] for path, weight in options.data]}
     return json.loads(json.dumps(agreed, default=str))
 
 
-def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, int, int]:
-    """(newest checkpoint, its step and updates) of the run in `out`, (None, 0, 0) at the start. Raises ValueError if it
-    may not be continued."""
+def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, int]:
+    """(newest checkpoint, its step) of the run in `out`, (None, 0) at the start. ValueError if it may not be continued."""
     if not resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out}: holds an earlier run; add --resume to continue it, or choose another directory")
     if not checkpoints(out):
-        return None, 0, 0
+        return None, 0
     newest = checkpoints(out)[-1]
-    try:
-        saved = json.loads((newest / "training.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{newest}/training.json: not valid JSON ({error})") from None
+    saved = data.read_object(newest / "training.json")
     if saved.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{newest}: a checkpoint of an earlier version, which this one cannot resume; start a new run from it "
                          f"with --model {newest}")
@@ -341,7 +335,7 @@ def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, i
         if saved["settings"].get(name) != value:
             raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in {out} has "
                              f"{saved['settings'].get(name)!r}; resume with the same settings or choose another --out")
-    return newest, saved["step"], saved["updates"]
+    return newest, saved["step"]
 
 
 def open_metrics(path: Path, step: int):
@@ -350,9 +344,7 @@ def open_metrics(path: Path, step: int):
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    data.write_complete(path, "".join(kept).encode())
     return path.open("a", buffering=1)  # a line is written when it ends
 
 
@@ -415,19 +407,15 @@ def signals_received() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something is to be done after this step: every so many steps (0: never), and after the last."""
-    return step == last or every > 0 and step % every == 0
-
-
-def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace, micro_batch_size: int,
-          save: Callable[[int], Path], first_step: int, stop: list[int]) -> int:
+def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace, save: Callable[[int], Path],
+          first_step: int, stop: list[int]) -> int:
     """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made: a signal in `stop` ends early."""
     grid, device, steps = model.grid, model.head_weight.device, options.steps
     share, length = options.batch_size // grid.dp, training.sequence_length
     products, attention = forward_flops(model.config, length)  # of a whole sequence; shorter ones take a little less
     flops = 3 * (products + (0 if training.document_mask else attention))  # masked documents: their products alone
-    peak, step = peak_rate(device), first_step
+    peak = PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None  # what an MFU of 100 % means
+    step = first_step
     log = open_metrics(options.out / "metrics.jsonl", first_step) if grid.is_first else None
     bar = tqdm(range(first_step + 1, steps + 1), initial=first_step, total=steps, desc=options.out.name, mininterval=1.0,
                disable=not grid.is_first)
@@ -440,7 +428,7 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
         start = time.perf_counter()
         batch = data.batch(training, (step - 1) * options.batch_size + grid.dp_rank * share, share)
         waited = time.perf_counter() - start
-        loss, positions = training_step(model, optimizer, batch, micro_batch_size)
+        loss, positions = training_step(model, optimizer, batch, micro_batch_size(options, grid))
         rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, options.final_learning_rate)
         try:
             if not math.isfinite(loss):
@@ -458,13 +446,13 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
              mfu=mfu and round(mfu, 4), data_wait=round(waited / seconds, 4), peak_memory_gib=round(gib, 3))
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {f'MFU {mfu:.0%}, ' if mfu else ''}{gib:.1f} GiB, "
                             f"data {waited / seconds:.0%}", refresh=False)
-        if validation and is_due(step, options.validate_every, steps):
+        if validation and (step == steps or step % (options.validate_every or steps) == 0):
             held_out = validate(model, validation, options.validation_sequences)
             note(validation_loss=held_out)
             if grid.is_first:
                 bar.write(f"step {step}: held-out loss {held_out:.3f}")
         stopping = grid.all_reduce(torch.tensor(len(stop), device=device), "all").item() > 0  # all stop after the same step
-        if stopping or is_due(step, options.checkpoint_every, steps):
+        if stopping or step == steps or step % (options.checkpoint_every or steps) == 0:
             path = save(step)
         if stopping:
             if grid.is_first:
@@ -493,37 +481,34 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     """
     out, length, dtype = options.out, training.sequence_length, compute_type(options)
     tokenizer_files = options.tokenizer or options.model
-    if options.offload and options.recompute == "none":
-        raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or --recompute mlp")
-    micro_batch_size = check_batch(grid, length, options.batch_size, options.micro_batch_size, training.document_mask)
     kernel = attention_kernel(options.device, getattr(torch, dtype), config.head_dim)
     agreed = agreed_settings(options, tokenizer)
-    checkpoint, step, updates = load_progress(out, options.resume, agreed)
-    found = torch.tensor([step, zlib.crc32(json.dumps(agreed).encode())], device=options.device)
+    checkpoint, step = load_progress(out, options.resume, agreed)
+    is_done = (out / "final" / "config.json").exists()
+    found = torch.tensor([step, zlib.crc32(json.dumps(agreed).encode()), is_done], device=options.device)
     if (grid.all_gather(found, "all") != found).any():
         raise ValueError(f"the ranks have found different checkpoints in {out}, options or data; --out and --data must be the "
                          "same for all of them")
-    if (out / "final" / "config.json").exists():
+    if is_done:
         print_once(f"{out}/final is already there; nothing to do")
         return
     model = build_model(config, checkpoint, grid, options)
     optimizer = ShardedAdamW(model, grid, options.betas, weight_decay=options.weight_decay, on_host=options.offload_optimizer)
     if checkpoint:
-        load_optimizer(checkpoint, optimizer, updates)
+        load_optimizer(checkpoint, optimizer, step)
     if grid.is_first:
         out.mkdir(parents=True, exist_ok=True)
     parameters = sum(math.prod(shape) for shape, _ in optimizer.shapes().values())
     config, resumed = model.config, f", resumed after step {step}" if checkpoint else ""
     print_once(f"{parameters / 1e6:.2f}M parameters, {dtype} on {options.device}, window {config.max_position_embeddings}, "
                f"rope {config.rope_scaling.kind}, {options.batch_size} x {length} tokens a step{resumed}")
-    print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}; a rank: "
-               + rank_shapes(config, micro_batch_size, length, grid))
+    print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
 
     def save(step: int) -> Path:
         return save_checkpoint(out, step, model, optimizer, tokenizer_files, agreed, options.keep_checkpoints)
 
     with signals_received() as stop:
-        step = train(model, optimizer, training, validation, options, micro_batch_size, save, step, stop)
+        step = train(model, optimizer, training, validation, options, save, step, stop)
     if step == options.steps:
         with written_once(out / "final", model, tokenizer_files):
             pass
@@ -535,11 +520,11 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         a = stage1_parser().parse_args(argv)
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        config, tokenizer = load_start(a, scaling_from_options(vars(a)))
+        config, tokenizer = load_start(a, grid, scaling_from_options(vars(a)))
         training, validation = stage1_datasets(
             a.data, a.validation_sequences, a.seed, a.short_weight, a.long_weight, sequence_length=a.sequence_length,
             separator=a.separator, tokenizer=tokenizer, short=a.short_length, long=a.long_length,
-            document_mask=a.cross_document_mask)
+            document_mask=a.document_mask)
         run_stage(a, grid, config, tokenizer, training, validation)
         grid.close()
 

@@ -17,7 +17,7 @@ import torch
 
 import data
 from model import Llama
-from parallel import Grid, add_grid_arguments, one_line_errors
+from parallel import Grid, add_compute_arguments, one_line_errors
 
 
 def run(path: Path, tp: int, cp: int, timeout: float) -> None:
@@ -49,7 +49,7 @@ def run(path: Path, tp: int, cp: int, timeout: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    add_grid_arguments(parser)
+    add_compute_arguments(parser)
     with one_line_errors():
         a = parser.parse_args()
         run(a.model, a.tp, a.cp, a.timeout)

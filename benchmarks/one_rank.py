@@ -24,7 +24,7 @@ from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig, read_config
 from parallel import Grid, Hop, ShardedAdamW, one_line_errors
 from tools.plan import DEVICES, Plan, measured_device
-from train import forward_flops, peak_memory_gib, peak_rate
+from train import PEAKS, forward_flops, peak_memory_gib
 
 NAMES = {"H100 80GB HBM3": "H100-80", "NVIDIA H200": "H200", "A100-SXM4-80GB": "A100-80"}  # CUDA's of the planner's devices
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
@@ -107,7 +107,7 @@ def main() -> None:
                 recompute=a.recompute, offload=a.offload, offload_optimizer=a.offload_optimizer,
                 tile=a.tile, cuda=cuda)
     times = {name: value for name, value in plan.times(device).items() if "communication" not in name and "ring" not in name}
-    peak_flops = peak_rate(a.device)
+    peak_flops = PEAKS.get(torch.cuda.get_device_name()) if cuda else None
     mfu = 3 * sum(forward_flops(config, a.length)) / share / seconds / peak_flops if peak_flops else None
     row = {"length": a.length, "tp": a.tp, "cp": a.cp, "recompute": a.recompute, "offload": a.offload, "seconds": seconds,
            "tokens_per_second_per_gpu": a.length / share / seconds, "peak_gib": peak,

@@ -2,7 +2,7 @@
 # SmolLM2-135M-Instruct from 8K to 128K tokens of context on one GPU: both stages of arXiv 2504.06214, small,
 # with every evaluation before, between and after them.
 #     bash runs/smollm2_128k.sh --plan                                        # memory and time of both stages, on this machine
-#     GPU=H100-80 bash runs/smollm2_128k.sh --plan                            # or there: 12 GiB, 27 s a step, 18 min of stage 1
+#     GPU=H100-80 bash runs/smollm2_128k.sh --plan                            # or there: 13 GiB, 27 s a step, 18 min of stage 1
 #     bash runs/smollm2_128k.sh MODEL_DIR CHAT OUT [WINDOW [STEPS [SAMPLES]]] # by default 131072 40 5
 #     BATCH=1 ROWS=1 bash runs/smollm2_128k.sh MODEL_DIR CHAT OUT 16384 2 1   # the same script, small enough for a CPU
 # MODEL_DIR  SmolLM2-135M-Instruct in Hugging Face layout. Paths are absolute, or relative to this repository.

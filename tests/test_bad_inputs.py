@@ -59,6 +59,12 @@ CASES = [
     ("prompt and answer beyond the window", "tools.chat", "good --prompt hello --max-new-tokens 64", "window of 64"),
     ("more ranks than processes", "train.py", f"--model good --tp 2 {TRAIN}", "--tp 2 x --cp 1 must divide the number of processes, 1"),
     ("checkpoint of an earlier format", "train.py", f"--model good {TRAIN.replace('new', 'run')} --resume --validation-sequences 0", "earlier version.*--model"),
+    ("a beta of 1", "train.py", f"--model good --betas 0.9 1 {TRAIN}", "--betas 1 must be a number from 0 to below 1"),
+    ("output is a file", "train.py", f"--model good {TRAIN.replace('new', 'text.txt')}", "--out text.txt must be a directory"),
+    ("contradictory rope scaling", "train.py", f"--config contradictory.json --tokenizer tokenizer {TRAIN}", "contradict"),
+    ("no weights", "train.py", f"--model weightless {TRAIN}", "neither model.safetensors nor"),
+    ("plan with a type the kernel does not take", "tools.plan", "H100-80 --config 8b.json --dtype float32 --sequence-length 64", "--dtype float32"),
+    ("top-p out of range", "tools.chat", "good --prompt hello --top-p 1.5", "--top-p 1.5 must be a number above 0"),
 ]
 
 
@@ -95,9 +101,9 @@ def make_files(place: Path) -> None:
     shutil.copytree(place / "corpus", place / "cut")
     (place / "cut" / "train-00000.tokens").write_bytes((place / "corpus" / "train-00000.tokens").read_bytes()[:-4])
     contradictory = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}
-    for name, change in {"no-layers": {"num_hidden_layers": None}, "gemma": {"model_type": "gemma"}, "small": {"vocab_size": 300},
+    for name, change in {"no-layers": {"num_hidden_layers": None}, "gemma": {"model_type": "gemma"},
                          "spiral": {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "contradictory": contradictory,
-                         "heads": {"num_key_value_heads": 3}, "tied": {"tie_word_embeddings": "false"}}.items():
+                         }.items():
         (place / f"{name}.json").write_text(json.dumps(config | change))
     good = json.dumps({"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}) + "\n"
     (place / "chat.jsonl").write_text(good)

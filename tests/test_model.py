@@ -289,3 +289,12 @@ def test_tokens_outside_the_vocabulary_are_refused(tiny_model):
             model(bad)
         with pytest.raises(IndexError, match="vocabulary of 97"):
             model.loss(good, bad)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_loaded_weights_are_in_memory_of_their_own(tp, tiny_model, tmp_path):
+    """A view of the file begins at any byte, where a kernel may round otherwise than where the run began."""
+    tiny_model(vocab_size=98).save_pretrained(tmp_path)
+    for name, parameter in Llama.from_pretrained(tmp_path, Grid(tp=tp)).named_parameters():
+        assert parameter.data_ptr() % 64 == 0 and parameter.is_contiguous(), name
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name

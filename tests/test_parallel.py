@@ -115,7 +115,7 @@ def test_state_restores_to_the_last_bit(tiny_model):
     fresh = tiny_model(torch.bfloat16, seed=5)
     restored = ShardedAdamW(fresh, Grid())
     for kind, tensors in state.items():
-        restored.load_state(kind, tensors, 1)
+        restored.load_state(kind, tensors.items(), 1)
     assert [step(fresh, restored) for _ in range(3)] == expected and restored.steps == 4
 
 

@@ -20,7 +20,7 @@ from rope_yarn import (
     rope_theta_from_hf,
     rotary_tables,
     scaling_from_options,
-    stated_original,
+    stated_value,
 )
 
 ORIGINAL = "original_max_position_embeddings"
@@ -286,7 +286,7 @@ def test_what_a_file_leaves_out_takes_transformers_defaults_not_the_papers():
     bare = {"max_position_embeddings": 4096, "rope_scaling": {"type": "yarn", "factor": 8}}
     assert RopeScaling.from_hf(bare) == RopeScaling("yarn", 8.0, 4096, 32.0, 1.0)
     assert RopeScaling.from_hf(bare | {ORIGINAL: 2048}).original_max_position == 2048
-    assert stated_original(bare | {ORIGINAL: 2048}) and not stated_original(bare)
+    assert stated_value(bare | {ORIGINAL: 2048}, ORIGINAL) == 2048 and stated_value(bare, ORIGINAL) is None
     for absent in ({}, {"rope_scaling": None}, {"rope_scaling": {}, "rope_parameters": None}):
         assert RopeScaling.from_hf(absent) == RopeScaling() and rope_theta_from_hf(absent) == 1e4
     both = {"rope_scaling": YARN | {"type": "yarn"}, "rope_parameters": YARN | {"rope_theta": 5e5},
@@ -311,9 +311,9 @@ def one_line(message: str, call, *arguments, **named) -> None:
     ({"rope_type": "linear"}, ORIGINAL), ({"rope_type": None}, "default.*'factor'"),
     ({"type": "linear"}, "differ"), ({"beta_quick": 4}, "'beta_quick'"),
     ({"mscale": 1.0}, "'mscale'"), ({"mscale_all_dim": 1.0}, "'mscale_all_dim'"),
-    ({"partial_rotary_factor": 0.5}, "factor is 0.5"), ({"factor": None}, "factor is None"),
+    ({"partial_rotary_factor": 0.5}, "factor is 0.5"), ({"factor": None}, "needs the key .factor"),
     ({"factor": "128"}, "factor is '128'"), ({"beta_fast": 1}, "beta_fast is 1.*beta_slow"),
-    ({"truncate": None}, "truncate is None"), ({ORIGINAL: 0.5}, "is 0.5"),
+    ({"truncate": "no"}, "truncate is .no"), ({ORIGINAL: 0.5}, "is 0.5"),
     (LLAMA31 | {"high_freq_factor": 0.5}, "beta_fast is 0.5")])
 def test_a_scaling_not_understood_in_full_is_refused_in_one_line(change, message):
     scaling = YARN | change

@@ -195,7 +195,7 @@ def check(command: list[str]) -> None:
     if program in ("train.py", "sft.py"):
         a = (train.stage1_parser if program == "train.py" else sft.stage2_parser)().parse_args(options)
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
-        train.check_batch(grid, a.sequence_length, a.batch_size, a.micro_batch_size, document_mask=False)
+        assert a.sequence_length % grid.sequence_multiple == 0 and a.batch_size % (grid.dp * (a.micro_batch_size or 1)) == 0
         assert grid.size("all") == processes and a.steps and a.out and a.data
         return
     a = (eval_niah if program == "eval_niah.py" else importlib.import_module(program)).parser().parse_args(options)

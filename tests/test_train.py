@@ -449,6 +449,20 @@ def test_resume_refuses_other_data_under_the_same_path(workplace, tmp_path):
         sft.main([*arguments, "--resume"])
 
 
+def test_resume_refuses_another_model_and_takes_the_same_from_another_place(workplace, uninterrupted, tmp_path):
+    shutil.copytree(workplace / "whole" / "final", tmp_path / "moved")
+    Llama.from_pretrained(tmp_path / "moved").initialise(9).save_pretrained(tmp_path / "other")
+    shutil.copy(workplace / "tokenizer" / "tokenizer.model", tmp_path / "other")
+    words = ["--data", workplace / "corpus", "--sequence-length", 64, "--steps", 2, "--device", "cpu", "--validation-sequences", 0,
+             "--out", tmp_path / "run", "--resume"]
+    stage1("--model", workplace / "whole" / "final", *words)
+    shutil.rmtree(tmp_path / "run" / "final")
+    with pytest.raises(SystemExit, match="--model is"):
+        stage1("--model", tmp_path / "other", *words)
+    stage1("--model", tmp_path / "moved", *words)
+    assert (tmp_path / "run" / "final").is_dir()
+
+
 def test_padding_is_not_computed(tiny_model):
     """Rows are cut after the last target of their micro-batch: the same loss and gradients from fewer positions."""
     tokens = torch.randint(97, (4, 32), generator=torch.Generator().manual_seed(0))

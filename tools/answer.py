@@ -27,20 +27,35 @@ from tqdm import tqdm
 import data
 from eval_niah import (
     Reader,
+    begin_of_text,
     checkpoint_parser,
     load_model,
     note_lengths,
     print_saved,
-    prompt_tokens,
     read_checkpoint,
     short_length,
     text_of,
 )
 from parallel import Grid, Parser, one_line_errors, option, positive, print_once, writable
-from sft import has_chat_tokens
+from sft import CHAT_TOKENS, encode_chat
 from train import compute_type
 
 # ----------------------------------------------------------------------------------------------------------- questions
+
+
+def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat: bool = False,
+                  system: str | None = None) -> list[int]:
+    """What the model reads: plain text after begin-of-text, or a user's message in the chat template; then how the
+    answer begins."""
+    if chat:
+        messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
+        return encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
+    return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
+
+
+def has_chat_tokens(tokenizer: Encoding) -> bool:
+    """Whether the tokenizer has a chat template's special tokens."""
+    return any(tokenizer.special_tokens_set.issuperset(tokens) for tokens in CHAT_TOKENS)
 
 
 @dataclass(frozen=True)

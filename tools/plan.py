@@ -18,9 +18,19 @@ import torch
 from torch import Tensor
 
 from model import RECOMPUTE, SPLIT_BY_TP, TILE_BYTES, VOCABULARY_TILE, ModelConfig, read_config
-from parallel import Grid, Parser, attention_kernel, block_backward, block_forward, launched, one_line_errors, positive
+from parallel import (
+    Grid,
+    Parser,
+    attention_kernel,
+    block_backward,
+    block_forward,
+    device_here,
+    launched,
+    one_line_errors,
+    positive,
+)
 from rope_yarn import scaling_from_options
-from train import check_batch, forward_flops, rank_shapes, stage1_parser
+from train import check_run, forward_flops, micro_batch_size, stage1_parser
 
 # ------------------------------------------------------------------------------------------------------------- devices
 
@@ -164,12 +174,13 @@ class Plan:
         state = (12 if size < 4 else 8) * self.shard  # float32 weights are their own master
         kept = (1 if self.offloaded else layers) * self.kept_by_block()  # offloaded: the one at hand
         rows = c.vocab_size / self.tp
-        in_tile = self.tile or TILE_BYTES["cuda" if self.cuda else "cpu"] / (rows * (size + 4))  # as Llama.positions_a_tile
-        in_tile = min(in_tile, positions)
-        # a block's position, there and back: its gathered input and that one's gradient, twice; gate, up, product, gradients
-        tile = in_tile * size * (4 * c.hidden_size + 8 * c.intermediate_size / self.tp)
+        block_bytes = size * (4 * c.hidden_size + 8 * c.intermediate_size / self.tp)  # as Llama's
+        logit_bytes = rows * (size + 4)
+        tile_bytes = TILE_BYTES["cuda" if self.cuda else "cpu"]
+        tile = min(self.tile or tile_bytes / block_bytes, positions) * block_bytes
         tile = 0.0 if self.recompute == "none" else tile  # then it is kept already, and given back where its gradients come
-        logits = in_tile * rows * (4 if size == 4 else size + 4)  # float32 logits need no second buffer
+        logits = min(self.tile or tile_bytes / logit_bytes, positions) * logit_bytes
+        logits = logits / 2 if size == 4 else logits  # float32 logits need no second buffer
         head = rows * c.hidden_size * 4
         ring = 4 / size * (s["q"] + s["kv"]) + 3 * s["kv"] if self.cp > 1 else 0.0  # float32 sums; K V, dK dV under way
         kernel = 2 * s["q"] + 4 / size * s["q"] if self.cuda else 0.0  # dK dV of every query head, dQ in float32
@@ -264,6 +275,14 @@ def cheapest(plan: Plan, device: Device) -> Plan | None:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
+def rank_shapes(plan: Plan) -> str:
+    """What a rank's tensors look like: a line for people."""
+    config, rows, tp, cp = plan.config, plan.micro_batch, plan.tp, plan.cp
+    heads, kv_heads = config.num_attention_heads // tp, config.num_key_value_heads // tp
+    return (f"x ({rows}, {plan.length // (cp * tp)}, {config.hidden_size}) between blocks, q ({rows}, {heads}, "
+            f"{plan.length // cp}, {config.head_dim}), k and v with {kv_heads} heads")
+
+
 def options_of(plan: Plan) -> str:
     """A plan as the options of a command."""
     return (f"--processes {plan.processes} --tp {plan.tp} --cp {plan.cp} --micro-batch-size {plan.micro_batch} "
@@ -306,7 +325,7 @@ def print_plan(plan: Plan, name: str, device: Device) -> None:
     print(f"{sum(matrices(config).values()) / 1e9:.2f}B parameters, {plan.batch} x {plan.length:,} tokens a step; "
           f"dp {plan.dp} x cp {plan.cp} x tp {plan.tp} = {plan.processes} x {name}; --recompute {plan.recompute}"
           + ", --offload" * plan.offload + ", --offload-optimizer" * plan.offload_optimizer)
-    print("a rank: " + rank_shapes(config, plan.micro_batch, plan.length, Grid(plan.dp, plan.cp, plan.tp)))
+    print("a rank: " + rank_shapes(plan))
     print_memory(plan, device)
     print_times(plan, device)
 
@@ -323,9 +342,9 @@ def what_would_fit(plan: Plan, device: Device) -> str:
 
 
 def parser() -> Parser:
-    parser = stage1_parser(required=False)
+    parser = stage1_parser(planned=True)
     parser.description = "Plan a run: memory and time of a rank. Options are train.py's, and sft.py's --pack."
-    parser.add_argument("--pack", dest="cross_document_mask", action="store_true", help="of sft.py")
+    parser.add_argument("--pack", dest="document_mask", action="store_true", help="of sft.py")
     parser.add_argument("on", choices=(*DEVICES, "measured"), help="GPU to plan for; measured: this machine")
     parser.add_argument("--processes", type=positive, help="GPUs in all (if not given: tp x cp)")
     return parser
@@ -335,22 +354,18 @@ def main(argv: list[str] | None = None) -> None:
     """Print the plan of a command. Exit code 1 if a rank's memory does not suffice, with a line that names what would."""
     with one_line_errors():
         a = parser().parse_args(argv)
-        on_gpu = a.on in DEVICES or a.device.startswith("cuda")
-        where = "cuda" if on_gpu else a.device
-        dtype = getattr(torch, a.dtype or ("bfloat16" if on_gpu else "float32"))
+        where = device_here(a.device) if a.on == "measured" else "cuda"
+        dtype = getattr(torch, a.dtype or ("float32" if where == "cpu" else "bfloat16"))
         scaling_from_options(vars(a))  # a command that cannot run has no plan
-        if a.offload and a.recompute == "none":
-            raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or --recompute mlp")
         config, processes = read_config(a.model or a.config), a.processes or max(launched()[1], a.tp * a.cp)
         if processes % (a.tp * a.cp):
             raise ValueError(f"--tp {a.tp} x --cp {a.cp} must divide --processes {processes}")
-        config.check_tp(a.tp)
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
-        micro_batch = check_batch(grid, a.sequence_length, a.batch_size, a.micro_batch_size, a.cross_document_mask)
+        check_run(a, grid, config)
         attention_kernel(where, dtype, config.head_dim)
-        device = DEVICES[a.on] if a.on in DEVICES else measured_device(a.device, dtype, config.head_dim)
-        plan = Plan(config, a.sequence_length, a.batch_size, micro_batch, a.tp, a.cp, grid.dp, dtype.itemsize, a.recompute,
-                    a.offload, a.offload_optimizer, a.tile, on_gpu)
+        device = measured_device(where, dtype, config.head_dim) if a.on == "measured" else DEVICES[a.on]
+        plan = Plan(config, a.sequence_length, a.batch_size, micro_batch_size(a, grid), a.tp, a.cp, grid.dp, dtype.itemsize,
+                    a.recompute, a.offload, a.offload_optimizer, a.tile, where != "cpu")
         print_plan(plan, a.on, device)
         if plan.length > config.max_position_embeddings and not a.rope_kind:
             print(f"the model's window is {config.max_position_embeddings}: training needs --rope-kind and --rope-factor")

@@ -38,6 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import (
+    PackedDataset,
     Tokenizer,
     complete_or_absent,
     fingerprint,
@@ -65,6 +66,13 @@ OURS = re.compile(r"parts|lock|train-\d+\..*|valid-\d+\..*|meta\.json\.\d+\.part
 
 
 # ----------------------------------------------------------------------------------------- documents
+
+
+def held_out_split(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Tokens uint32 (T,) of each held-out document of a corpus. ValueError: see PackedDataset."""
+    dataset = PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
+    for index in range(len(dataset.lengths)):
+        yield dataset.document(index)[0]
 
 
 def source_path(source: str | Path, option: str = "--source") -> Path:

@@ -35,10 +35,10 @@ import numpy as np
 from tiktoken import Encoding
 from tqdm import tqdm
 
-from data import Tokenizer, held_out_split, is_corpus, load_tokenizer, sync
-from eval_niah import prompt_tokens
+from data import Tokenizer, is_corpus, load_tokenizer, sync
 from parallel import Parser, one_line_errors, positive, writable
-from tools.prepare import source_path
+from tools.answer import prompt_tokens
+from tools.prepare import held_out_split, source_path
 from tools.train_tokenizer import read_texts
 
 # No word is part of another, or an answer would be found inside a wrong one.

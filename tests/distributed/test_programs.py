@@ -16,7 +16,7 @@ from launch import ROOT, Job, launch, results, torchrun
 import eval_niah
 import sft
 import train
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, read_config
 from parallel import Grid, zigzag_positions
 from tools import answer
 from tools.prepare import prepare_corpus
@@ -256,6 +256,8 @@ def test_usage_errors_are_one_line_however_many_ranks_there_are(place):
     done = launch(3, "train.py", "--frobnicate")
     assert done.returncode != 0 and re.findall("error: .*", done.stderr)[0].startswith("error: "), done.stderr
     assert done.stderr.count("required: --steps") == 1
+    done = launch(3, "eval_niah.py", "--help")
+    assert done.returncode == 0 and done.stdout.count("usage: ") == 1
 
 
 @pytest.mark.parametrize("dtype, tolerance, tp, cp", [("float32", 1e-6, 2, 1), ("bfloat16", 3e-3, 1, 2)])
@@ -300,13 +302,16 @@ def test_models_that_tp_cannot_cut_are_refused(tp, sizes, message):
         Llama(ModelConfig.from_hf(config | sizes), Grid(tp=tp))
 
 
-@pytest.mark.parametrize("grid, length, batch_size, micro, message", [
-    (Grid(tp=2, cp=2), 60, 1, None, "--sequence-length 60 is not a multiple of 8 (2 x cp x tp)"),
-    (Grid(dp=2), 64, 3, None, "--batch-size 3 is not a multiple of the 2 data-parallel replicas"),
-    (Grid(dp=2), 64, 8, 3, "--micro-batch-size 3 does not divide a replica's share of --batch-size, 4")])
-def test_batches_that_a_grid_cannot_train_are_refused(grid, length, batch_size, micro, message):
+@pytest.mark.parametrize("grid, words, message", [
+    (Grid(tp=2, cp=2), ["--sequence-length", 60], "--sequence-length 60 is not a multiple of 8 (2 x cp x tp); 56 is"),
+    (Grid(dp=2), ["--batch-size", 3], "--batch-size 3 is not a multiple of the 2 data-parallel replicas"),
+    (Grid(dp=2), ["--batch-size", 8, "--micro-batch-size", 3], "--micro-batch-size 3 does not divide a replica's share of --batch-size, 4"),
+    (Grid(cp=2), ["--cross-document-mask"], "--cross-document-mask (and sft.py --pack) works on whole sequences"),
+    (Grid(), ["--offload"], "--offload moves what recomputed blocks keep")])
+def test_runs_that_a_grid_cannot_train_are_refused(grid, words, message, place):
+    options = train.stage1_parser(planned=True).parse_args(["--config", str(place / "config.json"), "--sequence-length", "64", *map(str, words)])
     with pytest.raises(ValueError, match=re.escape(message)):
-        train.check_batch(grid, length, batch_size, micro, document_mask=False)
+        train.check_run(options, grid, read_config(place / "config.json"))
 
 
 def test_grid_coordinates_have_tp_fastest():
