@@ -295,9 +295,7 @@ def test_prompt_does_not_depend_on_how_much_haystack_a_longer_length_needed(toke
             == cell_prompt(tokenizer, long[:reach], 300, 0.5, 0, **cell))
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"length": 20}, "length 20 is too small"), ({"length": 10**6}, "needs as many"),
-    ({"depth": 1.5}, "depth 1.5"), ({"task": "riddle"}, "'riddle'"), ({"distractors": 1}, "use task needle")])
+@pytest.mark.parametrize("options, message", [({"length": 20}, "length 20 is too small")])
 def test_impossible_prompts_are_refused(tokenizer, haystack, options, message):
     with pytest.raises(ValueError, match=message):
         build(tokenizer, haystack, **options)
@@ -405,8 +403,6 @@ def test_one_file_of_text_is_a_haystack_and_nothing_else(tmp_path):
     for path in (tmp_path, tmp_path / "b.bin"):
         with pytest.raises(ValueError, match=f"^--haystack {path}: neither .*; prepare a corpus from it .*tools.prepare"):
             eval_niah.load_haystack(path, tokenizer, 40)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        eval_niah.load_haystack(tmp_path / "stdlib", tokenizer, 40)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

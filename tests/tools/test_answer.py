@@ -10,9 +10,9 @@ import torch
 from texts import TEXT
 
 import data
-from eval_niah import prompt_tokens
 from model import Llama
 from tools import answer
+from tools.answer import prompt_tokens
 
 
 @pytest.mark.parametrize("metric, prediction, answers, score", [

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from texts import TEXT
 
 import data
-from eval_niah import prompt_tokens
 from model import Llama
 from tools import perplexity, plot
+from tools.answer import prompt_tokens
 from tools.perplexity import load_long_documents
 from tools.prepare import write_corpus
 
