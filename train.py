@@ -499,9 +499,9 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     if grid.is_first:
         out.mkdir(parents=True, exist_ok=True)
     parameters = sum(math.prod(shape) for shape, _ in optimizer.shapes().values())
-    config, resumed = model.config, f", resumed after step {step}" if checkpoint else ""
+    config, begun = model.config, f"resumed after step {step}" if checkpoint else "from the first step on"
     print_once(f"{parameters / 1e6:.2f}M parameters, {dtype} on {options.device}, window {config.max_position_embeddings}, "
-               f"rope {config.rope_scaling.kind}, {options.batch_size} x {length} tokens a step{resumed}")
+               f"rope {config.rope_scaling.kind}, {options.batch_size} x {length} tokens a step, {begun}")
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
 
     def save(step: int) -> Path:
