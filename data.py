@@ -548,10 +548,9 @@ def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, 
     source is then scaled so that its expected tokens stay as they are: sources keep their
     proportions. Raises ValueError.
     """
-    finite = 0 <= short_weight < np.inf and 0 <= long_weight < np.inf
-    if not 0 <= short <= long or not finite:
-        raise ValueError(f"length weights need 0 <= short {short} <= long {long}, and finite weights of 0 or more, "
-                         f"not {short_weight} and {long_weight}")
+    assert 0 <= short_weight < np.inf and 0 <= long_weight < np.inf, f"weights {short_weight} and {long_weight}"
+    if short > long:
+        raise ValueError(f"--short-length {short} is above --long-length {long}")
     weights = np.ones(len(lengths))
     weights[lengths < short] = short_weight
     weights[lengths > long] = long_weight

@@ -712,7 +712,10 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 def read_config(path: str | Path) -> ModelConfig:
     """ModelConfig of a model directory, or of a config.json itself. Raises FileNotFoundError or ValueError, one line."""
     path = Path(path)
-    return ModelConfig.from_hf(read_object(path / "config.json" if path.is_dir() else path))
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model directory (of a run: its `final`)")
+    return ModelConfig.from_hf(read_object(file))
 
 
 def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:

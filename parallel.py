@@ -777,6 +777,7 @@ def one_line_errors() -> Iterator[None]:
         rank, world = launched()
         if world == 1:
             raise SystemExit(f"error: {error}") from None
+        faulthandler.unregister(signal.SIGTERM)  # a rank that torchrun ends meanwhile has nothing to add
         time.sleep(2.0 if rank else 0.0)
         print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the others may wait for this rank in a communication: there is no orderly way out

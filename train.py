@@ -322,7 +322,10 @@ def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
 
 def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, int]:
     """(newest checkpoint, its step) of the run in `out`, (None, 0) at the start. ValueError if it may not be continued."""
-    if not resume and out.exists() and any(out.iterdir()):
+    files = [path.name for path in out.iterdir()] if out.exists() else []
+    if any(not name.startswith(("checkpoint-", "final", "metrics")) for name in files) and "metrics.jsonl" not in files:
+        raise ValueError(f"--out {out}: holds files, but no run; choose another directory")
+    if files and not resume:
         raise ValueError(f"--out {out}: holds an earlier run; add --resume to continue it, or choose another directory")
     if not checkpoints(out):
         return None, 0

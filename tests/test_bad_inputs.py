@@ -43,7 +43,7 @@ CASES = [
     ("kind without a factor", "train.py", f"--model good --rope-kind yarn {TRAIN}", "--rope-kind yarn needs --rope-factor"),
     ("larger validation than what is held out", "train.py", f"--model good {TRAIN} --validation-sequences 999", "--validation-sequences 999"),
     ("no such device", "train.py", f"--model good --device tpu {TRAIN}", "--device tpu must be cpu, or cuda"),
-    ("output directory in use", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out good", "earlier run"),
+    ("output directory in use", "train.py", "--model good --data corpus --sequence-length 64 --steps 1 --out good", "holds files, but no run"),
     ("offload of what is not recomputed", "train.py", f"--model good --offload {TRAIN}", "--offload moves what"),
     ("plan that does not fit", "tools.plan", "H100-80 --config 8b.json --sequence-length 1048576 --tp 8", "do not fit in 76.0 .*; the smallest"),
     ("chat file: broken JSON line", "sft.py", f"--model good --data broken.jsonl {CHAT}", "broken.jsonl.*2"),

@@ -153,8 +153,8 @@ def test_length_weights_keep_each_sources_tokens():
     assert (data.length_weights(lengths, sources) == 1).all()
     with pytest.raises(ValueError, match="every document has weight 0"):
         data.length_weights(lengths, sources, short_weight=0)
-    with pytest.raises(ValueError, match="finite"):
-        data.length_weights(lengths, sources, long_weight=-1)
+    with pytest.raises(ValueError, match="--short-length 9000 is above --long-length 8192"):
+        data.length_weights(lengths, sources, short=9000)
 
 
 def test_measured_token_shares_follow_the_weights(tmp_path, tokenizer):

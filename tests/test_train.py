@@ -251,6 +251,14 @@ def test_resume_refuses_other_settings_and_a_used_directory(workplace, uninterru
     assert len(train.checkpoints(workplace / "whole")) == checkpoints
 
 
+def test_a_directory_that_is_no_run_is_not_taken_for_one(workplace, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for more in ((), ("--resume",)):
+        with pytest.raises(SystemExit, match="holds files, but no run"):
+            stage1(*command(workplace, tmp_path, *more))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_a_finished_run_is_left_alone_and_a_damaged_checkpoint_is_named(workplace, tmp_path, capsys):
     words = command(workplace, tmp_path / "run", "--checkpoint-every", 2, "--resume", steps=2)
     stage1(*words)

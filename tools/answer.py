@@ -232,8 +232,12 @@ def read_answers(path: Path, settings: dict) -> dict[int, dict]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--out {path}: exists and holds no answers of --jsonl; choose another file") from None
     if other:
-        name = next(iter(other))
-        raise ValueError(f"--out {path}: was made with {name} {other[name]!r}, not {settings[name]!r}; choose another file")
+        name, before = next(iter(other.items()))
+        now = settings[name]
+        if isinstance(before, dict) and isinstance(now, dict):  # of a model's configuration what differs
+            now = {key: value for key, value in now.items() if before.get(key) != value}
+            before = {key: before.get(key) for key in now}
+        raise ValueError(f"--out {path}: was made with {name} {before!r}, not {now!r}; choose another file")
     return answers
 
 

@@ -345,7 +345,8 @@ def parser() -> Parser:
     parser = stage1_parser(planned=True)
     parser.description = "Plan a run: memory and time of a rank. Options are train.py's, and sft.py's --pack."
     parser.add_argument("--pack", dest="document_mask", action="store_true", help="of sft.py")
-    parser.add_argument("on", choices=(*DEVICES, "measured"), help="GPU to plan for; measured: this machine")
+    parser.add_argument("on", metavar="GPU", choices=(*DEVICES, "measured"),
+                        help=f"{', '.join(DEVICES)}, or measured: this machine")
     parser.add_argument("--processes", type=positive, help="GPUs in all (if not given: tp x cp)")
     return parser
 

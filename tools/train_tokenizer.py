@@ -49,7 +49,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Toke
     """
     path = Path(folder) / "tokenizer.model"
     if vocab_size < 256:
-        raise ValueError(f"vocab_size {vocab_size} is too small: the bytes alone are 256 tokens")
+        raise ValueError(f"--vocab-size {vocab_size} is too small: the bytes alone are 256 tokens")
     if path.exists():
         raise ValueError(f"{path}: already exists; remove it or choose another place")
     tokens = learn_tokens((text.encode(errors="replace").decode() for text in texts), vocab_size)
