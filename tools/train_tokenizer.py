@@ -5,40 +5,44 @@
 from __future__ import annotations
 
 import base64
-import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data import QWEN2, Tokenizer, byte_characters, load_tokenizer, write_complete
+from data import Tokenizer, load_tokenizer, write_complete
 from parallel import Parser, one_line_errors, positive
 from tools.prepare import read_documents, source_path, texts_of
 
+# Qwen2's pattern, a piece a digit, for Python's `re`, which has no \p{L}: [^\W\d_] is it, and signs like ½
+PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+BYTES = [chr(256 + byte) for byte in range(256)]  # how the library is shown bytes: as characters in the same order
+
 
 def learn_tokens(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """The vocabulary in order of merging (BPE, arXiv 1508.07909): the 256 bytes, then what is
-    merged.
+    """The vocabulary in order of merging (BPE, arXiv 1508.07909): the 256 bytes, then what is merged, the most frequent
+    pair first, lower ids on a tie.
 
-    Pieces are Qwen2's: Llama 3's but for single digits, so no merge joins digits.
+    Pieces are Llama 3's but for single digits, so no merge joins digits.
     """
     try:
-        from tokenizers import Regex, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Library
+        from tokenizers import models, pre_tokenizers, trainers
     except ImportError:
         raise ValueError("training a tokenizer needs the tokenizers library: pip install tokenizers") from None
-    split = pre_tokenizers.Split(Regex(QWEN2), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    library.train_from_iterator(texts, trainer)
+    pattern, shift = re.compile(PIECES), dict(enumerate(BYTES))
 
-    vocab = json.loads(library.to_str())["model"]["vocab"]
-    byte_of = byte_characters()
-    tokens = [bytes([byte]) for byte in range(256)]  # the library has them in the order of its characters
-    for token in sorted(vocab, key=vocab.get)[256:]:
-        tokens.append(bytes(byte_of[character] for character in token))
-    return tokens
+    def pieces(text: str) -> str:
+        """One piece a line, a character a byte."""
+        lines = (piece.encode(errors="replace").decode("latin-1").translate(shift) for piece in pattern.findall(text))
+        return "\n".join(lines)
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("\n")
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=BYTES)
+    library.train_from_iterator(map(pieces, texts), trainer)
+    vocab = library.get_vocab()
+    return [bytes(ord(character) - 256 for character in token) for token in sorted(vocab, key=vocab.get)]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
@@ -52,7 +56,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Toke
         raise ValueError(f"--vocab-size {vocab_size} is too small: the bytes alone are 256 tokens")
     if path.exists():
         raise ValueError(f"{path}: already exists; remove it or choose another place")
-    tokens = learn_tokens((text.encode(errors="replace").decode() for text in texts), vocab_size)
+    tokens = learn_tokens(texts, vocab_size)
     if len(tokens) < vocab_size:
         raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} at most")
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
