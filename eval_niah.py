@@ -42,7 +42,7 @@ from parallel import (
     writable,
 )
 from rope_yarn import add_scaling_arguments, scaling_from_options
-from sft import encode_chat
+from sft import encode_question
 from train import compute_type
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
@@ -115,6 +115,7 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
 def draw_facts(rng: random.Random, text: bytes, count: int, digits: int, task: str) -> tuple[list, list]:
     """`count` keys (None for a pass key) and numbers, all different, none of them in lower-case `text`."""
     def absent(what: str, draw: Callable[[], str]) -> list[str]:
+        """`count` different draws that `text` does not hold."""
         found = []
         for _ in range(1000 + 10 * count):
             candidate = draw()
@@ -143,9 +144,7 @@ def begin_of_text(tokenizer: Encoding) -> list[int]:
 
 def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int], list[int]]:
     """What the chat template puts before and after a user's message, up to the assistant's first token."""
-    instructions = [] if system is None else [{"role": "system", "content": system}]
-    one, other = (encode_chat([*instructions, {"role": "user", "content": letter}], tokenizer, add_generation_prompt=True)[0]
-                  for letter in "xy")
+    one, other = (encode_question(letter, tokenizer, system) for letter in "xy")
     place = next(i for i, token in enumerate(one) if token != other[i])  # the letter: all else is template
     return one[:place], one[place + 1:]
 
@@ -242,7 +241,7 @@ class Reader:
         width = min(self.rows.shape[1], most, self.cache.length)
         differ = (self.rows[:, :width] != rows[:, :width]).any(0).nonzero()  # places
         self.cache.truncate(int(differ[0]) if len(differ) else width)
-        if self.cache.fullest() * grid.cp + length - self.cache.length > 1.5 * length:
+        if self.cache.fullest() + (length - self.cache.length) / grid.cp > most_held:
             self.cache.truncate(0)  # one rank would hold and do too much
         self.rows = rows
         self.read += rows.numel()
@@ -450,8 +449,9 @@ def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
     """
     if data.is_corpus(path):
         split = data.PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
-        documents = [split.document(index)[0] for index in split.plan(0)]  # each once
-        tokens = np.concatenate(documents)[:needed].astype(np.int64)
+        order = split.plan(0)  # of all documents, each once
+        enough = np.searchsorted(np.cumsum(split.lengths[order]), needed) + 1
+        tokens = np.concatenate([split.document(index)[0] for index in order[:enough]])[:needed].astype(np.int64)
     else:
         try:
             text = path.read_bytes().decode()
@@ -468,6 +468,7 @@ def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
 
 
 def parser() -> Parser:
+    """The options of an evaluation with needles."""
     parser = checkpoint_parser("Needles over lengths and depths.")
     add = parser.add_argument_group("prompts").add_argument
     add("--haystack", type=existing, required=True,

@@ -459,18 +459,6 @@ class Llama(nn.Module):
         tile = self.tile or TILE_BYTES[self.head_weight.device.type] // position_bytes
         return max(1, int(tile) // (self.grid.tp * rows))
 
-    @property
-    def block_bytes(self) -> float:
-        """What a position takes on its way through a block and back: its gathered input and that one's gradient, twice; gate,
-        up, their product and both gradients."""
-        width = 4 * self.config.hidden_size + 8 * self.config.intermediate_size / self.grid.tp
-        return width * self.head_weight.itemsize
-
-    @property
-    def logit_bytes(self) -> int:
-        """What a position takes in the loss: its logits in the compute type and in float32."""
-        return len(self.head_weight) * (self.head_weight.itemsize + 4)
-
     def pad(self, rows: Tensor, value: int = 0) -> Tensor:
         """(B, S) -> (B, S'): whole rows padded on the right to a length the grid divides evenly."""
         return F.pad(rows, (0, -rows.shape[1] % self.grid.sequence_multiple), value=value)
@@ -500,7 +488,7 @@ class Llama(nn.Module):
 
         local = zigzag_shard(tokens, grid, 1).unflatten(1, (grid.tp, -1))  # (B, S) -> (B, tp, m)
         recompute = self.recompute if torch.is_grad_enabled() else "none"
-        tile = self.positions_a_tile(self.block_bytes, len(tokens))
+        tile = self.positions_a_tile(block_bytes(self.config, grid.tp, self.head_weight.itemsize), len(tokens))
         x = self.model.embed_tokens(local, tile)  # (B, m, hidden)
         if torch.is_grad_enabled() and recompute == "none":
             tile = x.shape[1]  # backward needs everything at once
@@ -555,8 +543,9 @@ class Llama(nn.Module):
         hidden = self.hidden_states(tokens, document_ids)  # (B, m, hidden)
         check_ids(targets.masked_fill(targets == -100, 0), self.config.vocab_size)
         norm = self.model.norm
+        tile = self.positions_a_tile(logit_bytes(self.config, self.grid.tp, hidden.itemsize))
         losses = TiledCrossEntropy.apply(hidden, norm.weight, self.head_weight, norm, self.local_targets(targets), self.grid,
-                                         self.positions_a_tile(self.logit_bytes))
+                                         tile)
         return losses, (targets != -100).sum()
 
     def local_targets(self, targets: Tensor) -> Tensor:
@@ -634,6 +623,17 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
     low, high = ids.aminmax()
     if low < 0 or high >= vocab_size:
         raise IndexError(f"token ids from {int(low)} to {int(high)} do not lie in the vocabulary of {vocab_size}")
+
+
+def block_bytes(config: ModelConfig, tp: int, itemsize: int) -> float:
+    """What a position takes on its way through a block and back: its gathered input and that one's gradient, twice; gate, up,
+    their product and both gradients."""
+    return itemsize * (4 * config.hidden_size + 8 * config.intermediate_size / tp)
+
+
+def logit_bytes(config: ModelConfig, tp: int, itemsize: int) -> float:
+    """What a position takes in the loss: its logits in the compute type and in float32."""
+    return config.vocab_size / tp * (itemsize + 4)
 
 
 class TiledCrossEntropy(torch.autograd.Function):

@@ -72,6 +72,13 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
     return tokens, mask
 
 
+def encode_question(text: str, tokenizer: tiktoken.Encoding, system: str | None = None) -> list[int]:
+    """Tokens of a user's message, after a system message if there is one, up to where the assistant's answer begins."""
+    instructions = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*instructions, {"role": "user", "content": text}]
+    return encode_chat(messages, tokenizer, add_generation_prompt=True)[0]
+
+
 def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
                   add_generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
     """Llama 3's template (llama-models, chat_format.py); contents are stripped, as Hugging Face's
@@ -242,7 +249,7 @@ def stage2_datasets(sources: list[tuple[Path, float]], held_out: Path | None, to
         return dataset
 
     parts = [samples(path) for path, _ in sources]
-    training = Blend(parts, [weight for _, weight in sources], seed) if len(parts) > 1 else parts[0]
+    training = Blend(parts, [weight for _, weight in sources], seed)
     return training, samples(held_out) if held_out else None
 
 

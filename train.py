@@ -173,7 +173,7 @@ def stage1_datasets(sources: list[tuple[Path, float]], validation_sequences: int
     """
     parts = [data.PackedDataset(path, "train", seed=seed, short_weight=short_weight, long_weight=long_weight, **options)
              for path, _ in sources]
-    training = data.Blend(parts, [weight for _, weight in sources], seed) if len(parts) > 1 else parts[0]
+    training = data.Blend(parts, [weight for _, weight in sources], seed)
     if not validation_sequences:
         return training, None
     corpus, needed = sources[0][0], validation_sequences * training.sequence_length + 1
@@ -243,7 +243,6 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
     block = hidden * (width + 2 * kv_width) + width * hidden + 3 * hidden * config.intermediate_size
     products = 2 * length * (config.num_hidden_layers * block + config.vocab_size * hidden)
     return products, config.num_hidden_layers * 2 * length**2 * width  # Q K^T and P V: 2 x 2 S^2 / 2 each
-
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -327,9 +326,10 @@ def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, i
         raise ValueError(f"--out {out}: holds files, but no run; choose another directory")
     if files and not resume:
         raise ValueError(f"--out {out}: holds an earlier run; add --resume to continue it, or choose another directory")
-    if not checkpoints(out):
+    found = checkpoints(out)
+    if not found:
         return None, 0
-    newest = checkpoints(out)[-1]
+    newest = found[-1]
     saved = data.read_object(newest / "training.json")
     if saved.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{newest}: a checkpoint of an earlier version, which this one cannot resume; start a new run from it "

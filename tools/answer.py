@@ -37,7 +37,7 @@ from eval_niah import (
     text_of,
 )
 from parallel import Grid, Parser, one_line_errors, option, positive, print_once, writable
-from sft import CHAT_TOKENS, encode_chat
+from sft import CHAT_TOKENS, encode_question
 from train import compute_type
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -48,8 +48,7 @@ def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat:
     """What the model reads: plain text after begin-of-text, or a user's message in the chat template; then how the
     answer begins."""
     if chat:
-        messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
-        return encode_chat(messages, tokenizer, add_generation_prompt=True)[0] + tokenizer.encode_ordinary(answer_prefix)
+        return encode_question(text, tokenizer, system) + tokenizer.encode_ordinary(answer_prefix)
     return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
 
 

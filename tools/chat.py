@@ -9,7 +9,7 @@ import torch
 
 from eval_niah import checkpoint_parser, load_model, read_checkpoint
 from parallel import Grid, Parser, launched, nonnegative, nonnegative_number, one_line_errors, option, positive, print_once
-from sft import encode_chat, end_of_turn
+from sft import encode_question, end_of_turn
 
 nucleus = option(float, lambda share: 0 < share <= 1, "a number above 0, at most 1")
 
@@ -38,9 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         if a.raw:
             tokens, stops = tokenizer.encode_ordinary(a.prompt), ()
         else:
-            system = [{"role": "system", "content": a.system}] if a.system else []
-            messages = [*system, {"role": "user", "content": a.prompt}]
-            tokens, stops = encode_chat(messages, tokenizer, add_generation_prompt=True)[0], (end_of_turn(tokenizer),)
+            tokens, stops = encode_question(a.prompt, tokenizer, a.system or None), (end_of_turn(tokenizer),)
         if not tokens or len(tokens) + a.max_new_tokens > config.max_position_embeddings:
             raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is {a.max_new_tokens}: together they "
                              f"must fit the model's window of {config.max_position_embeddings}, and the prompt not be empty")

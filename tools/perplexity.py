@@ -18,7 +18,7 @@ from tiktoken import Encoding
 
 import data
 from eval_niah import as_json, begin_of_text, checkpoint_parser, load_model, note_lengths, old_window, read_checkpoint
-from model import Llama
+from model import Llama, logit_bytes
 from parallel import Grid, Parser, gathered, one_line_errors, positive, vocab_parallel_cross_entropy, writable, zigzag_unshard
 from tools.prepare import held_out_split, read_documents, source_path
 from train import compute_type
@@ -46,7 +46,7 @@ def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int
 def token_losses(model: Llama, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of every position, (B, S) float32, 0 where the target is -100; on every rank."""
     grid, hidden = model.grid, model.hidden_states(tokens)  # (B, m, hidden)
-    tile, losses = model.positions_a_tile(model.logit_bytes, len(tokens)), []
+    tile, losses = model.positions_a_tile(logit_bytes(model.config, grid.tp, hidden.itemsize), len(tokens)), []
     for part, target in zip(hidden.split(tile, 1), model.local_targets(targets).split(tile, 2), strict=True):
         rows = gathered(model.model.norm(part), grid)  # (B, tp, tile, hidden)
         scores = F.linear(rows, model.head_weight).float().flatten(0, 2)  # (B tp tile, V / tp)

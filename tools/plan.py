@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model import RECOMPUTE, SPLIT_BY_TP, TILE_BYTES, VOCABULARY_TILE, ModelConfig, read_config
+from model import RECOMPUTE, SPLIT_BY_TP, TILE_BYTES, VOCABULARY_TILE, ModelConfig, block_bytes, logit_bytes, read_config
 from parallel import (
     Grid,
     Parser,
@@ -174,12 +174,11 @@ class Plan:
         state = (12 if size < 4 else 8) * self.shard  # float32 weights are their own master
         kept = (1 if self.offloaded else layers) * self.kept_by_block()  # offloaded: the one at hand
         rows = c.vocab_size / self.tp
-        block_bytes = size * (4 * c.hidden_size + 8 * c.intermediate_size / self.tp)  # as Llama's
-        logit_bytes = rows * (size + 4)
+        in_block, in_loss = block_bytes(c, self.tp, size), logit_bytes(c, self.tp, size)  # of a position
         tile_bytes = TILE_BYTES["cuda" if self.cuda else "cpu"]
-        tile = min(self.tile or tile_bytes / block_bytes, positions) * block_bytes
+        tile = min(self.tile or tile_bytes / in_block, positions) * in_block
         tile = 0.0 if self.recompute == "none" else tile  # then it is kept already, and given back where its gradients come
-        logits = min(self.tile or tile_bytes / logit_bytes, positions) * logit_bytes
+        logits = min(self.tile or tile_bytes / in_loss, positions) * in_loss
         logits = logits / 2 if size == 4 else logits  # float32 logits need no second buffer
         head = rows * c.hidden_size * 4
         ring = 4 / size * (s["q"] + s["kv"]) + 3 * s["kv"] if self.cp > 1 else 0.0  # float32 sums; K V, dK dV under way

@@ -174,9 +174,9 @@ def content_hash(document: dict, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def is_held_out(document: dict, holdout: float, seed: int) -> bool:
-    """By a hash of content: independent of order, and copies of a document fall on one side."""
-    return content_hash(document, seed) < holdout * 2**64
+def is_held_out(content: int, holdout: float) -> bool:
+    """By a document's content_hash: independent of order, and copies of it fall on one side."""
+    return content < holdout * 2**64
 
 
 def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
@@ -360,7 +360,7 @@ def encode_job(job: Job, tokenizer_path: Path, out_dir: Path, holdout: float, se
     tokenizer = worker_tokenizer(tokenizer_path)
     encoded = {"train": [], "valid": []}
     for document, number in zip(job.documents, hashes, strict=True):
-        split = "valid" if number < holdout * 2**64 else "train"
+        split = "valid" if is_held_out(number, holdout) else "train"
         encoded[split].append(encode_document(document, tokenizer))
     shards = {}
     for split, documents in encoded.items():

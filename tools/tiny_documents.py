@@ -28,7 +28,7 @@ from data import PackedDataset, load_tokenizer, read_meta
 from eval_niah import KEYS, WORDING, begin_of_text
 from parallel import Parser, fraction, one_line_errors, positive
 from sft import encode_chat, end_of_turn
-from tools.prepare import is_held_out, read_documents, source_path, write_corpus
+from tools.prepare import content_hash, is_held_out, read_documents, source_path, write_corpus
 
 
 class Fact(NamedTuple):
@@ -163,7 +163,7 @@ def docstring_samples(corpus: Path) -> Iterator[list[dict]]:
     signature, answered by the first line of its docstring."""
     meta = read_meta(corpus)
     for _, document in read_documents(source_path("stdlib")):
-        if is_held_out(document, meta["holdout"], meta["seed"]):
+        if is_held_out(content_hash(document, meta["seed"]), meta["holdout"]):
             continue
         try:
             tree = ast.parse(document["text"])
