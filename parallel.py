@@ -781,6 +781,10 @@ def one_line_errors() -> Iterator[None]:
         time.sleep(2.0 if rank else 0.0)
         print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the others may wait for this rank in a communication: there is no orderly way out
+    except Exception:
+        if launched()[1] > 1:  # another rank's end, say: torchrun sends SIGTERM at the same time, but the traceback comes first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
 
 
 def print_once(text: str) -> None:

@@ -400,14 +400,18 @@ def peak_memory_gib(device: torch.device | str) -> float:
 @contextmanager
 def signals_received() -> Iterator[list[int]]:
     """Yield a list that collects the SIGTERM and SIGINT (Ctrl-C) of this block, which then do nothing else."""
-    received, previous = [], {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, lambda number, _: received.append(number))
+    received = []
+
+    def collect(number: int, _) -> None:
+        received.append(number)
+
+    on_interrupt = signal.signal(signal.SIGINT, collect)
+    on_terminate = signal.signal(signal.SIGTERM, collect)
     try:
         yield received
+        signal.signal(signal.SIGTERM, on_terminate)  # not after an error: this rank tells it before torchrun's SIGTERM ends it
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, on_interrupt)
 
 
 def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace, save: Callable[[int], Path],

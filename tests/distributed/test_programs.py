@@ -177,15 +177,37 @@ def test_after_a_killed_rank_the_others_say_where_they_were_and_a_restart_contin
     assert whole.returncode == 0 and records(tmp_path / "run") == records(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("work", ["signals_received()", "nullcontext()"])  # in training, elsewhere
+def test_a_rank_tells_its_error_though_torchrun_terminates_it_meanwhile(work):
+    """Another rank's end is this one's error and torchrun's reason for a SIGTERM, at the same time."""
+    script = f"""
+import os, signal, sys
+from contextlib import nullcontext
+from parallel import one_line_errors
+from train import signals_received
+
+def tell(*error):
+    os.kill(os.getpid(), signal.SIGTERM)
+    sys.__excepthook__(*error)
+
+sys.excepthook = tell
+with one_line_errors(), {work}:
+    raise RuntimeError("the peer is gone")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"},
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "RuntimeError: the peer is gone" in done.stderr, done
+
+
 def test_a_stopped_rank_ends_the_job_and_the_others_say_where_they_waited(place, tmp_path):
     words = training(place, tmp_path / "run", "--steps", 100_000, "--checkpoint-every", 5, "--timeout", 5)
     with Job(3, *words, logs=tmp_path / "logs") as job:
         wait_for((tmp_path / "run" / "checkpoint-00000005").is_dir)
         os.kill(job.process(1), signal.SIGSTOP)
-        wait_for(lambda: "".join(job.printed("stderr")).count("Timeout (0:00:05)!") == 2, 20)
+        wait_for(lambda: said_where(job, (0, 2)), 20)
         os.kill(job.process(1), signal.SIGCONT)  # torchrun would kill it after 30 s
         done = job.result(60)
-    assert done.returncode != 0 and said_where(job, (0, 2)), done.stderr
+    assert done.returncode != 0 and "Timeout (0:00:05)!" in done.stderr, done.stderr  # of one at least: its end may end the other
     assert train.checkpoints(tmp_path / "run")
 
 
