@@ -97,12 +97,13 @@ class Tokenizer(tiktoken.Encoding):
         return [t for t in tokens if t <= self.max_token_value] if self.lacks_bytes else list(tokens)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """Llama-3 `tokenizer.model`, or Hugging Face `tokenizer.json` of byte-level BPE (Llama 3,
     Qwen2, SmolLM2).
 
     path: the file or its directory, where tokenizer.model wins: Llama 3.1's 256 special tokens
-    follow its ranks. Raises FileNotFoundError, or ValueError if it cannot be reproduced exactly.
+    follow its ranks. vocab_size: the model's, which must have room for all ids. Raises
+    FileNotFoundError, or ValueError if the tokenizer cannot be reproduced exactly.
     """
     path = Path(path)
     if path.is_dir():
@@ -110,9 +111,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = single if single.exists() else path / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; needs a tokenizer.model or tokenizer.json")
-    if path.suffix == ".json":
-        return load_tokenizer_json(path)
+    load = load_tokenizer_json if path.suffix == ".json" else load_tokenizer_model
+    tokenizer = load(path)
+    if vocab_size is not None and tokenizer.n_vocab > vocab_size:
+        raise ValueError(f"{path}: {tokenizer.n_vocab} tokens, but the model's vocab_size is {vocab_size}; "
+                         "use the model's own tokenizer")
+    return tokenizer
 
+
+def load_tokenizer_model(path: Path) -> Tokenizer:
+    """See load_tokenizer."""
     ranks = {}
     try:
         lines = [line for line in path.read_bytes().splitlines() if line]
@@ -212,12 +220,17 @@ def stop_tokens(tokenizer: tiktoken.Encoding, known: int | list[int] | None) -> 
 # --------------------------------------------------------------------------------------------- files
 
 
+def parse_json(content: bytes, place: object) -> object:
+    """The JSON value of some bytes. Raises ValueError that starts with `place`, where they stand."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not valid JSON ({error})") from None
+
+
 def read_object(path: Path) -> dict:
     """The JSON object in a file. Raises OSError, or ValueError that names the file."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    content = parse_json(path.read_bytes(), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -238,13 +251,7 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
     """(place, JSON value) of each line of a .jsonl or .jsonl.gz file. ValueError names the place."""
     for number, line in read_lines(path):
         place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: not valid JSON ({error})") from None
-        yield place, record
+        yield place, parse_json(line, place)
 
 
 def sync(path: Path) -> None:

@@ -34,6 +34,7 @@ from parallel import (
     Parser,
     add_compute_arguments,
     attention_kernel,
+    compute_type,
     existing,
     nonnegative,
     one_line_errors,
@@ -43,7 +44,6 @@ from parallel import (
 )
 from rope_yarn import add_scaling_arguments, scaling_from_options
 from sft import encode_question
-from train import compute_type
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
 WORDING = {
@@ -403,17 +403,16 @@ def read_checkpoint(options: Namespace) -> tuple[ModelConfig, data.Tokenizer]:
     options: those of `checkpoint_parser`. Raises ValueError or OSError naming what is wrong.
     """
     config = rescale(read_config(options.model), scaling_from_options(vars(options)))
-    tokenizer = data.load_tokenizer(options.model)
-    attention_kernel(options.device, getattr(torch, compute_type(options)), config.head_dim)
-    if tokenizer.n_vocab > config.vocab_size:
-        raise ValueError(f"{options.model}: tokenizer of {tokenizer.n_vocab} tokens, model of {config.vocab_size}")
+    tokenizer = data.load_tokenizer(options.model, config.vocab_size)
+    dtype = getattr(torch, compute_type(options.dtype, options.device))
+    attention_kernel(options.device, dtype, config.head_dim)  # refuses what it cannot do
     return config, tokenizer
 
 
 def load_model(options: Namespace, grid: Grid) -> Llama:
     """The model of `read_checkpoint`, on this grid."""
-    return Llama.from_pretrained(options.model, grid, getattr(torch, compute_type(options)), options.device,
-                                 scaling_from_options(vars(options)))
+    dtype = getattr(torch, compute_type(options.dtype, options.device))
+    return Llama.from_pretrained(options.model, grid, dtype, options.device, scaling_from_options(vars(options)))
 
 
 def old_window(config: ModelConfig) -> int:
@@ -508,7 +507,7 @@ def main(argv: list[str] | None = None) -> None:
                    "digits": a.digits, "system": a.system}
         for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
             cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
-        results = {"settings": vars(a) | {"dtype": compute_type(a)}, "window": a.window or old_window(config)}
+        results = {"settings": vars(a) | {"dtype": compute_type(a.dtype, a.device)}, "window": a.window or old_window(config)}
         results |= evaluate(load_model(a, grid), tokenizer, haystack, a.lengths, depths, a.samples,
                             batch_tokens=a.batch_tokens, **options)
         if grid.is_first:

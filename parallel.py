@@ -804,3 +804,8 @@ def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = de
     group.add_argument("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
     group.add_argument("--timeout", type=seconds, default=600.0, help="seconds for a micro-batch, a validation "
                        "sequence, a prompt or a file: a rank that takes longer prints where it stands and ends the job")
+
+
+def compute_type(dtype: str | None, device: str) -> str:
+    """The --dtype that was asked for, else bfloat16 on a GPU and float32 on a CPU: few of those have bfloat16 units."""
+    return dtype or ("bfloat16" if device.startswith("cuda") else "float32")

@@ -39,6 +39,7 @@ from parallel import (
     ShardedAdamW,
     add_compute_arguments,
     attention_kernel,
+    compute_type,
     device_here,
     existing,
     fraction,
@@ -135,11 +136,6 @@ def weighted_path(text: str) -> tuple[Path, float]:
     return existing(path), positive_weight(weight)
 
 
-def compute_type(options: Namespace) -> str:
-    """What was asked for, else bfloat16 on a GPU and float32 on a CPU, where few have bfloat16 units."""
-    return options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
-
-
 def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
     """Raise ValueError for options that cannot be trained on this grid, naming one and what would be right."""
     config.check_tp(grid.tp)
@@ -214,13 +210,11 @@ def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None) -> t
     """Configuration and tokenizer to start from, checked against each other. Raises ValueError, OSError."""
     config = starting_config(options.model or options.config, scaling, options.sequence_length)
     check_run(options, grid, config)
-    attention_kernel(options.device, getattr(torch, compute_type(options)), config.head_dim)  # refuses what it does not take
+    dtype = getattr(torch, compute_type(options.dtype, options.device))
+    attention_kernel(options.device, dtype, config.head_dim)  # refuses what it cannot do
     if not (options.tokenizer or options.model):
         raise ValueError("--tokenizer is needed with --config: the one that the corpus was prepared with")
-    tokenizer = data.load_tokenizer(options.tokenizer or options.model)
-    if tokenizer.n_vocab > config.vocab_size:
-        raise ValueError(f"{tokenizer.path}: {tokenizer.n_vocab} tokens, but the model's vocab_size is {config.vocab_size}; "
-                         "use the model's own tokenizer")
+    tokenizer = data.load_tokenizer(options.tokenizer or options.model, config.vocab_size)
     stops = data.stop_tokens(tokenizer, config.hf.get("eos_token_id"))  # where servers should stop
     return replace(config, hf=config.hf | {"eos_token_id": stops}), tokenizer
 
@@ -313,7 +307,7 @@ def checkpoints(run: Path) -> list[Path]:
 def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
     """What a resumed run must share with the run it continues, as JSON; files by what is in them, not by their path."""
     agreed = {name: value for name, value in sorted(vars(options).items()) if name not in FREE_TO_CHANGE}
-    agreed |= {"dtype": compute_type(options), "tokenizer": data.fingerprint(tokenizer),
+    agreed |= {"dtype": compute_type(options.dtype, options.device), "tokenizer": data.fingerprint(tokenizer),
                "model": options.model and data.digest(options.model),
                "data": [[data.digest(path), weight] for path, weight in options.data]}
     return json.loads(json.dumps(agreed, default=str))
@@ -470,7 +464,8 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
 
 def build_model(config: ModelConfig, checkpoint: Path | None, grid: Grid, options: Namespace) -> Llama:
     """The model of a checkpoint, as it is; else the one that `config` describes, with --model's weights or random ones."""
-    dtype, source = getattr(torch, compute_type(options)), checkpoint or options.model
+    dtype = getattr(torch, compute_type(options.dtype, options.device))
+    source = checkpoint or options.model
     if source:
         model = Llama.from_pretrained(source, grid, dtype, options.device)
     else:
@@ -486,7 +481,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
 
     options: those of `argument_parser`. Raises ValueError, OSError, ArithmeticError.
     """
-    out, length, dtype = options.out, training.sequence_length, compute_type(options)
+    out, length, dtype = options.out, training.sequence_length, compute_type(options.dtype, options.device)
     tokenizer_files = options.tokenizer or options.model
     kernel = attention_kernel(options.device, getattr(torch, dtype), config.head_dim)
     agreed = agreed_settings(options, tokenizer)

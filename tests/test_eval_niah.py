@@ -373,7 +373,7 @@ def test_missing_parts_are_named(model_directory, text_file, tmp_path):
     config = json.loads((model_directory / "config.json").read_text()) | {"vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.model").write_bytes((model_directory / "tokenizer.model").read_bytes())
-    with pytest.raises(SystemExit, match="model of 300"):
+    with pytest.raises(SystemExit, match="tokenizer.model: 1620 tokens, but the model.s vocab_size is 300"):
         eval_niah.main(arguments(tmp_path, text_file))
 
 

@@ -36,9 +36,8 @@ from eval_niah import (
     short_length,
     text_of,
 )
-from parallel import Grid, Parser, one_line_errors, option, positive, print_once, writable
+from parallel import Grid, Parser, compute_type, one_line_errors, option, positive, print_once, writable
 from sft import CHAT_TOKENS, encode_question
-from train import compute_type
 
 # ----------------------------------------------------------------------------------------------------------- questions
 
@@ -334,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--max-length {limit} is too small: the answers alone take {least - 2}")
         # what decides the answers, as the first line of their file states it: results of other settings never mix
         settings = {"prompt": prompt, "system": system, "metric": a.metric, "max_new_tokens": a.max_new_tokens,
-                    "max_length": a.max_length, "dtype": compute_type(a),
+                    "max_length": a.max_length, "dtype": compute_type(a.dtype, a.device),
                     "jsonl": data.digest(a.jsonl), "model": config.to_hf(), "weights": weights_stamp(a.model)}
         answers = read_answers(a.out, settings) if a.out else {}
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Tokenizer, complete_or_absent, load_tokenizer, read_lines
+from data import Tokenizer, complete_or_absent, load_tokenizer, parse_json, read_lines
 from parallel import Parser, nonnegative, one_line_errors, option, positive
 from sft import encode_documents, end_of_turn
 from tools.prepare import window_hashes
@@ -99,23 +99,22 @@ def read_records(path: Path) -> Iterator[tuple[int, object]]:
     Raises ValueError that names file and line.
     """
     if path.suffix == ".json":
-        content = parse(path.read_bytes(), str(path))
+        content = parse_json(path.read_bytes(), path)
         if not isinstance(content, list):
             raise ValueError(f"{path}: needs a list of records, not {type(content).__name__}; "
                              "with a record a line, name it .jsonl")
         yield from enumerate(content, 1)
     else:
         for number, line in read_lines(path):
-            yield number, parse(line, f"{path}, line {number}", is_text=path.suffix == ".txt")
+            place = f"{path}, line {number}"
+            yield number, decode(line, place) if path.suffix == ".txt" else parse_json(line, place)
 
 
-def parse(content: bytes, place: str, is_text: bool = False) -> object:
-    """The text or JSON value of some bytes. Raises ValueError that starts with `place`."""
+def decode(line: bytes, place: str) -> str:
+    """A line of text. Raises ValueError that starts with `place`."""
     try:
-        return content.decode() if is_text else json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{place}: not valid JSON ({error})") from None
-    except ValueError as error:
+        return line.decode()
+    except UnicodeDecodeError as error:
         raise ValueError(f"{place}: {error}") from None
 
 

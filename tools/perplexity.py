@@ -19,9 +19,18 @@ from tiktoken import Encoding
 import data
 from eval_niah import as_json, begin_of_text, checkpoint_parser, load_model, note_lengths, old_window, read_checkpoint
 from model import Llama, logit_bytes
-from parallel import Grid, Parser, gathered, one_line_errors, positive, vocab_parallel_cross_entropy, writable, zigzag_unshard
+from parallel import (
+    Grid,
+    Parser,
+    compute_type,
+    gathered,
+    one_line_errors,
+    positive,
+    vocab_parallel_cross_entropy,
+    writable,
+    zigzag_unshard,
+)
 from tools.prepare import held_out_split, read_documents, source_path
-from train import compute_type
 
 
 def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:
@@ -113,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         note_lengths(config, a.lengths)
         documents = load_long_documents(path, tokenizer, a.lengths, a.samples)
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        results = {"settings": vars(a) | {"dtype": compute_type(a)}, "window": a.window or old_window(config)}
+        results = {"settings": vars(a) | {"dtype": compute_type(a.dtype, a.device)}, "window": a.window or old_window(config)}
         results |= perplexity_by_position(load_model(a, grid), documents, a.buckets)
         if grid.is_first:
             print(perplexity_table([results], [a.model.name]))

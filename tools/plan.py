@@ -24,6 +24,7 @@ from parallel import (
     attention_kernel,
     block_backward,
     block_forward,
+    compute_type,
     device_here,
     launched,
     one_line_errors,
@@ -355,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         a = parser().parse_args(argv)
         where = device_here(a.device) if a.on == "measured" else "cuda"
-        dtype = getattr(torch, a.dtype or ("float32" if where == "cpu" else "bfloat16"))
+        dtype = getattr(torch, compute_type(a.dtype, where))
         scaling_from_options(vars(a))  # a command that cannot run has no plan
         config, processes = read_config(a.model or a.config), a.processes or max(launched()[1], a.tp * a.cp)
         if processes % (a.tp * a.cp):
