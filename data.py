@@ -187,10 +187,7 @@ def byte_characters() -> dict[str, int]:
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    for number, byte in enumerate(others):
-        byte_of[chr(256 + number)] = byte
-    return byte_of
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def split_pattern(pre_tokenizer: dict) -> str | None:
@@ -310,6 +307,8 @@ def locked(path: Path) -> Iterator[None]:
     with open(path, "ab") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forks do not inherit it
+            if not os.fstat(file.fileno()).st_nlink:
+                raise OSError  # another process had it, and has just removed the file
         except OSError:
             raise ValueError(f"{path}: another process is at work on it; wait for it to end, or choose another "
                              "place") from None
@@ -320,13 +319,15 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def digest(path: str | Path) -> str:
-    """Identifies what is at a path by its content: a file, or of a corpus or model directory the JSON files and the first MiB
-    of each weight file, where two models hardly ever agree."""
+    """Identifies what is at a path by its content: a file; of a corpus or model directory the JSON files and the first MiB of
+    each file of tokens or weights, where two corpora or models hardly ever agree."""
     path = Path(path)
+    parts = [file for file in path.glob("*.*") if file.suffix in (".json", ".tokens", ".safetensors")]
     content = hashlib.sha256()
-    for file in sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]:
+    for file in sorted(parts) if path.is_dir() else [path]:
+        is_whole = file == path or file.suffix == ".json"
         with open(file, "rb") as stream:
-            content.update(stream.read(2**20 if file.suffix == ".safetensors" else -1))
+            content.update(stream.read(-1 if is_whole else 2**20))
     return content.hexdigest()[:16]
 
 
@@ -376,25 +377,19 @@ def read_weights(path: Path, stem: str, shapes: dict[str, tuple], dims: dict[str
     many, has another shape than the whole of these shards, or is quantised.
     """
     files = locate_weights(path, stem)
+    # a tied checkpoint may repeat its embedding as lm_head; old Llama 2 files hold tables that are computed here
+    harmless = re.compile(r"lm_head\.weight|.*rotary_emb\.inv_freq")
     missing = [name for name in shapes if name not in files]
-    unexpected = []
-    for name in files:
-        # a tied checkpoint may repeat its embedding as lm_head; old Llama 2 files hold tables that
-        # are computed here
-        harmless = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
-        if name not in shapes and not harmless:
-            unexpected.append(name)
+    unexpected = [name for name in files if name not in shapes and not harmless.fullmatch(name)]
     if missing or unexpected:
         problem = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
         raise ValueError(f"{path}: tensor {problem} ({len(missing)} missing, {len(unexpected)} unexpected); "
                          "config.json and the weights describe different models")
-    for file in sorted({files[name] for name in shapes}):
-        with open_weights(file) as tensors:
-            for name in shapes:
-                if files[name] == file:
-                    stored = read_shard(file, tensors, name, shapes[name], dims[name], grid)
-                    # a copy: this is a view of the file, at whatever address, where kernels may round otherwise
-                    yield name, torch.empty(shapes[name], dtype=dtype or stored.dtype, device=device).copy_(stored)
+    for name, shape in shapes.items():
+        with open_weights(files[name]) as tensors:
+            stored = read_shard(files[name], tensors, name, shape, dims[name], grid)
+            # a copy: this is a view of the file, at whatever address, where kernels may round otherwise
+            yield name, torch.empty(shape, dtype=dtype or stored.dtype, device=device).copy_(stored)
 
 
 def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int | None, grid: Grid) -> Tensor:
@@ -452,6 +447,7 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         mode = file.stat().st_mode
         save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(mode)
+        sync(file)  # in this file's own time: all at the end may take longer than a rank's --timeout
     except SafetensorError as error:  # as which the library raises what is an OSError: a full disk
         raise OSError(f"{file}: could not be written ({error})") from None
 
@@ -565,8 +561,8 @@ def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, 
         own = sources == source
         weighted = weights[own] @ lengths[own]  # tokens
         if not weighted:
-            raise ValueError(f"source number {int(source) + 1}: every document has weight 0; raise --short-weight or "
-                             "--long-weight")
+            raise ValueError(f"--short-weight {short_weight} and --long-weight {long_weight} leave no document of one of the "
+                             "corpus's sources; raise them")
         weights[own] *= lengths[own].sum() / weighted
     return weights
 
@@ -618,17 +614,14 @@ class PackedDataset:
         self.separator = separator_tokens(separator, tokenizer)  # (n,)
 
         shards = meta["splits"][split]
-        arrays = [open_shard(Path(directory), shard) for shard in shards]
-        self.tokens = [tokens for tokens, _, _ in arrays]  # of each shard, (T,)
-        self.masks = [mask for _, mask, _ in arrays]
-        lengths = [own for _, _, own in arrays]
-        self.lengths = np.concatenate(lengths)  # of each document, (documents,), as the next three:
-        self.starts = np.concatenate([np.cumsum(own) - own for own in lengths])  # where in its shard
+        self.arrays = [open_shard(Path(directory), shard) for shard in shards]  # (tokens, loss mask, lengths) of each
         counts = [shard["documents"] for shard in shards]
-        self.shards = np.repeat(np.arange(len(shards)), counts)  # and which that is
-        names = sorted({shard["source"] for shard in shards})
-        sources = np.repeat([names.index(shard["source"]) for shard in shards], counts)
-        self.weights = length_weights(self.lengths, sources, short, long, short_weight, long_weight)
+        # of each document, (documents,): its shard, its length, where in the shard it begins, how often it is used
+        self.shard_of = np.repeat(np.arange(len(shards)), counts)
+        self.lengths = np.concatenate([lengths for _, _, lengths in self.arrays])
+        self.starts = np.concatenate([np.cumsum(lengths) - lengths for _, _, lengths in self.arrays])
+        _, sources = np.unique([shard["source"] for shard in shards], return_inverse=True)
+        self.weights = length_weights(self.lengths, np.repeat(sources, counts), short, long, short_weight, long_weight)
 
         self.epochs = 0  # how many epochs of the stream are planned so far,
         self.order = np.zeros(0, dtype=np.int64)  # (n,): the documents that occur in them,
@@ -636,9 +629,9 @@ class PackedDataset:
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens uint32 (T,) and loss mask bool (T,) of a document."""
-        shard, start = self.shards[index], self.starts[index]
-        end = start + self.lengths[index]
-        return self.tokens[shard][start:end], self.masks[shard][start:end]
+        tokens, mask, _ = self.arrays[self.shard_of[index]]
+        part = slice(self.starts[index], self.starts[index] + self.lengths[index])
+        return tokens[part], mask[part]
 
     def plan(self, epoch: int) -> np.ndarray:
         """Documents of an epoch in order, int64 (n,).

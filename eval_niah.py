@@ -43,7 +43,7 @@ from parallel import (
     writable,
 )
 from rope_yarn import add_scaling_arguments, scaling_from_options
-from sft import encode_question
+from sft import encode_question, end_of_turn
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
 WORDING = {
@@ -52,6 +52,7 @@ WORDING = {
     "needle": {"fact": ("\nThe magic number of {key} is ", ".\n"),
                "question": "\nWhat is the magic number of {key}?", "lead": "The magic number of {key} is "},
 }
+OFFSETS = 2**20  # a window begins at one of the haystack's first places, the same for every length and depth
 KEYS = """amber anchor apple arrow badge basket beacon berry blanket bottle bridge button cabin candle canyon
 carpet castle cedar cherry circle clover cobalt copper coral cotton crystal dagger desert diamond dragon eagle
 ember engine falcon feather forest garden ginger glacier hammer harbor helmet honey indigo island ivory jacket
@@ -75,65 +76,56 @@ class Prompt:
 
 
 def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, rng: random.Random,
-                 task: str = "passkey", chat: bool = False, distractors: int = 0, digits: int = 5,
-                 system: str | None = None) -> Prompt:
-    """One prompt of exactly `length` tokens, the answer's included; a pure function of its arguments.
+                 task: str = "passkey", chat: bool = False, digits: int = 5, system: str | None = None) -> Prompt:
+    """One prompt of exactly `length` tokens, the answer's included; a pure function of its arguments and of rng's state.
 
     haystack_tokens: 1-D ids, at least `length` of them, of which the first are used: the window. depth in [0, 1]
-    is where in it the fact goes, moved to a line border if one is near. Task "needle" may have
-    `distractors`: facts of other keys at random depths. Every piece is tokenised alone and joined as ids, so
-    lengths add up, and the number has the same tokens in the fact and in the answer. The window holds no key
-    and no number of the prompt. Raises ValueError if the length is too small, or no key or number is left that the
+    is where in it the fact goes, moved to a line border if one is near. Every piece is tokenised alone and joined as
+    ids, so lengths add up, and the number has the same tokens in the fact and in the answer. The window holds neither
+    the key nor the number. Raises ValueError if the length is too small, or no key or number is left that the
     window does not hold.
     """
-    assert 0 <= depth <= 1 and (task == "needle" or not distractors), (task, depth, distractors)
+    assert 0 <= depth <= 1, depth
     assert len(haystack_tokens) >= length, f"the haystack has {len(haystack_tokens)} tokens, not {length}"
     window = np.asarray(haystack_tokens[:length]).tolist()
-    keys, numbers = draw_facts(rng, tokenizer.decode_bytes(window).lower(), 1 + distractors, digits, task)
+    key, number = draw_fact(rng, tokenizer.decode_bytes(window).lower(), digits, task)
 
     wording, encode = WORDING[task], tokenizer.encode_ordinary
     opening, closing = wording["fact"]
-    facts = [encode(opening.format(key=key)) + encode(number) + encode(closing)
-             for key, number in zip(keys, numbers, strict=True)]
-    question, lead = wording["question"].format(key=keys[0]), wording["lead"].format(key=keys[0])
+    answer = encode(number)
+    fact = encode(opening.format(key=key)) + answer + encode(closing)
+    question, lead = wording["question"].format(key=key), wording["lead"].format(key=key)
     if chat:
         head, turn = chat_frame(tokenizer, system)
         tail = encode(question) + turn + encode(lead)
     else:
         head, tail = begin_of_text(tokenizer), encode(f"{question} {lead}")
-    answer = encode(numbers[0])
-    room = length - len(head) - len(tail) - len(answer) - sum(map(len, facts))
+    room = length - len(head) - len(fact) - len(tail) - len(answer)
     if room < 1:
-        raise ValueError(f"length {length} is too small: facts, question and answer take {length - room}")
+        raise ValueError(f"length {length} is too small: fact, question and answer take {length - room}")
     del window[room:]
-    targets = [round(depth * room)] + [rng.randrange(room + 1) for _ in range(distractors)]
-    body, needle_start = insert_facts(tokenizer, window, facts, targets)
-    tokens = head + body + tail + answer
-    return Prompt(tokens, len(tokens) - len(answer), len(head) + needle_start, numbers[0], task, keys[0])
+    place = insertion_point(tokenizer, window, round(depth * room))
+    tokens = head + window[:place] + fact + window[place:] + tail + answer
+    return Prompt(tokens, length - len(answer), len(head) + place, number, task, key)
 
 
-def draw_facts(rng: random.Random, text: bytes, count: int, digits: int, task: str) -> tuple[list, list]:
-    """`count` keys (None for a pass key) and numbers, all different, none of them in lower-case `text`."""
-    def absent(what: str, draw: Callable[[], str]) -> list[str]:
-        """`count` different draws that `text` does not hold."""
-        found = []
-        for _ in range(1000 + 10 * count):
+def draw_fact(rng: random.Random, text: bytes, digits: int, task: str) -> tuple[str | None, str]:
+    """A key (None for a pass key) and a number, neither of which stands in lower-case `text`."""
+    def absent(what: str, draw: Callable[[], str]) -> str:
+        for _ in range(1000):
             candidate = draw()
-            if candidate not in found and candidate.encode() not in text:
-                found.append(candidate)
-            if len(found) == count:
-                return found
-        raise ValueError(f"the haystack holds nearly all {what}: longer numbers (--digits), fewer "
-                         "distractors or another haystack are needed")
+            if candidate.encode() not in text:
+                return candidate
+        raise ValueError(f"the haystack holds nearly all {what}: longer numbers (--digits) or another haystack are needed")
 
-    numbers = absent(f"numbers of {digits} digits", lambda: str(rng.randrange(10**(digits - 1), 10**digits)))
+    number = absent(f"numbers of {digits} digits", lambda: str(rng.randrange(10**(digits - 1), 10**digits)))
     if task == "passkey":
-        return [None], numbers
+        return None, number
     free = [key for key in KEYS if key.encode() not in text]
-    if len(free) >= count:
-        return rng.sample(free, count), numbers
+    if free:
+        return rng.sample(free, 1)[0], number
     # a million tokens of prose hold every common word, but not every two of them joined
-    return absent("keys", lambda: "-".join(rng.sample(KEYS, 2))), numbers
+    return absent("keys", lambda: "-".join(rng.sample(KEYS, 2))), number
 
 
 def begin_of_text(tokenizer: Encoding) -> list[int]:
@@ -144,21 +136,9 @@ def begin_of_text(tokenizer: Encoding) -> list[int]:
 
 def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int], list[int]]:
     """What the chat template puts before and after a user's message, up to the assistant's first token."""
-    one, other = (encode_question(letter, tokenizer, system) for letter in "xy")
-    place = next(i for i, token in enumerate(one) if token != other[i])  # the letter: all else is template
-    return one[:place], one[place + 1:]
-
-
-def insert_facts(tokenizer: Encoding, window: list[int], facts: list[list[int]], targets: list[int]):
-    """(window with each fact put near its target, where the first of the facts begins)."""
-    places = [insertion_point(tokenizer, window, target) for target in targets]
-    body, previous, needle_start = [], 0, 0
-    for i in sorted(range(len(facts)), key=places.__getitem__):
-        body += window[previous:places[i]]
-        needle_start = len(body) if i == 0 else needle_start
-        body += facts[i]
-        previous = places[i]
-    return body + window[previous:], needle_start
+    opened = encode_question("", tokenizer, system)
+    end = len(opened) - 1 - opened[::-1].index(end_of_turn(tokenizer))  # of the user's empty message
+    return opened[:end], opened[end:]
 
 
 def insertion_point(tokenizer: Encoding, window: list[int], target: int) -> int:
@@ -276,21 +256,18 @@ def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
     return [row[-width:] for row, width in zip(best, widths, strict=True)]
 
 
-OFFSETS = 2**20  # a window begins at one of the haystack's first places, the same for every length and depth
-
-
 def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *, seed: int = 1234,
-                task: str = "passkey", chat: bool = False, distractors: int = 0, digits: int = 5,
-                system: str | None = None) -> Prompt:
-    """Prompt number `sample` of one cell; depends on no other cell. "mixed" alternates tasks by sample.
+                task: str = "passkey", **options) -> Prompt:
+    """Prompt number `sample` of one cell; depends on no other cell. "mixed" alternates tasks by sample; `options` are those
+    of `build_prompt`.
 
-    A sample's window of the haystack begins at the same place in all cells, so that their prompts begin alike.
+    A sample's window of the haystack begins at the same place in all cells (of a haystack of OFFSETS tokens more than the
+    longest has; of a shorter one in most), so that their prompts begin alike.
     """
     task = list(WORDING)[sample % 2] if task == "mixed" else task
     offset = random.Random(f"{seed} {sample}").randrange(max(1, min(OFFSETS, len(haystack_tokens) - length + 1)))
     rng = random.Random(f"{seed} {length} {depth:.6f} {sample}")
-    return build_prompt(tokenizer, haystack_tokens[offset:], length, depth, rng, task, chat,
-                        distractors if task == "needle" else 0, digits, system)
+    return build_prompt(tokenizer, haystack_tokens[offset:], length, depth, rng, task, **options)
 
 
 def standard_error(right: np.ndarray) -> float:
@@ -366,7 +343,8 @@ def accuracy_grid(results: dict) -> list[list[float]]:
 
 def lengths_inside(results: dict) -> int:
     """How many columns lie within the old window: 0 if there is no border to mark between two of them."""
-    return sum(length <= results["window"] for length in results["lengths"]) % len(results["lengths"])
+    inside = sum(length <= results["window"] for length in results["lengths"])
+    return inside if inside < len(results["lengths"]) else 0
 
 
 def terminal_map(results: dict, colour: bool) -> str:
@@ -378,7 +356,9 @@ def terminal_map(results: dict, colour: bool) -> str:
         if values and colour:  # of the 256 colours: 208 orange for 0 %, 187 sand, 36 bluish green for 100 %
             tones = [(208, 214, 222, 187, 115, 79, 36)[round(value / 100 * 6)] for value in values]
             parts = [f"\033[30;48;5;{tone}m{part}\033[0m" for tone, part in zip(tones, parts, strict=True)]
-        return f"{name:>7} " + "".join(parts[:border]) + " | " * (border > 0) + "".join(parts[border:])
+        if border:
+            parts.insert(border, " | ")
+        return f"{name:>7} " + "".join(parts)
 
     lines = [line("depth", [short_length(length) for length in results["lengths"]])]
     for depth, row in zip(results["depths"], accuracy_grid(results), strict=True):
@@ -415,10 +395,16 @@ def load_model(options: Namespace, grid: Grid) -> Llama:
     return Llama.from_pretrained(options.model, grid, dtype, options.device, scaling_from_options(vars(options)))
 
 
-def old_window(config: ModelConfig) -> int:
+def window_to_mark(config: ModelConfig) -> int:
     """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
     own = config.max_position_embeddings
     return own if config.rope_scaling.kind == "llama3" else config.window_before() or own
+
+
+def results_header(options: Namespace, config: ModelConfig) -> dict:
+    """What a file of results says first: the settings, and the window to mark in a figure."""
+    settings = vars(options) | {"dtype": compute_type(options.dtype, options.device)}
+    return {"settings": settings, "window": options.window or window_to_mark(config)}
 
 
 def note_lengths(config: ModelConfig, longest: int) -> None:
@@ -478,7 +464,6 @@ def parser() -> Parser:
     add("--task", choices=(*WORDING, "mixed"), default="passkey")
     add("--prompt", choices=("plain", "chat"), default="plain")
     add("--system", help="a system message before each chat prompt")
-    add("--distractors", type=nonnegative, default=0, help="facts of other keys (task needle)")
     add("--digits", type=positive, default=5, help="length of the numbers")
     add("--batch-tokens", type=positive, default=16384, help="tokens a forward of a replica, or one prompt")
     add("--seed", type=nonnegative, default=1234)
@@ -492,22 +477,20 @@ def main(argv: list[str] | None = None) -> None:
     """Check everything, build the shortest prompts, load the model, evaluate, show and write."""
     with one_line_errors():
         a = parser().parse_args(argv)
-        if a.distractors and a.task == "passkey":
-            raise ValueError("--distractors need keys to tell facts apart: use --task needle or mixed")
         if a.system is not None and a.prompt != "chat":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
-        grid, longest = Grid.create(a.tp, a.cp, a.device, a.timeout), max(a.lengths)
+        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+        longest = max(a.lengths)
         config, tokenizer = read_checkpoint(a)
         note_lengths(config, longest)
         haystack = load_haystack(a.haystack, tokenizer, OFFSETS + longest)
         if len(haystack) < longest:
             raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; length {longest} needs as many")
         depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
-        options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "distractors": a.distractors,
-                   "digits": a.digits, "system": a.system}
+        options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "digits": a.digits, "system": a.system}
         for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
             cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
-        results = {"settings": vars(a) | {"dtype": compute_type(a.dtype, a.device)}, "window": a.window or old_window(config)}
+        results = results_header(a, config)
         results |= evaluate(load_model(a, grid), tokenizer, haystack, a.lengths, depths, a.samples,
                             batch_tokens=a.batch_tokens, **options)
         if grid.is_first:

@@ -50,7 +50,6 @@ from rope_yarn import (
     inverse_frequencies,
     is_number,
     ntk_theta,
-    rope_theta_from_hf,
     rotary_tables,
     stated_value,
 )
@@ -99,10 +98,10 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"config.json: {name} must be a positive integer, found {value!r}")
-        for name in ("rms_norm_eps", "initializer_range"):
+        for name, least in (("rms_norm_eps", 0), ("initializer_range", 0), ("rope_theta", 1)):
             value = getattr(self, name)
-            if not is_number(value) or value <= 0:
-                raise ValueError(f"config.json: {name} must be a number above 0, found {value!r}")
+            if not is_number(value) or value <= least:
+                raise ValueError(f"config.json: {name} must be a number above {least}, found {value!r}")
         for name in ("tie_word_embeddings", "qkv_bias", "output_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"config.json: {name.replace('qkv_bias', 'attention_bias')} must be true or false")
@@ -133,7 +132,7 @@ class ModelConfig:
         if shape["max_position_embeddings"] is None:
             shape["max_position_embeddings"] = 2048
         scaling, bias = RopeScaling.from_hf(config), config.get("attention_bias", False)
-        found = cls(**shape, rope_theta=rope_theta_from_hf(config), rope_scaling=scaling,
+        found = cls(**shape, rope_theta=stated_value(config, "rope_theta", 10000.0), rope_scaling=scaling,
                     rms_norm_eps=config.get("rms_norm_eps", 1e-6), initializer_range=config.get("initializer_range", 0.02),
                     tie_word_embeddings=config.get("tie_word_embeddings", False),
                     qkv_bias=True if family == "qwen2" else bias, output_bias=bias if family == "llama" else False,
@@ -455,7 +454,8 @@ class Llama(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def positions_a_tile(self, position_bytes: float, rows: int = 1) -> int:
-        """How many of m positions in each of `rows` rows make a tile: `self.tile` over tp, else as many as TILE_BYTES hold."""
+        """How many of m positions in each of `rows` rows make a tile: `self.tile` or as many as TILE_BYTES hold, over all of
+        the tp ranks and the rows."""
         tile = self.tile or TILE_BYTES[self.head_weight.device.type] // position_bytes
         return max(1, int(tile) // (self.grid.tp * rows))
 
@@ -510,12 +510,11 @@ class Llama(nn.Module):
         grid = self.grid
         hidden = self.hidden_states(tokens, cache=cache)  # (B, m, hidden)
         length = hidden.shape[1] * grid.cp * grid.tp
-        held = zigzag_positions(length, grid).chunk(grid.tp)[grid.tp_rank]  # (m,): the places that this rank has,
-        index = torch.full((length,), -1)
-        index[held] = torch.arange(len(held))  # (length,): and where; -1 for another rank's
-        index = index.to(places.device)[places][..., None]  # (B, n, 1)
-        rows = hidden.gather(1, index.clamp(min=0).expand(-1, -1, hidden.shape[2]))  # (B, n, hidden)
-        rows = rows.masked_fill(index < 0, 0.0)
+        held = zigzag_positions(length, grid).chunk(grid.tp)[grid.tp_rank]  # (m,): the places that this rank has, in order
+        held = held.to(places.device)
+        index = torch.searchsorted(held, places.contiguous()).clamp(max=len(held) - 1)[..., None]  # (B, n, 1)
+        rows = hidden.gather(1, index.expand(-1, -1, hidden.shape[2]))  # (B, n, hidden)
+        rows = rows.masked_fill(held[index] != places[..., None], 0.0)  # another rank's
         return self.model.norm(grid.all_reduce(rows, "cp_tp"))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -641,7 +640,7 @@ class TiledCrossEntropy(torch.autograd.Function):
 
     The gradient of a row's logits is softmax - onehot, known as soon as the logits are. So a tile's logits are used up at
     once (for the loss, the gradient of x, the gradient of the weight) and overwritten by the next tile's, and backward
-    multiplies stored results by a scalar. Peak memory is one tile, and no product is computed twice.
+    multiplies stored results by a scalar. Beside the gradients memory is one tile's, and no product is computed twice.
     """
 
     @staticmethod

@@ -58,7 +58,6 @@ class Grid:
     rank: int = 0
     groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
     timeout: float = field(default=600.0, repr=False, compare=False)
-    is_owner: bool = field(default=False, repr=False, compare=False)  # of torch's process group, which it closes
 
     def __post_init__(self) -> None:
         self.tp_rank = self.rank % self.tp
@@ -82,19 +81,16 @@ class Grid:
         grid = cls(world // (cp * tp), cp, tp, rank, timeout=timeout)
         if world == 1:
             return grid
-        patience = timedelta(seconds=2 * timeout + 60)  # torch's own, for programs that start no timer
+        patience = timedelta(seconds=10 * timeout)  # torch's own: longer than any `restart_timer`
         if not dist.is_initialized():
-            grid.is_owner = True
             start_processes(device or ("cuda" if torch.cuda.is_available() else "cpu"), patience)
-        atexit.register(grid.leave)  # gloo's threads abort a process that ends without
         ranks = torch.arange(world).view(grid.dp, cp, tp)
         for name, axes in GROUPS.items():
-            if grid.size(name) == 1:
-                continue
-            inside = [i for i, axis in enumerate(("dp", "cp", "tp")) if axis in axes]
-            outside = [i for i in range(3) if i not in inside]
-            members = ranks.permute(*outside, *inside).reshape(-1, grid.size(name))  # a row is a group
-            grid.groups[name], _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=patience)
+            if grid.size(name) > 1:
+                inside = [("dp", "cp", "tp").index(axis) for axis in axes]
+                last = list(range(-len(inside), 0))
+                members = ranks.movedim(inside, last).reshape(-1, grid.size(name))  # a row is a group
+                grid.groups[name], _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=patience)
         return grid
 
     def size(self, group: str) -> int:
@@ -140,14 +136,13 @@ class Grid:
         if "cp" not in self.groups:
             return Hop(leaving, [])
         group = self.groups["cp"]
-        ring = dist.get_process_group_ranks(group)
-        following, previous = ring[(self.cp_rank + 1) % self.cp], ring[(self.cp_rank - 1) % self.cp]
+        following, previous = (self.cp_rank + 1) % self.cp, (self.cp_rank - 1) % self.cp  # ranks of the group
         arriving, messages = [], []
         for number, x in enumerate(leaving, len(leaving) * tag):
             x = x.contiguous()
             arriving.append(torch.empty_like(x))
-            messages.append(dist.P2POp(dist.isend, x, following, group, number))
-            messages.append(dist.P2POp(dist.irecv, arriving[-1], previous, group, number))
+            messages.append(dist.P2POp(dist.isend, x, None, group, number, following))
+            messages.append(dist.P2POp(dist.irecv, arriving[-1], None, group, number, previous))
         return Hop(tuple(arriving), dist.batch_isend_irecv(messages))
 
     def barrier(self) -> None:
@@ -166,17 +161,9 @@ class Grid:
             faulthandler.dump_traceback_later(stretches * self.timeout, exit=True)
 
     def close(self) -> None:
-        """Leave the job in step with the others: no rank ends before all have come here."""
+        """Stop the timer, and return once every rank has come here. A program may also simply end."""
         self.barrier()
-        self.leave()
-
-    def leave(self) -> None:
-        """Stop the timer and give the process groups up; a program that just ends does this by itself."""
-        if self.groups:
-            faulthandler.cancel_dump_traceback_later()
-            self.groups.clear()
-        if self.is_owner and dist.is_initialized():
-            dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass
@@ -208,7 +195,8 @@ def start_processes(device: str, patience: timedelta) -> None:
     store = dist.PrefixStore(f"attempt {attempt}", store)  # a restarted job must not find its dead ranks' addresses
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
                             device_id=gpu)
-    # torchrun sends it when another rank has failed; while train.py collects signals, that comes first
+    atexit.register(dist.destroy_process_group)  # gloo's threads abort a process that ends without
+    # torchrun sends it when another rank has failed; from train.py's loop on, that one's handler is in its place
     faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
 
 
@@ -597,13 +585,13 @@ class ShardedAdamW:
     What every tp rank holds whole (norms) saw only that rank's positions: such gradients are summed over tp as well, and
     count once in the norm.
 
-    Args: model, grid; betas, eps and weight_decay as in torch; `on_host` keeps the float32 state in host memory, where the
+    Args: model, grid; betas and weight_decay as in torch; `on_host` keeps the float32 state in host memory, where the
     update then runs: 12 bytes a parameter less on the GPU, two copies a step more.
     """
 
     KINDS = ("master", "exp_avg", "exp_avg_sq")
 
-    def __init__(self, model: nn.Module, grid: Grid, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+    def __init__(self, model: nn.Module, grid: Grid, betas: tuple[float, float] = (0.9, 0.95),
                  weight_decay: float = 0.1, on_host: bool = False) -> None:
         self.grid = grid
         self.dims = shard_dims(model)
@@ -622,7 +610,7 @@ class ShardedAdamW:
         matrices = [self.masters[name] for name, parameter in self.parameters.items() if parameter.ndim >= 2]
         vectors = [self.masters[name] for name, parameter in self.parameters.items() if parameter.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         for master in self.masters.values():  # now rather than in the first step, so that a checkpoint has a place to go
             self.adamw.state[master] = {"step": torch.zeros((), device=master.device), "master": master,
                                         "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
@@ -691,10 +679,8 @@ class ShardedAdamW:
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of every parameter's whole tensor of one kind of state, in the order of `state`."""
-        shapes = {}
-        for name, parameter in self.parameters.items():
-            shapes[name] = whole_shape(parameter.shape, self.dims[name], self.grid), self.masters[name].dtype
-        return shapes
+        return {name: (whole_shape(parameter.shape, self.dims[name], self.grid), self.masters[name].dtype)
+                for name, parameter in self.parameters.items()}
 
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of every parameter for a kind of KINDS, on every rank, one at a time."""
@@ -782,9 +768,11 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the others may wait for this rank in a communication: there is no orderly way out
     except Exception:
-        if launched()[1] > 1:  # another rank's end, say: torchrun sends SIGTERM at the same time, but the traceback comes first
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise
+        if launched()[1] == 1:
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where the error is another rank's end: first the traceback
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)  # NCCL's groups are given up together only, and the others may wait in another communication
 
 
 def print_once(text: str) -> None:

@@ -70,32 +70,27 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         # the only place where values are checked; each check relies on those above it
-        length = self.original_max_position
-        attention = self.attention_factor
-        if self.kind not in KINDS:
-            raise ValueError(f"rope scaling: kind is {self.kind!r}; it must be in {KINDS}")
-        if not (is_number(self.factor) and self.factor >= 1):
-            raise ValueError(f"rope scaling: factor is {self.factor!r}; it must be a number >= 1")
-        if not (self.kind != "default" or self.factor == 1):
-            raise ValueError(f"rope scaling: factor is {self.factor}; it must be 1 (kind default)")
-        if not (length is None or (type(length) is int and length > 0)):
-            raise ValueError(f"rope scaling: original_max_position is {length!r}; "
-                             "it must be a whole number of tokens above 0")
-        if not (is_number(self.beta_slow) and self.beta_slow > 0):
-            raise ValueError(f"rope scaling: beta_slow is {self.beta_slow!r}; it must be above 0")
-        if not (is_number(self.beta_fast) and self.beta_fast > self.beta_slow):
-            raise ValueError(f"rope scaling: beta_fast is {self.beta_fast!r}; "
-                             f"it must be a number above beta_slow, {self.beta_slow}")
-        if not isinstance(self.attention_temperature, bool):
-            raise ValueError("rope scaling: attention_temperature is "
-                             f"{self.attention_temperature!r}; it must be True or False")
-        if not (attention is None or (is_number(attention) and attention > 0)):
-            raise ValueError(f"rope scaling: attention_factor is {attention!r}; it must be above 0")
-        if not (attention is None or self.kind == "yarn"):
-            raise ValueError(f"rope scaling: attention_factor is {attention}; "
-                             f"kind {self.kind} has none, only yarn")
-        if not isinstance(self.truncate, bool):
-            raise ValueError(f"rope scaling: truncate is {self.truncate!r}; it must be a bool")
+        length, attention, need = self.original_max_position, self.attention_factor, self.need
+        need("kind", self.kind in KINDS, f"in {KINDS}")
+        need("factor", is_number(self.factor) and self.factor >= 1, "a number >= 1")
+        need("factor", self.kind != "default" or self.factor == 1, "1 (kind default)")
+        need("original_max_position", length is None or type(length) is int and length > 0,
+             "a whole number of tokens above 0")
+        need("beta_slow", is_number(self.beta_slow) and self.beta_slow > 0, "a number above 0")
+        need("beta_fast", is_number(self.beta_fast) and self.beta_fast > self.beta_slow,
+             f"a number above beta_slow, {self.beta_slow}")
+        need("attention_temperature", isinstance(self.attention_temperature, bool), "True or False")
+        need("attention_factor", attention is None or is_number(attention) and attention > 0,
+             "a number above 0")
+        need("attention_factor", attention is None or self.kind == "yarn",
+             f"left out (kind {self.kind} has none, only yarn)")
+        need("truncate", isinstance(self.truncate, bool), "True or False")
+
+    def need(self, field: str, fits: bool, right: str) -> None:
+        """Raise ValueError, which says what would be `right`, unless the field's value `fits`."""
+        if not fits:
+            value = getattr(self, field)
+            raise ValueError(f"rope scaling: {field} is {value!r}; it must be {right}")
 
     @property
     def cos_sin_factor(self) -> float:
@@ -118,7 +113,7 @@ class RopeScaling:
         share = stated_value(config, "partial_rotary_factor", 1)
         if share != 1:  # every pair of a Llama's head is turned
             raise ValueError(f"config.json: partial_rotary_factor is {share!r}; it must be 1")
-        # of two old windows transformers 4 would take that in the scaling, 5 that beside it
+        # two old windows are refused: transformers 4 would take that in the scaling, 5 that beside it
         window = stated_value(config, ORIGINAL, config.get("max_position_embeddings"))
         places = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
         if "rope_type" in config or "type" in config:  # it is the scaling itself
@@ -150,8 +145,7 @@ class RopeScaling:
 
 def is_number(value: object) -> bool:
     """A finite float, or an int in its range: JSON's true is not a number, nor is its NaN."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def old_window(scaling: RopeScaling) -> int:
@@ -237,7 +231,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rotation(torch.autograd.Function):
-    """Backward is the turn the other way, written out: as cheap as forward, and it keeps no x."""
+    """Backward is the turn the other way, written out: as cheap as forward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -276,14 +270,6 @@ def stated_value(config: dict, key: str, default: object = None):
     return values[0]
 
 
-def rope_theta_from_hf(config: dict) -> float:
-    """A config.json's rope_theta, else 10,000. Raises ValueError for two, or none above 1."""
-    theta = stated_value(config, "rope_theta", 10000.0)
-    if not is_number(theta) or theta <= 1:
-        raise ValueError(f"config.json: rope_theta is {theta!r}; it must be a number above 1")
-    return float(theta)
-
-
 def fields_from_hf(stated: dict, window: int | None) -> dict:
     """RopeScaling's fields, unchecked, in a scaling of a config.json, whose old window is `window`.
 
@@ -293,11 +279,10 @@ def fields_from_hf(stated: dict, window: int | None) -> dict:
     if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
         raise ValueError(f"rope scaling must be one object, not one per layer type: {stated!r}")
     stated = {key: value for key, value in stated.items() if value is not None}  # null: left out
-    types = [stated[key] for key in ("rope_type", "type") if key in stated]
-    kind = types[0] if types else "default"
-    if types and types[-1] != kind:
-        raise ValueError(f"rope scaling: rope_type {kind!r} and type {types[-1]!r} differ")
-    if kind not in list(HF_FIELDS):  # a list: a file can hold what no dictionary looks up
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    if stated.get("type", kind) != kind:
+        raise ValueError(f"rope scaling: rope_type {kind!r} and type {stated['type']!r} differ")
+    if kind not in list(HF_FIELDS):  # a list: a file can hold what has no hash
         raise ValueError(f"rope scaling: rope_type {kind!r} is unknown; known are "
                          f"{', '.join(HF_FIELDS)}; in place of dynamic or longrope use yarn")
     known = [*HF_FIELDS[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor"]

@@ -8,10 +8,7 @@ was learned in stage 1, and short samples keep it (arXiv 2504.06214, section 3.2
 """
 from __future__ import annotations
 
-import itertools
-import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +34,17 @@ def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
                      "<|eot_id|>, or ChatML's <|im_start|> and <|im_end|>")
 
 
-def check_messages(messages: list[dict], training: bool = True) -> None:
-    """Raise ValueError unless these are messages, with an assistant's words if for training."""
+def check_messages(messages: object, place: str) -> None:
+    """Raise ValueError, which starts with `place`, unless these are messages with an assistant's words to train on."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError("messages must be a list of objects with role and content")
+        raise ValueError(f"{place}: messages must be a list of objects with role and content")
     for i, message in enumerate(messages):
         if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"message {i} has role {message.get('role')!r}; use system, user or assistant")
+            raise ValueError(f"{place}: message {i} has role {message.get('role')!r}; use system, user or assistant")
         if not isinstance(message.get("content"), str):
-            raise ValueError(f"message {i} must have a content that is a string")
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if training and not any(answers):
-        raise ValueError("messages have no assistant content, so nothing to train on")
+            raise ValueError(f"{place}: message {i} must have a content that is a string")
+    if not any(message["content"] for message in messages if message["role"] == "assistant"):
+        raise ValueError(f"{place}: messages have no assistant content, so nothing to train on")
 
 
 def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
@@ -58,10 +54,9 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
 
     By the tokenizer's special tokens it is Llama 3's template or ChatML. No system message is added
     (Hugging Face's templates of Llama 3.1, SmolLM2 and Qwen2 add one). Contents are plain text: a
-    special token spelled there stays text. `add_generation_prompt` opens the assistant's answer,
-    and then messages need none. Raises ValueError: see check_messages, end_of_turn.
+    special token spelled there stays text. `add_generation_prompt` opens the assistant's answer.
+    The messages are as check_messages wants them. Raises ValueError: see end_of_turn.
     """
-    check_messages(messages, training=not add_generation_prompt)
     end_of_turn(tokenizer)  # raises if there is no template
     is_llama3 = "<|start_header_id|>" in tokenizer.special_tokens_set
     template = llama3_pieces if is_llama3 else chatml_pieces
@@ -127,30 +122,13 @@ def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
         yield [special("<|im_start|>"), *text("assistant"), *line_break], False
 
 
-def encode_documents(documents: Iterable[tuple], tokenizer: tiktoken.Encoding) -> Iterator[tuple]:
-    """(anything, {"messages": ...}) -> (the same, tokens uint32 (T,), loss mask bool (T,)), in order, by threads."""
-    def encode(document: tuple) -> tuple:
-        tokens, mask = encode_chat(document[1]["messages"], tokenizer)
-        return document[0], np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
-
-    documents = iter(documents)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while group := list(itertools.islice(documents, 256)):  # bounded memory
-            yield from pool.map(encode, group)
-
-
-def read_conversations(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, {"messages": ...}) of each line of a .jsonl or .jsonl.gz file. Raises ValueError."""
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line")
+def read_conversations(path: Path) -> Iterator[list[dict]]:
+    """The messages on each line of a .jsonl or .jsonl.gz file. Raises ValueError that names the line."""
     for place, record in read_records(path):
         if not isinstance(record, dict) or "messages" not in record:
             raise ValueError(f"{place}: has no messages; needs an object with messages on every line")
-        try:
-            check_messages(record["messages"])
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        yield place, record
+        check_messages(record["messages"], place)
+        yield record["messages"]
 
 
 class ChatDataset:
@@ -161,22 +139,18 @@ class ChatDataset:
     `dropped` counts them, `rows` has the others.
     """
 
-    def __init__(self, samples: str | Path | Iterable[list[dict]], tokenizer: tiktoken.Encoding, sequence_length: int,
-                 seed: int, pack: bool = False) -> None:
-        """samples: a .jsonl(.gz) file of {"messages": [...]}, or lists of messages. ValueError."""
-        if isinstance(samples, (str, Path)):
-            name, documents = samples, read_conversations(Path(samples))
-        else:
-            name, documents = "samples", (("samples", {"messages": messages}) for messages in samples)
+    def __init__(self, path: Path, tokenizer: tiktoken.Encoding, sequence_length: int, seed: int, pack: bool = False) -> None:
+        """path: see read_conversations. Raises ValueError."""
         self.rows = []  # (tokens, loss mask) of each sample that fits
         self.dropped = 0
-        for _, tokens, mask in encode_documents(documents, tokenizer):
+        for messages in read_conversations(path):
+            tokens, mask = encode_chat(messages, tokenizer)
             if len(tokens) <= sequence_length:
-                self.rows.append((tokens, mask))
+                self.rows.append((np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)))
             else:
                 self.dropped += 1
         if not self.rows:
-            raise ValueError(f"{name}: none of {self.dropped} samples has {sequence_length} tokens or fewer")
+            raise ValueError(f"{path}: none of {self.dropped} samples has {sequence_length} tokens or fewer")
         self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
         self.sequence_length = sequence_length
         self.seed = seed
@@ -186,7 +160,7 @@ class ChatDataset:
         self.order = np.zeros(0, dtype=np.int64)  # (n,): the samples of these, one after the other,
         self.starts = []  # and at which of them each row begins
 
-    def plan(self) -> None:
+    def plan_epoch(self) -> None:
         """Put the samples of the next epoch into rows."""
         order = shuffled(len(self.rows), self.seed, self.epochs)
         room = 0  # of the row that is being filled
@@ -202,12 +176,9 @@ class ChatDataset:
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens int64, loss mask bool, document ids int64 (a number for each sample of the
         stream), each (S + 1,)."""
-        while index >= len(self.starts):
-            self.plan()
-        first = self.starts[index]
-        last_row = index + 1 == len(self.starts)
-        end = len(self.order) if last_row else self.starts[index + 1]
-
+        while index + 1 >= len(self.starts):  # a row ends where the next begins
+            self.plan_epoch()
+        first, end = self.starts[index:index + 2]
         size = self.sequence_length + 1
         tokens = np.full(size, self.padding, dtype=np.int64)
         mask = np.zeros(size, dtype=bool)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import resource
 import shutil
 import signal
@@ -148,16 +147,11 @@ def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
     if options.batch_size % grid.dp:
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of the {grid.dp} data-parallel replicas")
     share = options.batch_size // grid.dp
-    if share % micro_batch_size(options, grid):
+    if share % (options.micro_batch_size or share):
         raise ValueError(f"--micro-batch-size {options.micro_batch_size} does not divide a replica's share of --batch-size, "
                          f"{share}")
     if options.offload and options.recompute == "none":
         raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or --recompute mlp")
-
-
-def micro_batch_size(options: Namespace, grid: Grid) -> int:
-    """Sequences of a forward of one data-parallel replica: what is asked for, or its whole share of the batch."""
-    return options.micro_batch_size or options.batch_size // grid.dp
 
 
 def stage1_datasets(sources: list[tuple[Path, float]], validation_sequences: int, seed: int, short_weight: float,
@@ -183,32 +177,26 @@ def stage1_datasets(sources: list[tuple[Path, float]], validation_sequences: int
 # ----------------------------------------------------------------------------------------------- model and schedule
 
 
-def starting_config(path: Path, scaling: RopeScaling | None, sequence_length: int) -> ModelConfig:
-    """The configuration to train: the checkpoint's or the JSON's, with the rope scaling that was asked for, if any was."""
-    own = read_config(path)
-    config = rescale(own, scaling)
-    if sequence_length > config.max_position_embeddings:
-        raise ValueError(f"--sequence-length {sequence_length} is beyond the model's window of "
-                         f"{config.max_position_embeddings}; extend it ({extension(own, sequence_length)}) or shorten the "
-                         "sequences")
-    return config
-
-
 def extension(config: ModelConfig, length: int) -> str:
     """The options that extend a model's window to `length`, for people."""
-    scaling, window = config.rope_scaling, config.max_position_embeddings
+    known, scaling = config.window_before(), config.rope_scaling
+    original = known or round(config.max_position_embeddings / scaling.factor)
+    options = f"train.py --rope-kind yarn --rope-factor {math.ceil(length / original)}"
     if scaling.kind == "default":
-        return f"train.py --rope-kind yarn --rope-factor {math.ceil(length / window)}"
-    known = config.window_before()
-    original = known or round(window / scaling.factor)
-    unsure = "" if known else ", if that was its window before; it"
-    return (f"train.py --rope-kind yarn --rope-factor {math.ceil(length / original)} --original-length {original}"
-            f"{unsure or ', which'} replaces the model's own {scaling.kind} rule")
+        return options
+    which = "which" if known else "if that was its window before; it"
+    return f"{options} --original-length {original}, {which} replaces the model's own {scaling.kind} rule"
 
 
 def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
-    """Configuration and tokenizer to start from, checked against each other. Raises ValueError, OSError."""
-    config = starting_config(options.model or options.config, scaling, options.sequence_length)
+    """Configuration, with the rope scaling that was asked for, and tokenizer to start from, checked against each other and
+    the options. Raises ValueError, OSError."""
+    own = read_config(options.model or options.config)
+    config = rescale(own, scaling)
+    length, window = options.sequence_length, config.max_position_embeddings
+    if length > window:
+        raise ValueError(f"--sequence-length {length} is beyond the model's window of {window}; extend it "
+                         f"({extension(own, length)}) or shorten the sequences")
     check_run(options, grid, config)
     dtype = getattr(torch, compute_type(options.dtype, options.device))
     attention_kernel(options.device, dtype, config.head_dim)  # refuses what it cannot do
@@ -301,7 +289,7 @@ def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, step: int) -> None
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8,}", path.name))
+    return sorted(run.glob("checkpoint-" + 8 * "[0-9]"))
 
 
 def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
@@ -374,8 +362,10 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch, micr
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, positions
     for rows in torch.arange(len(batch.tokens)).split(micro_batch_size):
         grid.restart_timer()
-        last = (batch.targets[rows] != -100).any(0).nonzero()[-1:]  # what follows the last target, padding say, changes nothing
-        part = batch.part(rows, int(last.sum()) + 1).to(device)
+        has_target = (batch.targets[rows] != -100).any(0)  # (S,)
+        ends = torch.arange(1, len(has_target) + 1)
+        length = max(1, int((has_target * ends).max()))  # what follows the last target, padding say, changes nothing
+        part = batch.part(rows, length).to(device)
         loss, _ = model.loss(part.tokens, part.targets, part.document_ids)
         (loss / targets).backward()
         total[0] += loss.detach()
@@ -387,7 +377,7 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch, micr
 def peak_memory_gib(device: torch.device | str) -> float:
     """Largest memory this process has used: allocated on the GPU, resident on a CPU."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -425,11 +415,15 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
         if log:
             print(json.dumps({"step": step, **values}), file=log)
 
+    def is_due(every: int) -> bool:
+        """Every so many steps, and at the end."""
+        return step == steps or every > 0 and step % every == 0
+
     for step in bar:
         start = time.perf_counter()
         batch = data.batch(training, (step - 1) * options.batch_size + grid.dp_rank * share, share)
         waited = time.perf_counter() - start
-        loss, positions = training_step(model, optimizer, batch, micro_batch_size(options, grid))
+        loss, positions = training_step(model, optimizer, batch, options.micro_batch_size or share)
         rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, options.final_learning_rate)
         try:
             if not math.isfinite(loss):
@@ -445,15 +439,16 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
         note(loss=loss, learning_rate=rate, gradient_norm=norm, tokens=positions,
              tokens_per_second=round(speed * grid.size("all")), tokens_per_second_per_gpu=round(speed),
              mfu=mfu and round(mfu, 4), data_wait=round(waited / seconds, 4), peak_memory_gib=round(gib, 3))
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {f'MFU {mfu:.0%}, ' if mfu else ''}{gib:.1f} GiB, "
-                            f"data {waited / seconds:.0%}", refresh=False)
-        if validation and (step == steps or step % (options.validate_every or steps) == 0):
+        used = f"MFU {mfu:.0%}, " if mfu else ""
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {used}{gib:.1f} GiB, data {waited / seconds:.0%}",
+                            refresh=False)
+        if validation and is_due(options.validate_every):
             held_out = validate(model, validation, options.validation_sequences)
             note(validation_loss=held_out)
             if grid.is_first:
                 bar.write(f"step {step}: held-out loss {held_out:.3f}")
         stopping = grid.all_reduce(torch.tensor(len(stop), device=device), "all").item() > 0  # all stop after the same step
-        if stopping or step == steps or step % (options.checkpoint_every or steps) == 0:
+        if stopping or is_due(options.checkpoint_every):
             path = save(step)
         if stopping:
             if grid.is_first:

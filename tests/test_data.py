@@ -151,7 +151,7 @@ def test_length_weights_keep_each_sources_tokens():
     assert np.isclose(weights[2] / weights[1], 3) and np.isclose(weights[0] / weights[1], 0.5)
     assert np.isclose(weights[4], weights[5]) and np.isclose(weights[6], 1)  # 4,096 and 8,192 are in the middle
     assert (data.length_weights(lengths, sources) == 1).all()
-    with pytest.raises(ValueError, match="every document has weight 0"):
+    with pytest.raises(ValueError, match="leave no document of one of the corpus.s sources"):
         data.length_weights(lengths, sources, short_weight=0)
     with pytest.raises(ValueError, match="--short-length 9000 is above --long-length 8192"):
         data.length_weights(lengths, sources, short=9000)

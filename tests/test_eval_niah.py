@@ -95,12 +95,10 @@ def accuracy(model, tokenizer, haystack, **options):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("task, distractors", [("passkey", 0), ("needle", 0), ("needle", 3), ("mixed", 2)])
-def test_oracle_scores_100_percent(tokenizer, haystack, task, distractors, chat):
-    """A scorer that looks at the wrong rows (off by one), or a question for a distractor's key."""
-    oracle = Oracle(tokenizer)
-    options = {"task": task, "distractors": distractors, "chat": chat}
-    assert accuracy(oracle, tokenizer, haystack, **options) == [100.0, 100.0]
+@pytest.mark.parametrize("task", ["passkey", "needle", "mixed"])
+def test_oracle_scores_100_percent(tokenizer, haystack, task, chat):
+    """A scorer that looks at the wrong rows (off by one), or a question for another key."""
+    assert accuracy(Oracle(tokenizer), tokenizer, haystack, task=task, chat=chat) == [100.0, 100.0]
 
 
 @pytest.mark.parametrize("digits", [4, 5, 6])
@@ -161,12 +159,12 @@ def test_head_sees_answer_rows_only(tokenizer, haystack):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("task, distractors", [("passkey", 0), ("needle", 0), ("needle", 4)])
-def test_length_is_exactly_the_label(tokenizer, haystack, task, distractors, chat):
+@pytest.mark.parametrize("task", ["passkey", "needle"])
+def test_length_is_exactly_the_label(tokenizer, haystack, task, chat):
     """A haystack cut by characters, or a template added after the cut: 128K on the label, 127K in truth."""
     for length in (320, 321, 640, 1024):
         for depth in (0.0, 0.111111, 0.5, 1.0):
-            prompt = build(tokenizer, haystack, length, depth, task=task, chat=chat, distractors=distractors)
+            prompt = build(tokenizer, haystack, length, depth, task=task, chat=chat)
             assert len(prompt.tokens) == length
             assert all(type(token) is int for token in prompt.tokens)
             answer = tokenizer.encode_ordinary(prompt.answer)
@@ -240,14 +238,13 @@ def test_fact_cuts_no_line_word_or_character(tokenizer):
 
 
 def test_rest_of_the_prompt_is_the_haystack_as_it_was(tokenizer, haystack):
-    """Facts that overwrite text, or swallow a piece of it between two of them."""
-    prompt = build(tokenizer, haystack, 800, 0.3, task="needle", distractors=5)
+    """A fact that overwrites text, or swallows a piece of it."""
+    prompt = build(tokenizer, haystack, 800, 0.3, task="needle")
     text = tokenizer.decode(prompt.tokens).removeprefix("<|begin_of_text|>")
     body, question = text.split("\nWhat is the magic")
-    facts = re.findall(r"\nThe magic number of (\w+) is (\d{5})\.\n", body)
-    assert len(facts) == len(dict(facts)) == len({number for _, number in facts}) == 6
-    assert (prompt.key, prompt.answer) in facts
-    left = re.sub(r"\nThe magic number of \w+ is \d{5}\.\n", "", body)
+    fact = f"\nThe magic number of {prompt.key} is {prompt.answer}.\n"
+    assert body.count(fact) == 1
+    left = body.replace(fact, "")
     assert len(left) > 300 and left.strip("\ufffd") in TEXT  # a window may begin or end inside a character
 
 
@@ -273,9 +270,9 @@ def test_keys_of_the_haystack_are_not_drawn(tokenizer):
 
 def test_prompt_depends_on_nothing_but_its_cell(tokenizer, haystack):
     """One random stream for a whole run: leaving out a length or a depth changes all prompts after it."""
-    cell = {"seed": 5, "task": "mixed", "chat": False, "distractors": 1, "digits": 5}
+    cell = {"seed": 5, "task": "mixed", "chat": False, "digits": 5}
     alone = cell_prompt(tokenizer, haystack, 300, 0.5, 1, **cell)
-    few, many = (evaluate(Oracle(tokenizer), tokenizer, haystack, *cells, seed=5, task="mixed", distractors=1)
+    few, many = (evaluate(Oracle(tokenizer), tokenizer, haystack, *cells, seed=5, task="mixed")
                  for cells in (([300], [0.5], 2), ([400, 300], [0.0, 0.5], 3)))
     found = [next(cell for cell in results["cells"] if (cell["length"], cell["depth"]) == (300, 0.5))
              for results in (few, many)]
@@ -288,7 +285,7 @@ def test_prompt_depends_on_nothing_but_its_cell(tokenizer, haystack):
 
 def test_prompt_does_not_depend_on_how_much_haystack_a_longer_length_needed(tokenizer):
     """Text is read as far as the longest length needs it; shorter ones must draw from the same part of it."""
-    cell = {"seed": 5, "task": "passkey", "chat": False, "distractors": 0, "digits": 5}
+    cell = {"seed": 5, "task": "passkey", "chat": False, "digits": 5}
     reach = eval_niah.OFFSETS + 300
     long = np.resize(np.array(tokenizer.encode_ordinary(TEXT)), reach + 50_000)
     assert (cell_prompt(tokenizer, long, 300, 0.5, 0, **cell)
@@ -355,7 +352,7 @@ def test_rope_override_extends_the_window(model_directory, text_file, tmp_path, 
     (["--lengths", "9000000"], "needs as many"), (["--samples", "0"], "--samples 0"),
     (["--depths", "0"], "--depths 0"), (["--out", "/no/such/place/x.json"], "--out /no/such/place/x.json"),
     (["--device", "tpu"], "--device tpu"), (["--rope-kind", "yarn", "--rope-factor", "0.5"], "factor"),
-    (["--rope-factor", "2"], "add --rope-kind"), (["--distractors", "2"], "--task needle"),
+    (["--rope-factor", "2"], "add --rope-kind"),
     (["--digits", "0"], "--digits 0"), (["--batch-tokens", "0"], "--batch-tokens 0"),
     (["--rope-kind", "yarn", "--rope-factor", "2", "--beta-fast", "0.5"], "beta_fast")])
 def test_mistakes_are_one_line_before_loading(model_directory, text_file, tmp_path, change, message):
@@ -454,7 +451,7 @@ def test_cells_share_the_haystack_before_their_fact(model_directory):
     assert results["read"] == 10 * 3584 and 0.5 < results["computed"] / results["read"] <= 0.6
     for cell in results["cells"]:
         prompt = cell_prompt(tokenizer, haystack, cell["length"], cell["depth"], 0, seed=1234, task="passkey", chat=False,
-                             distractors=0, digits=5)
+                             digits=5)
         with torch.no_grad():
             said = model(torch.tensor([prompt.tokens]))[0, prompt.answer_start - 1:].argmax(1).tolist()
         assert eval_niah.score(tokenizer, prompt, said)[1] == cell["prompts"][0]["given"]

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, complete_or_absent, load_tokenizer, parse_json, read_lines
 from parallel import Parser, nonnegative, one_line_errors, option, positive
-from sft import encode_documents, end_of_turn
+from sft import encode_chat, end_of_turn
 from tools.prepare import window_hashes
 
 ROLES = {"system": "system", "human": "user", "user": "user",
@@ -195,10 +195,10 @@ def read_samples(source: Source, path: Path, system: str | None) -> list[Sample]
 
 def drop_long(samples: list[Sample], tokenizer: Tokenizer, max_tokens: int) -> None:
     """Count the tokens as training will have them; drop what exceeds `max_tokens`."""
-    documents = [(sample, {"messages": sample.messages}) for sample in samples]
-    for sample, tokens, mask in encode_documents(progress(documents, "tokenise"), tokenizer):
+    for sample in progress(samples, "tokenise"):
+        tokens, mask = encode_chat(sample.messages, tokenizer)
         sample.tokens = len(tokens)
-        sample.loss_tokens = int(mask.sum())
+        sample.loss_tokens = sum(mask)
         if len(tokens) > max_tokens:
             sample.drop("too long", tokens=len(tokens))
 

@@ -17,19 +17,9 @@ import torch.nn.functional as F
 from tiktoken import Encoding
 
 import data
-from eval_niah import as_json, begin_of_text, checkpoint_parser, load_model, note_lengths, old_window, read_checkpoint
+from eval_niah import as_json, begin_of_text, checkpoint_parser, load_model, note_lengths, read_checkpoint, results_header
 from model import Llama, logit_bytes
-from parallel import (
-    Grid,
-    Parser,
-    compute_type,
-    gathered,
-    one_line_errors,
-    positive,
-    vocab_parallel_cross_entropy,
-    writable,
-    zigzag_unshard,
-)
+from parallel import Grid, Parser, gathered, one_line_errors, positive, vocab_parallel_cross_entropy, writable, zigzag_unshard
 from tools.prepare import held_out_split, read_documents, source_path
 
 
@@ -122,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         note_lengths(config, a.lengths)
         documents = load_long_documents(path, tokenizer, a.lengths, a.samples)
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        results = {"settings": vars(a) | {"dtype": compute_type(a.dtype, a.device)}, "window": a.window or old_window(config)}
+        results = results_header(a, config)
         results |= perplexity_by_position(load_model(a, grid), documents, a.buckets)
         if grid.is_first:
             print(perplexity_table([results], [a.model.name]))

@@ -31,7 +31,7 @@ from parallel import (
     positive,
 )
 from rope_yarn import scaling_from_options
-from train import check_run, forward_flops, micro_batch_size, stage1_parser
+from train import check_run, forward_flops, stage1_parser
 
 # ------------------------------------------------------------------------------------------------------------- devices
 
@@ -365,8 +365,9 @@ def main(argv: list[str] | None = None) -> None:
         check_run(a, grid, config)
         attention_kernel(where, dtype, config.head_dim)
         device = measured_device(where, dtype, config.head_dim) if a.on == "measured" else DEVICES[a.on]
-        plan = Plan(config, a.sequence_length, a.batch_size, micro_batch_size(a, grid), a.tp, a.cp, grid.dp, dtype.itemsize,
-                    a.recompute, a.offload, a.offload_optimizer, a.tile, where != "cpu")
+        rows = a.micro_batch_size or a.batch_size // grid.dp
+        plan = Plan(config, a.sequence_length, a.batch_size, rows, a.tp, a.cp, grid.dp, dtype.itemsize, a.recompute, a.offload,
+                    a.offload_optimizer, a.tile, where != "cpu")
         print_plan(plan, a.on, device)
         if plan.length > config.max_position_embeddings and not a.rope_kind:
             print(f"the model's window is {config.max_position_embeddings}: training needs --rope-kind and --rope-factor")

@@ -117,10 +117,7 @@ def parse_document(place: str, record: object) -> dict:
     """{text}, {prompt, completion} or {messages} of a record. ValueError starts with the place."""
     record = record if isinstance(record, dict) else {}
     if "messages" in record:
-        try:
-            check_messages(record["messages"])
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+        check_messages(record["messages"], place)
         return {"messages": record["messages"]}
     keys = ("text",) if "text" in record else ("prompt", "completion")
     document = {key: record.get(key) for key in keys}

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import PackedDataset, load_tokenizer, read_meta
-from eval_niah import KEYS, WORDING, begin_of_text
+from eval_niah import KEYS, WORDING, begin_of_text, chat_frame
 from parallel import Parser, fraction, one_line_errors, positive
 from sft import encode_chat, end_of_turn
 from tools.prepare import content_hash, is_held_out, read_documents, source_path, write_corpus
@@ -71,11 +71,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.known = {}
         self.end_of_turn = end_of_turn(tokenizer)
-        messages = [{"role": "user", "content": ""}]
-        opened, _ = encode_chat(messages, tokenizer, add_generation_prompt=True)
-        between = opened.index(self.end_of_turn)
-        self.open_user = opened[:between]
-        self.open_assistant = opened[between:]
+        self.open_user, self.open_assistant = chat_frame(tokenizer)
 
     def __call__(self, text: str) -> list[int]:
         if text not in self.known:
@@ -136,7 +132,7 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
 def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
     """The training split as a row of tokens: never the held-out text that the evaluation uses."""
     dataset = PackedDataset(corpus, "train", 2, seed=0, separator="none", tokenizer=tokenizer)
-    return np.concatenate(dataset.tokens)
+    return np.concatenate([tokens for tokens, _, _ in dataset.arrays])
 
 
 def retrieval_documents(tokenizer, haystack: np.ndarray, count: int, shortest: int, length: int,
