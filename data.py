@@ -23,7 +23,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -41,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parallel import Grid, whole_shape
+from parallel import Grid, unshard, whole_shape
 
 # ---------------------------------------------------------------------------------------- tokenizers
 
@@ -368,9 +367,9 @@ def open_weights(file: Path) -> Iterator[safe_open]:
         raise ValueError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from None
 
 
-def read_weights(path: Path, stem: str, shapes: dict[str, tuple], dims: dict[str, int | None], grid: Grid,
+def read_weights(path: Path, stem: str, like: dict[str, Tensor], dims: dict[str, int | None], grid: Grid,
                  dtype: torch.dtype | None, device) -> Iterator[tuple[str, Tensor]]:
-    """(name, this tp rank's shard) of a directory's tensors named in `shapes` (of shards), one at a time.
+    """(name, this tp rank's shard) of a directory's tensors, one at a time: those of the names and shapes of `like`.
 
     dims: the dimension along which tp cuts each, None: not at all. dtype None keeps the file's.
     Raises ValueError that names the file if it is damaged, or if a tensor is missing, is one too
@@ -379,17 +378,17 @@ def read_weights(path: Path, stem: str, shapes: dict[str, tuple], dims: dict[str
     files = locate_weights(path, stem)
     # a tied checkpoint may repeat its embedding as lm_head; old Llama 2 files hold tables that are computed here
     harmless = re.compile(r"lm_head\.weight|.*rotary_emb\.inv_freq")
-    missing = [name for name in shapes if name not in files]
-    unexpected = [name for name in files if name not in shapes and not harmless.fullmatch(name)]
+    missing = [name for name in like if name not in files]
+    unexpected = [name for name in files if name not in like and not harmless.fullmatch(name)]
     if missing or unexpected:
         problem = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
         raise ValueError(f"{path}: tensor {problem} ({len(missing)} missing, {len(unexpected)} unexpected); "
                          "config.json and the weights describe different models")
-    for name, shape in shapes.items():
+    for name, shard in like.items():
         with open_weights(files[name]) as tensors:
-            stored = read_shard(files[name], tensors, name, shape, dims[name], grid)
+            stored = read_shard(files[name], tensors, name, shard.shape, dims[name], grid)
             # a copy: this is a view of the file, at whatever address, where kernels may round otherwise
-            yield name, torch.empty(shape, dtype=dtype or stored.dtype, device=device).copy_(stored)
+            yield name, torch.empty(shard.shape, dtype=dtype or stored.dtype, device=device).copy_(stored)
 
 
 def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int | None, grid: Grid) -> Tensor:
@@ -409,15 +408,15 @@ def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int
     return tensor
 
 
-def write_weights(path: Path, stem: str, shapes: dict[str, tuple[tuple, torch.dtype]],
-                  tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int, grid: Grid) -> None:
-    """`stem`-0000i-of-0000n.safetensors and the index that says which holds what.
+def write_weights(path: Path, stem: str, shards: Iterable[tuple[str, Tensor]], like: dict[str, Tensor],
+                  dims: dict[str, int | None], grid: Grid, max_shard_bytes: int = 5 * 10**9) -> None:
+    """`stem`-0000i-of-0000n.safetensors and the index that says which holds what: what read_weights reads.
 
-    tensors: (name, whole tensor) in the order of `shapes`, {name: (shape, dtype)}. Every rank goes through
-    them, which may communicate; the first rank writes. A full disk is an OSError that names the file.
+    shards: (name, this tp rank's shard), in the order of `like`, which has their shapes and types; dims: see read_weights.
+    Every rank calls this, and the first writes the whole tensors. A full disk is an OSError that names the file.
     """
     # 1. Which tensors go into which file.
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+    sizes = {name: shard.nbytes * (1 if dims[name] is None else grid.tp) for name, shard in like.items()}
     numbers, number, filled = {}, 1, 0
     for name, size in sizes.items():
         if filled and filled + size > max_shard_bytes:
@@ -426,14 +425,15 @@ def write_weights(path: Path, stem: str, shapes: dict[str, tuple[tuple, torch.dt
         filled += size
     weight_map = {name: f"{stem}-{i:05d}-of-{number:05d}.safetensors" for name, i in numbers.items()}
     # 2. File after file.
-    for file, group in itertools.groupby(tensors, key=lambda item: weight_map[item[0]]):
-        shard = {}
-        for name, tensor in group:
+    for file, group in itertools.groupby(shards, key=lambda item: weight_map[item[0]]):
+        tensors = {}
+        for name, shard in group:
+            whole = unshard(shard, dims[name], grid)
             if grid.is_first:
-                shard[name] = tensor.cpu().contiguous()
+                tensors[name] = whole.cpu().contiguous()
         grid.restart_timer()  # the others wait for the first
         if grid.is_first:
-            save_tensors(path / file, shard)
+            save_tensors(path / file, tensors)
     # 3. The index.
     if grid.is_first:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

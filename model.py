@@ -36,7 +36,6 @@ from parallel import (
     ring_forward,
     scattered,
     shard_dims,
-    unshard,
     vocab_parallel_cross_entropy,
     whole_shape,
     zigzag_positions,
@@ -590,8 +589,8 @@ class Llama(nn.Module):
         config = rescale(read_config(path), rope_scaling)
         with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
             model = cls(config, grid)
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        weights = dict(read_weights(Path(path), "model", shapes, shard_dims(model), model.grid, dtype, device))
+        parameters = dict(model.named_parameters())
+        weights = dict(read_weights(Path(path), "model", parameters, shard_dims(model), model.grid, dtype, device))
         model.load_state_dict(weights, strict=True, assign=True)
         return model
 
@@ -605,12 +604,10 @@ class Llama(nn.Module):
             if (path / "config.json").exists():
                 raise ValueError(f"{path}: already holds a model; choose another directory")
             path.mkdir(parents=True, exist_ok=True)
-        dims, dtype, parameters = shard_dims(self), self.head_weight.dtype, dict(self.named_parameters())
-        shapes = {name: (whole_shape(x.shape, dims[name], self.grid), dtype) for name, x in parameters.items()}
-        whole = ((name, unshard(x.detach(), dims[name], self.grid)) for name, x in parameters.items())
-        write_weights(path, "model", shapes, whole, max_shard_bytes, self.grid)
+        parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        write_weights(path, "model", parameters.items(), parameters, shard_dims(self), self.grid, max_shard_bytes)
         if self.grid.is_first:
-            config = self.config.to_hf() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+            config = self.config.to_hf() | {"torch_dtype": str(self.head_weight.dtype).removeprefix("torch.")}
             (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: without it this is no model
 
 

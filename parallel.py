@@ -677,16 +677,11 @@ class ShardedAdamW:
             piece = self.masters[name].to(parameter.device, parameter.dtype)
             parameter.copy_(self.join(piece, parameter.shape))
 
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of every parameter's whole tensor of one kind of state, in the order of `state`."""
-        return {name: (whole_shape(parameter.shape, self.dims[name], self.grid), self.masters[name].dtype)
-                for name, parameter in self.parameters.items()}
-
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every parameter for a kind of KINDS, on every rank, one at a time."""
+        """(name, this tp rank's shard) of every parameter for a kind of KINDS, on every rank, one at a time."""
         for name, parameter in self.parameters.items():
             piece = self.adamw.state[self.masters[name]][kind].to(parameter.device)
-            yield name, unshard(self.join(piece, parameter.shape), self.dims[name], self.grid)
+            yield name, self.join(piece, parameter.shape)
 
     @torch.no_grad()
     def load_state(self, kind: str, tensors: Iterable[tuple[str, Tensor]], steps: int) -> None:

@@ -58,7 +58,6 @@ FREE_TO_CHANGE = ("out", "resume", "device", "checkpoint_every", "keep_checkpoin
                   "timeout", "config")  # at a resume; the checkpoint has the model
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}  # dense bfloat16 FLOP/s
 CHECKPOINT_FORMAT = 2
-OPTIMIZER_SHARD_BYTES = 5 * 10**9  # largest file of optimizer state
 
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -261,12 +260,13 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
 
     Every rank calls this; the first writes what one process would write, so any grid can continue from it.
     """
-    path, grid, shapes = run / f"checkpoint-{step:08d}", model.grid, optimizer.shapes()
+    path, grid = run / f"checkpoint-{step:08d}", model.grid
+    like = {name: parameter.grad for name, parameter in optimizer.parameters.items()}  # of a state's shapes and type
     with written_once(path, model, tokenizer) as aside:
         if grid.is_first:
             (aside / "optimizer").mkdir()
         for kind in optimizer.KINDS:
-            data.write_weights(aside / "optimizer", kind, shapes, optimizer.state(kind), OPTIMIZER_SHARD_BYTES, grid)
+            data.write_weights(aside / "optimizer", kind, optimizer.state(kind), like, optimizer.dims, grid)
         if grid.is_first:
             progress = {"format": CHECKPOINT_FORMAT, "step": step, "settings": agreed}
             (aside / "training.json").write_text(json.dumps(progress, indent=2) + "\n")
@@ -281,10 +281,10 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
 
 def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, step: int) -> None:
     """Restore the optimizer from a checkpoint of any grid."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in optimizer.parameters.items()}
+    path, parameters = checkpoint / "optimizer", optimizer.parameters
     for kind in optimizer.KINDS:  # one at a time, by way of the host: the device may have no room for more
-        tensors = data.read_weights(checkpoint / "optimizer", kind, shapes, optimizer.dims, optimizer.grid, None, "cpu")
-        optimizer.load_state(kind, tensors, step)
+        shards = data.read_weights(path, kind, parameters, optimizer.dims, optimizer.grid, None, "cpu")
+        optimizer.load_state(kind, shards, step)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -495,7 +495,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
         load_optimizer(checkpoint, optimizer, step)
     if grid.is_first:
         out.mkdir(parents=True, exist_ok=True)
-    parameters = sum(math.prod(shape) for shape, _ in optimizer.shapes().values())
+    parameters = sum(x.numel() * (1 if optimizer.dims[name] is None else grid.tp) for name, x in optimizer.parameters.items())
     config, begun = model.config, f"resumed after step {step}" if checkpoint else "from the first step on"
     print_once(f"{parameters / 1e6:.2f}M parameters, {dtype} on {options.device}, window {config.max_position_embeddings}, "
                f"rope {config.rope_scaling.kind}, {options.batch_size} x {length} tokens a step, {begun}")

@@ -139,6 +139,22 @@ def test_a_corpus_of_another_format_is_refused_in_one_sentence(tmp_path, content
         data.read_meta(tmp_path)
 
 
+def test_corpora_of_the_same_lengths_have_digests_of_their_own(tmp_path, tokenizer):
+    """A run resumed on other data would not be noticed."""
+    for name, token in (("a", 1), ("again", 1), ("b", 2)):
+        write_corpus({"train": [("x", [token] * 9, None)]}, tmp_path / name, tokenizer)
+    a, again, b = (data.digest(tmp_path / name) for name in ("a", "again", "b"))
+    assert a == again != b
+
+
+def test_a_lock_is_not_held_on_a_file_that_its_last_holder_has_just_removed(tmp_path, monkeypatch):
+    """Between opening and locking: a third process would make a file of its own and lock that."""
+    lock = data.fcntl.lockf
+    monkeypatch.setattr(data.fcntl, "lockf", lambda *arguments: ((tmp_path / "lock").unlink(), lock(*arguments)))
+    with pytest.raises(ValueError, match="another process is at work"), data.locked(tmp_path / "lock"):
+        pass
+
+
 # --------------------------------------------------------------------------------------------- length up-sampling
 
 
