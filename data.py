@@ -482,7 +482,8 @@ def read_meta(directory: str | Path, tokenizer: tiktoken.Encoding | None = None)
     if meta.get("format") != 2 or not {"splits", "tokenizer"} <= meta.keys():
         raise ValueError(f"{path}: not a corpus of format 2, which this version reads; prepare it again")
     if tokenizer is not None and fingerprint(tokenizer) != meta["tokenizer"]:
-        raise ValueError(f"{directory}: was prepared with another tokenizer than {tokenizer.name!r}")
+        given = getattr(tokenizer, "path", None) or tokenizer.name
+        raise ValueError(f"{directory}: was prepared with another tokenizer than {given}; give that one or prepare it again")
     return meta
 
 
@@ -607,7 +608,8 @@ class PackedDataset:
         """tokenizer: the one the corpus was prepared with, which is checked; separator "none" needs none. See read_meta."""
         meta = read_meta(directory, tokenizer)
         if not meta["splits"].get(split):
-            raise ValueError(f"{directory}: no documents in split {split!r}; prepare a larger holdout")
+            raise ValueError(f"{directory}: no documents in split {split!r}; prepare it with a larger --holdout (or train "
+                             "with --validation-sequences 0)")
         self.sequence_length = sequence_length
         self.seed = seed
         self.document_mask = document_mask

@@ -722,9 +722,10 @@ def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
     """
     if scaling is None:
         return config
+    before = config.window_before()
     if scaling.kind == "default":
-        return replace(config, rope_scaling=scaling)
-    original = scaling.original_max_position or config.window_before()
+        return replace(config, rope_scaling=scaling, max_position_embeddings=before or config.max_position_embeddings)
+    original = scaling.original_max_position or before
     if original is None:
         raise ValueError(f"--original-length is needed: a checkpoint with such {config.rope_scaling.kind} scaling does not "
                          "state its window before")

@@ -754,6 +754,8 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
     except (ValueError, OSError, ArithmeticError) as error:
         rank, world = launched()
         if world == 1:

@@ -366,7 +366,15 @@ def add_rule_arguments(parser: ArgumentParser) -> None:
     add_scaling_arguments(parser, "rule", prefix="")
     parser.add_argument("--head-dim", type=int, default=128, help="D (128)")
     parser.add_argument("--theta", type=float, default=500000.0, help="RoPE's base (500000)")
-    parser.set_defaults(rope_kind="yarn", rope_factor=128.0, original_length=8192)
+    parser.set_defaults(rope_kind="yarn", original_length=8192)
+
+
+def shown_rule(options: dict) -> RopeScaling:
+    """The rule that options of `add_rule_arguments` ask for; s is 128 if it is not given."""
+    factor = options["rope_factor"]
+    if factor is None:
+        factor = 1.0 if options["rope_kind"] == "default" else 128.0
+    return scaling_from_options(options | {"rope_factor": factor})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -374,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     add_rule_arguments(parser)
     a = parser.parse_args(argv)
     try:
-        print(explain(a.head_dim, a.theta, a.original_length, scaling_from_options(vars(a))))
+        print(explain(a.head_dim, a.theta, a.original_length, shown_rule(vars(a))))
     except (ValueError, ArithmeticError) as error:
         raise SystemExit(f"error: {error}") from None
 

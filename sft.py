@@ -124,6 +124,8 @@ def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
 
 def read_conversations(path: Path) -> Iterator[list[dict]]:
     """The messages on each line of a .jsonl or .jsonl.gz file. Raises ValueError that names the line."""
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line; tools.chat_blend makes one")
     for place, record in read_records(path):
         if not isinstance(record, dict) or "messages" not in record:
             raise ValueError(f"{place}: has no messages; needs an object with messages on every line")
@@ -150,7 +152,7 @@ class ChatDataset:
             else:
                 self.dropped += 1
         if not self.rows:
-            raise ValueError(f"{path}: none of {self.dropped} samples has {sequence_length} tokens or fewer")
+            raise ValueError(f"{path}: holds no sample of {sequence_length} tokens or fewer, {self.dropped} longer ones")
         self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
         self.sequence_length = sequence_length
         self.seed = seed

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole recipe on a laptop CPU: a base model with a window of 128 tokens, stage 1 to 2,048 with YaRN, stage 2 on short
 # chat samples, and a needle evaluation after each. Real text is this Python's own standard library; nothing is downloaded.
-#     bash runs/tiny.sh [SEED [OUT]]      # SEED 0, OUT out/tiny-SEED; about five minutes on two cores after installing
+#     bash runs/tiny.sh [SEED [OUT]]      # SEED 0, OUT out/tiny-SEED; three to nine minutes on two cores after installing
 #     NPROC=2 bash runs/tiny.sh           # the same with every sequence spread over a ring of 2 processes (or 4, 8)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

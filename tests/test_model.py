@@ -239,6 +239,7 @@ def test_window_of_the_source_file_does_not_contradict_the_export(tiny_model, tm
     model.save_pretrained(tmp_path / "a")
     Llama.from_pretrained(tmp_path / "a", rope_scaling=RopeScaling("yarn", 2.0, 64)).save_pretrained(tmp_path / "b")
     assert read_config(tmp_path / "b").rope_scaling.original_max_position == 64
+    assert rescale(read_config(tmp_path / "b"), RopeScaling()).max_position_embeddings == 64  # without its rule: the old window
 
 
 def test_bfloat16_loads_as_float32_on_request(tiny_model, tmp_path):

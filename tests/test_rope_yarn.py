@@ -392,6 +392,12 @@ def test_the_file_is_a_script_that_shows_what_happens_to_each_pair():
     assert "becomes" not in explain(128, 500000.0, 8192, RopeScaling("llama3", 8.0, 8192))
 
 
+@pytest.mark.parametrize("kind, factor", [("default", "1"), ("linear", "128"), ("ntk", "128"), ("yarn", "128")])
+def test_a_kind_alone_is_enough_to_be_shown(kind, factor, capsys):
+    rope_yarn.main(["--kind", kind])
+    assert f"{kind}, s = {factor}:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [
     "--factor 0.5", "--factor nan", "--head-dim 127", "--theta 1", "--original-length 0",
     "--beta-fast 1", "--kind default --factor 4", "--kind ntk --head-dim 2",

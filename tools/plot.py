@@ -19,7 +19,7 @@ import numpy as np
 from data import write_complete
 from eval_niah import accuracy_grid, lengths_inside, short_length, terminal_map
 from parallel import Parser, existing, one_line_errors, option, positive, writable
-from rope_yarn import RopeScaling, add_rule_arguments, inverse_frequencies, scaling_from_options
+from rope_yarn import RopeScaling, add_rule_arguments, inverse_frequencies, shown_rule
 from tools.perplexity import perplexity_table
 
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         if a.figure and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
         if a.command == "rope":
-            scaling = scaling_from_options(vars(a))
+            scaling = shown_rule(vars(a))
             write_complete(a.figure, draw_rule(a.head_dim, a.theta, a.original_length, scaling))
             return
         labels = a.labels or [path.stem for path in a.results]
