@@ -23,6 +23,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -318,15 +319,16 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def digest(path: str | Path) -> str:
-    """Identifies what is at a path by its content: a file; of a corpus or model directory the JSON files and the first MiB of
-    each file of tokens or weights, where two corpora or models hardly ever agree."""
-    path = Path(path)
-    parts = [file for file in path.glob("*.*") if file.suffix in (".json", ".tokens", ".safetensors")]
+    """Identifies what is at a path by its content: a file, or a corpus's or model's JSON files, tokens and weights; of tokens
+    and weights the first MiB, where two corpora or models hardly ever agree."""
+    files = [Path(path)]
+    if files[0].is_dir():
+        files = sorted(file for file in files[0].iterdir() if file.suffix in (".json", ".tokens", ".safetensors"))
     content = hashlib.sha256()
-    for file in sorted(parts) if path.is_dir() else [path]:
-        is_whole = file == path or file.suffix == ".json"
+    for file in files:
+        is_large = file.suffix in (".tokens", ".safetensors")
         with open(file, "rb") as stream:
-            content.update(stream.read(-1 if is_whole else 2**20))
+            content.update(stream.read(2**20 if is_large else -1))
     return content.hexdigest()[:16]
 
 
@@ -384,11 +386,13 @@ def read_weights(path: Path, stem: str, like: dict[str, Tensor], dims: dict[str,
         problem = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unexpected"
         raise ValueError(f"{path}: tensor {problem} ({len(missing)} missing, {len(unexpected)} unexpected); "
                          "config.json and the weights describe different models")
-    for name, shard in like.items():
-        with open_weights(files[name]) as tensors:
-            stored = read_shard(files[name], tensors, name, shard.shape, dims[name], grid)
-            # a copy: this is a view of the file, at whatever address, where kernels may round otherwise
-            yield name, torch.empty(shard.shape, dtype=dtype or stored.dtype, device=device).copy_(stored)
+    for file, names in itertools.groupby(like, key=files.get):
+        with open_weights(file) as tensors:
+            for name in names:
+                shape = like[name].shape
+                stored = read_shard(file, tensors, name, shape, dims[name], grid)
+                # a copy: this is a view of the file, at whatever address, where kernels may round otherwise
+                yield name, torch.empty(shape, dtype=dtype or stored.dtype, device=device).copy_(stored)
 
 
 def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int | None, grid: Grid) -> Tensor:
@@ -416,7 +420,9 @@ def write_weights(path: Path, stem: str, shards: Iterable[tuple[str, Tensor]], l
     Every rank calls this, and the first writes the whole tensors. A full disk is an OSError that names the file.
     """
     # 1. Which tensors go into which file.
-    sizes = {name: shard.nbytes * (1 if dims[name] is None else grid.tp) for name, shard in like.items()}
+    sizes = {}  # bytes of each whole tensor
+    for name, shard in like.items():
+        sizes[name] = math.prod(whole_shape(shard.shape, dims[name], grid)) * shard.itemsize
     numbers, number, filled = {}, 1, 0
     for name, size in sizes.items():
         if filled and filled + size > max_shard_bytes:

@@ -319,6 +319,7 @@ class RecomputedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, block: Block, cos: Tensor, sin: Tensor, segments: list[list[int]] | None, tile: int,
                 recompute: str) -> Tensor:
+        """x (B, m, hidden) -> the block's output, of the same shape."""
         ctx.block, ctx.tables, ctx.segments, ctx.tile = block, (cos, sin), segments, tile
         attention = block.self_attn
         q, k, v = block.queries_keys_values(x, cos, sin, tile)
@@ -335,6 +336,7 @@ class RecomputedBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The output's gradient (B, m, hidden) -> x's; those of parameters go into `parameter.grad`."""
         block, attention, tile = ctx.block, ctx.block.self_attn, ctx.tile
         x, *found = ctx.saved_tensors
         q, k, v = block.queries_keys_values(x, *ctx.tables, tile)

@@ -81,7 +81,7 @@ class Grid:
         grid = cls(world // (cp * tp), cp, tp, rank, timeout=timeout)
         if world == 1:
             return grid
-        patience = timedelta(seconds=10 * timeout)  # torch's own: longer than any `restart_timer`
+        patience = timedelta(seconds=10 * timeout)  # torch's own: more stretches than any `restart_timer` is given
         if not dist.is_initialized():
             start_processes(device or ("cuda" if torch.cuda.is_available() else "cpu"), patience)
         ranks = torch.arange(world).view(grid.dp, cp, tp)
@@ -163,7 +163,8 @@ class Grid:
     def close(self) -> None:
         """Stop the timer, and return once every rank has come here. A program may also simply end."""
         self.barrier()
-        faulthandler.cancel_dump_traceback_later()
+        if self.groups:  # as in `restart_timer`: alone, the timer is somebody else's
+            faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass
@@ -195,9 +196,15 @@ def start_processes(device: str, patience: timedelta) -> None:
     store = dist.PrefixStore(f"attempt {attempt}", store)  # a restarted job must not find its dead ranks' addresses
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
                             device_id=gpu)
-    atexit.register(dist.destroy_process_group)  # gloo's threads abort a process that ends without
-    # torchrun sends it when another rank has failed; from train.py's loop on, that one's handler is in its place
+    atexit.register(end_processes)
+    # torchrun sends it when another rank has failed; train.py's loop puts its own handler there
     faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
+
+
+def end_processes() -> None:
+    """End torch.distributed, unless the program has: gloo's threads abort a process that ends without."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------ tensor parallel with sequence parallel
@@ -291,6 +298,7 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, tokens: Tensor, tile: int, grid: Grid) -> Tensor:
+        """This rank's rows (V / tp, hidden), tokens (B, tp, m) -> (B, m, hidden)."""
         ctx.save_for_backward(weight, tokens)
         ctx.tile, ctx.grid = tile, grid
         out = weight.new_empty(tokens.shape[0], tokens.shape[2], weight.shape[1])  # (B, m, hidden)
@@ -302,6 +310,7 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """(B, m, hidden) -> the gradient of this rank's rows, float32 (V / tp, hidden)."""
         weight, tokens = ctx.saved_tensors
         d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for part, d_x in zip(tokens.split(ctx.tile, dim=2), gradient.split(ctx.tile, dim=1), strict=True):
@@ -747,17 +756,19 @@ device_here = option(str, lambda name: name == "cpu" or torch.cuda.is_available(
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a whole command: a mistake of its user becomes one line and exit code 1.
+    """Around a whole command: a mistake of its user, or Ctrl-C, becomes one line and exit code 1.
 
     A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the others before they speak. An
     error of one rank alone is told by that one.
     """
+    rank, world = launched()
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+        if world == 1:
+            raise SystemExit("stopped") from None
+        os._exit(1)  # torchrun says it for all
     except (ValueError, OSError, ArithmeticError) as error:
-        rank, world = launched()
         if world == 1:
             raise SystemExit(f"error: {error}") from None
         faulthandler.unregister(signal.SIGTERM)  # a rank that torchrun ends meanwhile has nothing to add
@@ -765,7 +776,7 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the others may wait for this rank in a communication: there is no orderly way out
     except Exception:
-        if launched()[1] == 1:
+        if world == 1:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where the error is another rank's end: first the traceback
         sys.excepthook(*sys.exc_info())

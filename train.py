@@ -48,6 +48,7 @@ from parallel import (
     option,
     positive,
     print_once,
+    whole_shape,
 )
 from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 
@@ -384,18 +385,14 @@ def peak_memory_gib(device: torch.device | str) -> float:
 @contextmanager
 def signals_received() -> Iterator[list[int]]:
     """Yield a list that collects the SIGTERM and SIGINT (Ctrl-C) of this block, which then do nothing else."""
-    received = []
-
-    def collect(number: int, _) -> None:
-        received.append(number)
-
-    on_interrupt = signal.signal(signal.SIGINT, collect)
-    on_terminate = signal.signal(signal.SIGTERM, collect)
+    received, previous = [], {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
-        signal.signal(signal.SIGTERM, on_terminate)  # not after an error: this rank tells it before torchrun's SIGTERM ends it
     finally:
-        signal.signal(signal.SIGINT, on_interrupt)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace, save: Callable[[int], Path],
@@ -495,7 +492,9 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
         load_optimizer(checkpoint, optimizer, step)
     if grid.is_first:
         out.mkdir(parents=True, exist_ok=True)
-    parameters = sum(x.numel() * (1 if optimizer.dims[name] is None else grid.tp) for name, x in optimizer.parameters.items())
+    parameters = 0
+    for name, parameter in model.named_parameters():
+        parameters += math.prod(whole_shape(parameter.shape, optimizer.dims[name], grid))
     config, begun = model.config, f"resumed after step {step}" if checkpoint else "from the first step on"
     print_once(f"{parameters / 1e6:.2f}M parameters, {dtype} on {options.device}, window {config.max_position_embeddings}, "
                f"rope {config.rope_scaling.kind}, {options.batch_size} x {length} tokens a step, {begun}")

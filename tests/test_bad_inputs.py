@@ -48,7 +48,7 @@ CASES = [
     ("plan that does not fit", "tools.plan", "H100-80 --config 8b.json --sequence-length 1048576 --tp 8", "do not fit in 76.0 .*; the smallest"),
     ("chat file: broken JSON line", "sft.py", f"--model good --data broken.jsonl {CHAT}", "broken.jsonl.*2"),
     ("chat file: unknown role", "sft.py", f"--model good --data role.jsonl {CHAT}", "robot"),
-    ("chat file: no sample is short enough", "sft.py", f"--model good --data chat.jsonl {CHAT} --sequence-length 3", "1 longer ones"),
+    ("chat file: no sample is short enough", "sft.py", f"--model good --data chat.jsonl {CHAT} --sequence-length 3", "holds no sample of 3 tokens or fewer, 1 longer ones"),
     ("zero documents", "tools.prepare", "--source a=hollow --tokenizer tokenizer --out new", "no training documents"),
     ("corpus of an earlier format", "train.py", "--model good --data old --sequence-length 64 --steps 1 --out new", "prepare it again"),
     ("directory of text as haystack", "eval_niah.py", "good --haystack hollow --lengths 64", "hollow: neither a corpus nor"),

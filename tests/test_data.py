@@ -171,6 +171,8 @@ def test_length_weights_keep_each_sources_tokens():
         data.length_weights(lengths, sources, short_weight=0)
     with pytest.raises(ValueError, match="--short-length 9000 is above --long-length 8192"):
         data.length_weights(lengths, sources, short=9000)
+    with pytest.raises(AssertionError):
+        data.length_weights(lengths, sources, long_weight=-1)
 
 
 def test_measured_token_shares_follow_the_weights(tmp_path, tokenizer):

@@ -254,7 +254,8 @@ def test_bfloat16_loads_as_float32_on_request(tiny_model, tmp_path):
     ({"num_key_value_heads": 4}, "num_key_value_heads"), ({"head_dim": 7}, "head_dim"), ({"mlp_bias": True}, "mlp_bias"),
     ({"hidden_size": "48"}, "hidden_size"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
     ({"use_sliding_window": True}, "use_sliding_window"), ({"rms_norm_eps": None}, "rms_norm_eps"),
-    ({"rope_theta": "10000"}, "rope_theta .*'10000'"), ({"rope_theta": True}, "rope_theta"), ({"rope_theta": math.nan}, "nan"),
+    ({"rope_theta": "10000"}, "rope_theta .*'10000'"), ({"rope_theta": True}, "rope_theta .* True"),
+    ({"rope_theta": math.nan}, "rope_theta .* nan"),
     ({"rope_theta": 1.0}, "rope_theta must be a number above 1"),
     ({"initializer_range": -1.0}, "initializer_range"), ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
     ({"head_dim": None, "hidden_size": 50}, "hidden_size 50"), ({"rope_scaling": {"rope_type": "spiral"}}, "spiral")])

@@ -2,7 +2,17 @@
 import pytest
 import torch
 
-from parallel import Grid, ShardedAdamW, block_backward, block_forward, merge, ring_attention, zigzag_block, zigzag_shard
+from parallel import (
+    Grid,
+    ShardedAdamW,
+    block_backward,
+    block_forward,
+    merge,
+    one_line_errors,
+    ring_attention,
+    zigzag_block,
+    zigzag_shard,
+)
 
 
 def test_grid_of_one_process_and_refusal_of_more():
@@ -127,3 +137,8 @@ def test_non_finite_gradient_changes_nothing(tiny_model):
     with pytest.raises(ArithmeticError, match="nan"):
         optimizer.step(1e-2, 1.0)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_ctrl_c_ends_a_command_with_one_line():
+    with pytest.raises(SystemExit, match="^stopped$"), one_line_errors():
+        raise KeyboardInterrupt

@@ -114,7 +114,7 @@ def test_chat_rows_are_whole_padded_and_too_long_ones_dropped(tmp_path, tokenize
     exact = len(encode_chat(samples[0], tokenizer)[0])
     one = chat_file(tmp_path / "one.jsonl", samples[:1])
     assert ChatDataset(one, tokenizer, exact, 0).dropped == 0
-    with pytest.raises(ValueError, match="1 longer ones"):
+    with pytest.raises(ValueError, match="one.jsonl: holds no sample of [0-9]+ tokens or fewer, 1 longer ones"):
         ChatDataset(one, tokenizer, exact - 1, 0)
     (tmp_path / "text.jsonl").write_text('{"text": "x"}')
     with pytest.raises(ValueError, match="with messages on every line"):

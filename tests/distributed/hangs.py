@@ -41,11 +41,13 @@ def works(grid: Grid) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "ends":  # what a user writes who has not read about close()
+    if sys.argv[1] in ("ends", "destroys"):  # what a user writes who has not read about close()
         grid = Grid.create(cp=2, device="cpu")
         total = grid.all_reduce(torch.ones(3), "cp")
         shares = grid.all_gather(torch.ones(3), "cp")
         assert total.tolist() == [2.0] * 3 and shares.shape == (2, 3)
+        if sys.argv[1] == "destroys":
+            torch.distributed.destroy_process_group()
     else:
         grid = Grid.create(cp=3, device="cpu", timeout=3)
         grid.barrier()  # all begin together, however long one took to start
