@@ -29,21 +29,10 @@ from tqdm import tqdm
 
 import data
 from model import KVCache, Llama, ModelConfig, read_config, rescale
-from parallel import (
-    Grid,
-    Parser,
-    add_compute_arguments,
-    attention_kernel,
-    compute_type,
-    existing,
-    nonnegative,
-    one_line_errors,
-    positive,
-    print_once,
-    writable,
-)
+from parallel import Grid, attention_kernel, one_line_errors, print_once
 from rope_yarn import add_scaling_arguments, scaling_from_options
 from sft import encode_question, end_of_turn
+from train import Parser, add_compute_arguments, compute_type, existing, nonnegative, positive, writable
 
 # A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
 WORDING = {

@@ -17,7 +17,6 @@ One process is the grid 1 x 1 x 1 and runs the same code: a collective over one 
 """
 from __future__ import annotations
 
-import argparse
 import atexit
 import faulthandler
 import itertools
@@ -30,7 +29,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -711,49 +709,6 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults, and whose usage errors `one_line_errors` tells like any other mistake."""
-
-    def __init__(self, description: str, **more) -> None:
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
-
-    def print_help(self, file=None) -> None:
-        if launched()[0] == 0:
-            super().print_help(file)
-
-    def error(self, message: str) -> None:
-        if message.startswith("argument "):  # "argument --steps: 0 must ..." -> "--steps 0 must ..."
-            message = message.removeprefix("argument ").replace(": ", " ", 1)
-        raise ValueError(message)
-
-
-def option(kind: Callable, fits: Callable, right: str) -> Callable[[str], object]:
-    """A type for argparse: an option's text as a `kind` that `fits`; else the error says what would be `right`."""
-    def check(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {right}")  # argparse puts the option's name before it
-        return value
-
-    return check
-
-
-positive = option(int, lambda n: n >= 1, "a whole number, 1 or more")
-nonnegative = option(int, lambda n: n >= 0, "a whole number, 0 or more")
-nonnegative_number = option(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
-fraction = option(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0")
-existing = option(Path, Path.exists, "a file or directory that exists")
-writable = option(Path, lambda path: path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK),
-                  "a file in a directory that exists and can be written")
-device_here = option(str, lambda name: name == "cpu" or torch.cuda.is_available() and
-                     (name == "cuda" or name.startswith("cuda:") and launched()[1] == 1),
-                     "cpu, or cuda where there is a GPU (of several processes each takes its own)")
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Around a whole command: a mistake of its user, or Ctrl-C, becomes one line and exit code 1.
@@ -787,21 +742,3 @@ def print_once(text: str) -> None:
     """Print on the first process only."""
     if launched()[0] == 0:
         print(text, flush=True)
-
-
-def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = device_here) -> None:
-    """How a model is computed: type, device (of option type `device`) and grid; what is left of the processes is data
-    parallel."""
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    group = parser.add_argument_group("compute; parallel under torchrun --standalone --nproc-per-node N (data: N / tp / cp)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="if not given: bfloat16 on a GPU, float32 on a CPU")
-    group.add_argument("--device", type=device, default=here, help="cpu or cuda")
-    group.add_argument("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
-    group.add_argument("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
-    group.add_argument("--timeout", type=seconds, default=600.0, help="seconds for a micro-batch, a validation "
-                       "sequence, a prompt or a file: a rank that takes longer prints where it stands and ends the job")
-
-
-def compute_type(dtype: str | None, device: str) -> str:
-    """The --dtype that was asked for, else bfloat16 on a GPU and float32 on a CPU: few of those have bfloat16 units."""
-    return dtype or ("bfloat16" if device.startswith("cuda") else "float32")

@@ -15,8 +15,8 @@ import numpy as np
 import tiktoken
 
 from data import Blend, Tokenizer, read_records, shuffled
-from parallel import Grid, Parser, existing, one_line_errors, positive, print_once
-from train import argument_parser, load_start, run_stage, weighted_path
+from parallel import Grid, one_line_errors, print_once
+from train import Parser, argument_parser, existing, load_start, positive, run_stage, weighted_path
 
 # ------------------------------------------------------------------------------------- conversations
 

@@ -17,7 +17,8 @@ import torch
 
 import data
 from model import Llama
-from parallel import Grid, add_compute_arguments, one_line_errors
+from parallel import Grid, one_line_errors
+from train import add_compute_arguments
 
 
 def run(path: Path, tp: int, cp: int, timeout: float) -> None:

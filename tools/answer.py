@@ -36,8 +36,9 @@ from eval_niah import (
     short_length,
     text_of,
 )
-from parallel import Grid, Parser, compute_type, one_line_errors, option, positive, print_once, writable
+from parallel import Grid, one_line_errors, print_once
 from sft import CHAT_TOKENS, encode_question
+from train import Parser, compute_type, option, positive, writable
 
 # ----------------------------------------------------------------------------------------------------------- questions
 

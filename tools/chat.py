@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from eval_niah import checkpoint_parser, load_model, read_checkpoint
-from parallel import Grid, Parser, launched, nonnegative, nonnegative_number, one_line_errors, option, positive, print_once
+from parallel import Grid, launched, one_line_errors, print_once
 from sft import encode_question, end_of_turn
+from train import Parser, nonnegative, nonnegative_number, option, positive
 
 nucleus = option(float, lambda share: 0 < share <= 1, "a number above 0, at most 1")
 

@@ -30,9 +30,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data import Tokenizer, complete_or_absent, load_tokenizer, parse_json, read_lines
-from parallel import Parser, nonnegative, one_line_errors, option, positive
+from parallel import one_line_errors
 from sft import encode_chat, end_of_turn
 from tools.prepare import window_hashes
+from train import Parser, nonnegative, option, positive
 
 ROLES = {"system": "system", "human": "user", "user": "user",
          "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}

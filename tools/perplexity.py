@@ -19,8 +19,9 @@ from tiktoken import Encoding
 import data
 from eval_niah import as_json, begin_of_text, checkpoint_parser, load_model, note_lengths, read_checkpoint, results_header
 from model import Llama, logit_bytes
-from parallel import Grid, Parser, gathered, one_line_errors, positive, vocab_parallel_cross_entropy, writable, zigzag_unshard
+from parallel import Grid, gathered, one_line_errors, vocab_parallel_cross_entropy, zigzag_unshard
 from tools.prepare import held_out_split, read_documents, source_path
+from train import Parser, positive, writable
 
 
 def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:

@@ -18,20 +18,9 @@ import torch
 from torch import Tensor
 
 from model import RECOMPUTE, SPLIT_BY_TP, TILE_BYTES, VOCABULARY_TILE, ModelConfig, block_bytes, logit_bytes, read_config
-from parallel import (
-    Grid,
-    Parser,
-    attention_kernel,
-    block_backward,
-    block_forward,
-    compute_type,
-    device_here,
-    launched,
-    one_line_errors,
-    positive,
-)
+from parallel import Grid, attention_kernel, block_backward, block_forward, launched, one_line_errors
 from rope_yarn import scaling_from_options
-from train import check_run, forward_flops, stage1_parser
+from train import Parser, check_run, compute_type, device_here, forward_flops, positive, stage1_parser
 
 # ------------------------------------------------------------------------------------------------------------- devices
 

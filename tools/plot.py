@@ -18,9 +18,10 @@ import numpy as np
 
 from data import write_complete
 from eval_niah import accuracy_grid, lengths_inside, short_length, terminal_map
-from parallel import Parser, existing, one_line_errors, option, positive, writable
+from parallel import one_line_errors
 from rope_yarn import RopeScaling, add_rule_arguments, inverse_frequencies, shown_rule
 from tools.perplexity import perplexity_table
+from train import Parser, existing, option, positive, writable
 
 
 def draw_figure(runs: list[dict], labels: list[str]) -> bytes:

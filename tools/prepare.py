@@ -49,8 +49,9 @@ from data import (
     read_records,
     write_complete,
 )
-from parallel import Parser, existing, fraction, nonnegative, one_line_errors, positive
+from parallel import one_line_errors
 from sft import check_messages, encode_chat
+from train import Parser, existing, fraction, nonnegative, positive
 
 JOB_CHARACTERS = 2**23  # of text in a job
 MOST_SOURCES = 100  # each has a job that waits for more documents

@@ -36,10 +36,11 @@ from tiktoken import Encoding
 from tqdm import tqdm
 
 from data import Tokenizer, is_corpus, load_tokenizer, sync
-from parallel import Parser, one_line_errors, positive, writable
+from parallel import one_line_errors
 from tools.answer import prompt_tokens
 from tools.prepare import held_out_split, source_path
 from tools.train_tokenizer import read_texts
+from train import Parser, positive, writable
 
 # No word is part of another, or an answer would be found inside a wrong one.
 ADJECTIVES = """alert ample ancient blunt bold brave brief bright brisk broad calm careful cheap

@@ -26,9 +26,10 @@ import numpy as np
 
 from data import PackedDataset, load_tokenizer, read_meta
 from eval_niah import KEYS, WORDING, begin_of_text, chat_frame
-from parallel import Parser, fraction, one_line_errors, positive
+from parallel import one_line_errors
 from sft import encode_chat, end_of_turn
 from tools.prepare import content_hash, is_held_out, read_documents, source_path, write_corpus
+from train import Parser, fraction, positive
 
 
 class Fact(NamedTuple):

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data import Tokenizer, load_tokenizer, write_complete
-from parallel import Parser, one_line_errors, positive
+from parallel import one_line_errors
 from tools.prepare import read_documents, source_path, texts_of
+from train import Parser, positive
 
 # Qwen2's pattern, a piece a digit, for Python's `re`, which has no \p{L}: [^\W\d_] is it, and signs like ½
 PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+"
