@@ -27,7 +27,7 @@ from tools.plan import DEVICES, Plan, measured_device
 from train import PEAKS, forward_flops, peak_memory_gib
 
 NAMES = {"H100 80GB HBM3": "H100-80", "NVIDIA H200": "H200", "A100-SXM4-80GB": "A100-80"}  # CUDA's of the planner's devices
-KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_scaled_dot_product")
+KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "_flash_attention", "_cudnn_attention")
 
 
 class StandInGrid(Grid):

@@ -18,6 +18,10 @@ SCRIPTS = {
     "rope_yarn.py": rope_yarn.main, "train.py": train.main, "sft.py": sft.main, "eval_niah.py": eval_niah.main,
     **{f"tools.{tool.__name__.split('.')[1]}": tool.main for tool in (answer, chat, perplexity, plan, plot, prepare, train_tokenizer)}}
 
+# a machine with a GPU finds the same mistakes
+MODEL_PROGRAMS = ("train.py", "sft.py", "eval_niah.py", "tools.answer", "tools.perplexity", "tools.chat")
+ON_CPU = dict.fromkeys(MODEL_PROGRAMS, ["--device", "cpu"])
+
 # what is wrong, the script, its arguments (names of files are those of `prepared`), what the line must say
 TRAIN = "--data corpus --sequence-length 64 --steps 1 --out new"
 NIAH = "good --haystack corpus --lengths 64 --depths 1 --samples 1"
@@ -125,6 +129,6 @@ def test_one_clear_line_and_no_file(what, script, arguments, said, prepared, mon
     monkeypatch.chdir(prepared)
     before = sorted(map(str, prepared.rglob("*")))
     with pytest.raises(SystemExit, match=said) as stopped:
-        SCRIPTS[script](arguments.split())
+        SCRIPTS[script](arguments.split() + ON_CPU.get(script, []))
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)  # a string: exit code 1
     assert sorted(map(str, prepared.rglob("*"))) == before

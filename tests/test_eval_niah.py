@@ -314,7 +314,7 @@ def test_batching_changes_no_result(model_directory):
 
 
 def arguments(model_directory, text_file, *more):
-    return [str(model_directory), "--haystack", str(text_file), "--lengths", "200", "400", "--depths", "3",
+    return [str(model_directory), "--device", "cpu", "--haystack", str(text_file), "--lengths", "200", "400", "--depths", "3",
             "--samples", "2", *map(str, more)]
 
 

@@ -94,7 +94,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found, grids = {}, []
     for text in sys.argv[2:]:
-        grid = Grid.create(*map(int, text.split(",")))
+        grid = Grid.create(*map(int, text.split(",")), device="cpu")
         grids.append(grid)
         for dtype in (torch.float32, torch.float64):
             for tied in (False, True):

@@ -49,7 +49,7 @@ if __name__ == "__main__":
     targets = tokens.roll(-1, 1).masked_fill(torch.rand(tokens.shape, generator=generator) < 0.3, -100)
     found, grids = {}, []
     for text in sys.argv[4:]:
-        grid = Grid.create(*map(int, text.split(",")))
+        grid = Grid.create(*map(int, text.split(",")), device="cpu")
         grids.append(grid)
         model = Llama.from_pretrained(sys.argv[2], grid)
         dims = shard_dims(model)

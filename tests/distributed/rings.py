@@ -76,7 +76,7 @@ if __name__ == "__main__":
     found, grids = {}, []
     for file in sys.argv[2:]:
         parallel = load(file)
-        grid = parallel.Grid.create(cp=parallel.launched()[1])
+        grid = parallel.Grid.create(cp=parallel.launched()[1], device="cpu")
         grids.append(grid)
         case = found[Path(file).stem] = {}
         for heads in HEADS:

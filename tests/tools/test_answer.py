@@ -83,7 +83,7 @@ def answers_of(path):
 def test_answers_are_what_each_prompt_alone_gives_whatever_the_batch(model_directory, questions, tmp_path, chat, capsys):
     """Rows mixed up in a batch, keys and values of another prompt, an answer cut by another row's stop."""
     for name, batch_tokens in (("one", 1), ("many", 10**6)):
-        answer.main([str(model_directory), "--jsonl", str(questions), "--prompt", chat, "--batch-tokens", str(batch_tokens),
+        answer.main([str(model_directory), "--device", "cpu", "--jsonl", str(questions), "--prompt", chat, "--batch-tokens", str(batch_tokens),
                         "--max-length", "1000", "--out", str(tmp_path / name)])
     assert answers_of(tmp_path / "one") == answers_of(tmp_path / "many")
     shown = capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_answers_are_what_each_prompt_alone_gives_whatever_the_batch(model_direc
 def test_a_stopped_run_of_questions_goes_on_and_never_mixes_settings(model_directory, questions, tmp_path, capsys):
     out, model = tmp_path / "answers.jsonl", tmp_path / "model"
     shutil.copytree(model_directory, model)
-    command = [str(model), "--jsonl", str(questions), "--out", str(out), "--max-length", "1000"]
+    command = [str(model), "--device", "cpu", "--jsonl", str(questions), "--out", str(out), "--max-length", "1000"]
     answer.main(command)
 
     def shown():
@@ -138,15 +138,15 @@ def test_prompts_of_stated_length_are_read_as_they_were_made(model_directory, tm
     record = {"input": "x y", "outputs": ["z"], "max_new_tokens": 2, "template": "chat", "system": "Be brief."}
     path.write_text(json.dumps(record))
     tokenizer, out = data.load_tokenizer(model_directory), tmp_path / "a"
-    answer.main([str(model_directory), "--jsonl", str(path), "--out", str(out)])
+    answer.main([str(model_directory), "--device", "cpu", "--jsonl", str(path), "--out", str(out)])
     assert answers_of(out)[0]["read"] == len(prompt_tokens(tokenizer, "x y", chat=True, system="Be brief."))
     for more in (["--prompt", "plain"], ["--prompt", "chat"], ["--prompt", "chat", "--system", "Be long."]):
         with pytest.raises(SystemExit, match="made for --prompt chat and --system 'Be brief.'"):
-            answer.main([str(model_directory), "--jsonl", str(path), *more])
+            answer.main([str(model_directory), "--device", "cpu", "--jsonl", str(path), *more])
 
 
 def test_prompts_beyond_the_window_lose_their_middle(model_directory, questions, tmp_path, capsys):
-    answer.main([str(model_directory), "--jsonl", str(questions), "--prompt", "plain", "--max-length", "100",
+    answer.main([str(model_directory), "--device", "cpu", "--jsonl", str(questions), "--prompt", "plain", "--max-length", "100",
                     "--out", str(tmp_path / "a")])
     assert {line["read"] for line in answers_of(tmp_path / "a").values()} == {93, 94}
     assert min(line["prompt_tokens"] for line in answers_of(tmp_path / "a").values()) > 150

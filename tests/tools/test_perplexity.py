@@ -20,7 +20,7 @@ def test_perplexity_is_the_mean_loss_at_each_stretch_of_positions(model_director
     pytest.importorskip("matplotlib")
     lines = [{"text": TEXT[a:a + n]} for a, n in ((0, 900), (50, 60), (300, 1200), (17, 1000))]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    command = [str(model_directory), "--haystack", str(tmp_path / "long.jsonl"), "--lengths", "301", "--samples",
+    command = [str(model_directory), "--device", "cpu", "--haystack", str(tmp_path / "long.jsonl"), "--lengths", "301", "--samples",
                "2", "--buckets", "3", "--out", str(tmp_path / "p.json")]
     perplexity.main(command)
     results, shown = json.loads((tmp_path / "p.json").read_text()), capsys.readouterr().out
