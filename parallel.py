@@ -55,15 +55,14 @@ class Grid:
 
     rank = (dp_rank cp + cp_rank) tp + tp_rank. Eight ranks, dp 2, cp 2, tp 2:
 
-                        cp_rank 0   cp_rank 1       tp      0 1 | 2 3 | 4 5 | 6 7   cut one matrix
-        dp_rank 0         0 1         2 3           cp      0 2 | 1 3 | 4 6 | 5 7   are one ring
-        dp_rank 1         4 5         6 7           dp      0 4 | 1 5 | 2 6 | 3 7
-                                                    cp_tp   0 1 2 3 | 4 5 6 7       are one replica
-                                                    dp_cp   0 2 4 6 | 1 3 5 7       hold one shard
-                                                                                    of the weights
+                     cp_rank 0   cp_rank 1         tp      0 1 | 2 3 | 4 5 | 6 7   cut a matrix
+        dp_rank 0       0 1         2 3            cp      0 2 | 1 3 | 4 6 | 5 7   are a ring
+        dp_rank 1       4 5         6 7            dp      0 4 | 1 5 | 2 6 | 3 7   take other rows
+                                                   cp_tp   0 1 2 3 | 4 5 6 7       are a replica
+                                                   dp_cp   0 2 4 6 | 1 3 5 7       share masters
 
     `groups` holds this rank's process group for each entry of GROUPS with more than one rank: a
-    collective over a missing one has nothing to do. `timeout` is in seconds, see `restart_timer`.
+    collective over another has nothing to do. `timeout` is in seconds, see `restart_timer`.
     """
 
     dp: int = 1
@@ -78,10 +77,8 @@ class Grid:
         self.cp_rank = self.rank // self.tp % self.cp
         self.dp_rank = self.rank // (self.tp * self.cp)
         self.is_first = self.rank == 0  # the process that prints and writes files
-        # what sequence lengths must be a multiple of: 2 chunks a ring rank, each in tp pieces
-        self.sequence_multiple = 2 * self.cp * self.tp
-        if self.cp * self.tp == 1:  # nothing is cut
-            self.sequence_multiple = 1
+        # of sequence lengths: 2 chunks a ring rank, each in tp pieces; alone, nothing is cut
+        self.sequence_multiple = 2 * self.cp * self.tp if self.cp * self.tp > 1 else 1
 
     @classmethod
     def create(cls, tp: int = 1, cp: int = 1, device: str | None = None,
@@ -93,10 +90,9 @@ class Grid:
         """
         rank, world = launched()
         if min(tp, cp) < 1 or world % (tp * cp):
-            raise ValueError(
-                f"--tp {tp} x --cp {cp} must divide the number of processes, {world}; change them "
-                f"or start {max(1, tp * cp)} or a multiple (torchrun --standalone --nproc-per-node "
-                "N)")
+            raise ValueError(f"--tp {tp} x --cp {cp} must divide the number of processes, {world}; "
+                             f"change them or start {max(1, tp * cp)} or a multiple "
+                             "(torchrun --standalone --nproc-per-node N)")
         grid = cls(world // (cp * tp), cp, tp, rank, timeout=timeout)
         if world == 1:
             return grid
@@ -113,8 +109,7 @@ class Grid:
             outside = [number for number, axis in enumerate(AXES) if axis not in axes]
             inside = [number for number, axis in enumerate(AXES) if axis in axes]
             members = ranks.permute(outside + inside).reshape(-1, grid.size(name)).tolist()
-            own, _ = dist.new_subgroups_by_enumeration(members, timeout=patience)
-            grid.groups[name] = own
+            grid.groups[name], _ = dist.new_subgroups_by_enumeration(members, timeout=patience)
         return grid
 
     def size(self, group: str) -> int:
@@ -166,8 +161,7 @@ class Grid:
         ring = self.groups["cp"]
         following = (self.cp_rank + 1) % self.cp
         previous = (self.cp_rank - 1) % self.cp
-        arriving = []
-        messages = []
+        arriving, messages = [], []
         for number, x in enumerate(leaving, start=tag * len(leaving)):
             x = x.contiguous()
             room = torch.empty_like(x)
@@ -222,8 +216,8 @@ def start_processes(device: str, patience: timedelta) -> None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
-            raise ValueError(
-                f"more processes than GPUs on this machine: it has {gpus}; start as many")
+            raise ValueError("more processes than GPUs on this machine: "
+                             f"it has {gpus}; start as many")
         gpu = torch.device("cuda", local_rank)
         backend = "nccl"
         torch.cuda.set_device(gpu)
@@ -259,7 +253,7 @@ def end_processes() -> None:
 
 
 class GatherSequence(torch.autograd.Function):
-    """(B, m, hidden) -> (B, tp, m, hidden): every tp rank's positions; gradients are scattered."""
+    """(B, m, hidden) -> (B, tp, m, hidden): all tp ranks' positions; gradients reduce-scattered."""
 
     @staticmethod
     def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
@@ -293,10 +287,7 @@ def scattered(x: Tensor, grid: Grid) -> Tensor:
 
 
 class ColumnParallelLinear(nn.Linear):
-    """The rank's 1 / tp of the outputs: whole x (..., in) -> (..., out / tp).
-
-    Arguments are the whole layer's sizes, here and below.
-    """
+    """The rank's 1 / tp of the outputs: (..., in) -> (..., out / tp). Arguments: whole sizes."""
 
     shard_dims = {"weight": 0, "bias": 0}
 
@@ -338,20 +329,19 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 class Lookup(torch.autograd.Function):
-    """The rows of tokens. Their gradients are summed in float32: a token may occur often."""
+    """The rows of tokens. One token may occur thousands of times: gradients add up in float32."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, tokens: Tensor, tile: int, grid: Grid) -> Tensor:
         """This rank's rows (V / tp, hidden), tokens (B, tp, m) -> (B, m, hidden)."""
         ctx.save_for_backward(weight, tokens)
-        ctx.tile = tile
-        ctx.grid = grid
+        ctx.tile, ctx.grid = tile, grid
         batch, _, m = tokens.shape
         out = weight.new_empty(batch, m, weight.shape[1])
         token_tiles = tokens.split(tile, dim=2)  # (B, tp, tile) each
         out_tiles = out.split(tile, dim=1)  # (B, tile, hidden) each
-        for some, out_tile in zip(token_tiles, out_tiles, strict=True):
-            row, elsewhere = local_rows(some, len(weight), grid)
+        for token_tile, out_tile in zip(token_tiles, out_tiles, strict=True):
+            row, elsewhere = local_rows(token_tile, len(weight), grid)
             x = F.embedding(row, weight)  # (B, tp, tile, hidden)
             x.masked_fill_(elsewhere[..., None], 0.0)
             out_tile.copy_(scattered(x, grid))
@@ -365,8 +355,8 @@ class Lookup(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide)
         token_tiles = tokens.split(ctx.tile, dim=2)
         gradient_tiles = gradient.split(ctx.tile, dim=1)
-        for some, d_x in zip(token_tiles, gradient_tiles, strict=True):
-            row, elsewhere = local_rows(some, len(weight), ctx.grid)
+        for token_tile, d_x in zip(token_tiles, gradient_tiles, strict=True):
+            row, elsewhere = local_rows(token_tile, len(weight), ctx.grid)
             d_x = gathered(d_x, ctx.grid).to(wide)  # (B, tp, tile, hidden)
             d_x = d_x.masked_fill_(elsewhere[..., None], 0.0)
             d_weight.index_add_(0, row.flatten(), d_x.flatten(0, 2))
@@ -376,8 +366,8 @@ class Lookup(torch.autograd.Function):
 def local_rows(tokens: Tensor, rows: int, grid: Grid) -> tuple[Tensor, Tensor]:
     """Where tokens stand in this rank's `rows` rows of the vocabulary, and which do not.
 
-    V = 8 over tp = 2, on tp_rank 1, which has rows 4 ... 7: tokens 5, 2 -> rows 1, 0 (any would
-    do for the absent one) and elsewhere False, True.
+    V = 8, tp = 2, on tp_rank 1, with rows 4 ... 7: tokens 5, 2 -> rows 1, 0 (any row would do for
+    the second) and elsewhere False, True.
     """
     row = tokens - grid.tp_rank * rows
     elsewhere = (row < 0) | (row >= rows)
@@ -386,17 +376,17 @@ def local_rows(tokens: Tensor, rows: int, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor,
                                  grid: Grid) -> tuple[Tensor, Tensor]:
-    """Each row's loss, and its gradient in the same pass; the vocabulary is spread over tp ranks.
+    """Each row's loss and its gradient in one pass, the vocabulary spread over tp ranks.
 
-    With x the logits of a row, m the largest of them and Z = sum of exp(x - m), the normaliser:
+    For logits x of a row, m the largest of them and Z = sum of exp(x - m), the normaliser:
 
-        softmax(x)      = exp(x - m) / Z
-        loss            = -log softmax(x)[target] = log Z + m - x[target]
-        d loss / d x    = softmax(x) - onehot(target)
+        softmax(x)   = exp(x - m) / Z
+        loss         = -log softmax(x)[target] = log Z + m - x[target]
+        d loss / dx  = softmax(x) - onehot(target)
 
-    V = 4, tp = 2, target 2. Rank 0 has x = [1, 3], rank 1 has [2, 0]. Together they find m = 3,
-    Z = e^-2 + e^0 + e^-1 + e^-3 = 1.55 and x[target] = 2 (rank 1 knows it, rank 0 adds 0): the
-    loss is log 1.55 + 3 - 2 = 1.44. Two small all-reduces: no rank ever sees another's logits.
+    Example, V = 4, tp = 2: rank 0 has x = [1, 3], rank 1 has [2, 0], the target is 2. Two small
+    all-reduces tell both m = 3, Z = e^-2 + e^0 + e^-1 + e^-3 = 1.55 and x[target] = 2 (rank 0 adds
+    0 to it): loss = log 1.55 + 3 - 2 = 1.44. No rank ever sees another's logits.
 
     logits (N, V / tp) float32 or float64, targets (N,) int64 in [0, V). Returns losses (N,) and
     normalisers (N, 1), the same on every tp rank. `logits` is overwritten by
@@ -466,9 +456,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
     and 4, all of them. What is not listed lies in the future. Every hop is two chunk products (hop
     0: two half ones and a whole one).
 
-    A hop moves 2 B Hkv (S / cp) D elements of K V in the compute type, and in backward as many of
-    dK dV in float32 (on the first hop, where there is no sum yet, in the compute type): for S = 1M,
-    cp = 4, Hkv / tp = 2, D = 128 in bfloat16 that is 256 MiB, and 256 + 512 MiB.
+    A hop moves 2 B Hkv (S / cp) D elements of K V, and in backward as many of dK dV, in float32
+    once there is a sum. S = 1M, cp = 4, Hkv / tp = 2, D = 128 in bfloat16: 256 and 256 + 512 MiB.
 
     `segments` (from `document_segments`) is the cross-document mask of the ablation: each document
     attends to itself only, a causal block each, so no S x S mask is ever built. It works on a ring
@@ -485,8 +474,7 @@ class RingAttention(torch.autograd.Function):
                 segments: Segments | None) -> Tensor:
         out, lse = ring_forward(q, k, v, grid, segments)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.grid = grid
-        ctx.segments = segments
+        ctx.grid, ctx.segments = grid, segments
         return out
 
     @staticmethod
@@ -516,7 +504,7 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
             q[:, :, q_rows],
             k[:, :, k_rows],
             v[:, :, k_rows],
-            causal=hop == 0)  # own keys; of others', we see all that zigzag_block leaves
+            causal=hop == 0)  # only our own block has keys that come after a query
         # 3. merge into the float32 result
         if hop == 0:
             out, lse = part, part_lse
@@ -596,11 +584,8 @@ def by_document(attention: Callable, segments: Segments, grid: Grid,
 
 
 def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:
-    """Which of `rank`'s queries see which of `source`'s keys, of `length` local positions each.
-
-    See the table of `ring_attention`: the first half of `length` is a rank's early chunk.
-    """
-    everything = slice(0, length)
+    """Which of `rank`'s queries see which of `source`'s keys: see the table of `ring_attention`."""
+    everything = slice(0, length)  # a rank's local positions: its early chunk, then its late one
     early = slice(0, length // 2)
     late = slice(length // 2, length)
     if source == rank:  # own keys, under the causal mask: local order is global order
@@ -634,13 +619,11 @@ def attention_kernel(device: str, dtype: torch.dtype, head_dim: int) -> str:
         return "SDPA flash (CPU)"
     if dtype not in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(
-            f"--dtype {name} cannot be used on cuda, whose flash attention takes bfloat16; "
-            "use --dtype bfloat16")
+        raise ValueError(f"--dtype {name} cannot be used on cuda, whose flash attention takes "
+                         "bfloat16; use --dtype bfloat16")
     if head_dim % 8 or head_dim > 256:
-        raise ValueError(
-            f"config.json: head_dim {head_dim} cannot be used on cuda; its flash attention takes "
-            "8, 16, ... 256")
+        raise ValueError(f"config.json: head_dim {head_dim} cannot be used on cuda; its flash "
+                         "attention takes 8, 16, ... 256")
     return "SDPA flash (CUDA)"
 
 
@@ -651,23 +634,21 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
     of heads: grouped-query attention never repeats them in memory. Together with `block_backward`
     the one place that knows a kernel.
     """
-    aten = torch.ops.aten
     if q.is_cuda:
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
 
 
 def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                    causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one block, given `out` and `lse` of the queries' whole rows."""
-    aten = torch.ops.aten
     if q.is_cuda:
         # the random state of dropout, which there is none of
         unused = torch.empty(0, dtype=torch.int64, device=q.device)
-        return aten._scaled_dot_product_flash_attention_backward(
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
             d_out, q, k, v, out, lse.contiguous(),
             None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused)
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         d_out, q, k, v, out, lse, 0.0, causal)
 
 
@@ -735,15 +716,15 @@ class ShardedAdamW:
     """AdamW (arXiv 1711.05101), its float32 state spread over dp x cp ranks (ZeRO-1, 1910.02054).
 
     Every parameter is cut into dp x cp equal pieces, and rank r updates piece r of each: only there
-    are its float32 master weights and its two moments. Ten elements over four ranks, filled up to
-    twelve with zeros, which stay zero:
+    are its float32 master weights and its two moments. Ten elements over four ranks, padded with
+    zeros to twelve:
 
-        rank         0          1          2          3
-        weights      w0 ... w9  w0 ... w9  w0 ... w9  w0 ... w9    the parameter, in its type
-        gradients    g0 ... g9  g0 ... g9  g0 ... g9  g0 ... g9    float32, of the own tokens only
-        sums         G0 G1 G2   G3 G4 G5   G6 G7 G8   G9 0  0      1. reduce-scatter
-        masters      m0 m1 m2   m3 m4 m5   m6 m7 m8   m9 0  0      3. AdamW, float32
-        weights      m0 ... m9  m0 ... m9  m0 ... m9  m0 ... m9    4. all-gather, rounded
+        rank        0          1          2          3
+        gradients   g0 ... g9  g0 ... g9  g0 ... g9  g0 ... g9    float32; of a rank's tokens only
+        pieces      G0 G1 G2   G3 G4 G5   G6 G7 G8   G9 0  0      1. reduce-scatter: sums over ranks
+                                                                  2. norm of all pieces, and clip
+        masters     m0 m1 m2   m3 m4 m5   m6 m7 m8   m9 0  0      3. AdamW: float32, updated
+        weights     m0 ... m9  m0 ... m9  m0 ... m9  m0 ... m9    4. all-gather: rounded
 
     `on_host` keeps the float32 state in host memory, where the update then runs: 12 bytes a
     parameter less on the GPU, two more copies a step.
@@ -759,8 +740,7 @@ class ShardedAdamW:
         self.pieces = grid.size("dp_cp")  # of each parameter
         self.piece = grid.dp_rank * grid.cp + grid.cp_rank  # this rank's
         self.masters = {}
-        matrices = []
-        vectors = []
+        matrices, vectors = [], []
         for name, parameter in self.parameters.items():
             # gradients of micro-batches add up in float32, whatever the parameter's type
             wide = torch.promote_types(parameter.dtype, torch.float32)  # float64 stays (tests)
@@ -782,11 +762,8 @@ class ShardedAdamW:
         # torch makes the state in the first step; made now, a checkpoint has a place to go
         for master in self.masters.values():
             self.adamw.state[master] = {
-                "step": torch.zeros((), device=master.device),
-                "master": master,
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+                "step": torch.zeros((), device=master.device), "master": master,
+                "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
 
     def cut(self, x: Tensor) -> Tensor:
         """A parameter's elements, padded with zeros, in equal pieces: any shape -> (dp cp, n)."""
@@ -813,7 +790,7 @@ class ShardedAdamW:
         Returns the gradient norm before clipping, after which `parameter.grad` is used up. Raises
         ArithmeticError, with nothing updated, if it is not finite.
         """
-        # 1. reduce-scatter: the gradients of all dp x cp ranks are summed; each keeps its piece
+        # 1. reduce-scatter: sum the gradients of all dp x cp ranks, keep the own piece
         gradients = {}
         for name, parameter in self.parameters.items():
             # what every tp rank holds whole (norms) has seen only that rank's positions
@@ -854,10 +831,7 @@ class ShardedAdamW:
             parameter.copy_(self.join(piece, parameter.shape))
 
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, this tp rank's shard) of every parameter for a kind of KINDS, one at a time.
-
-        Call it on every rank.
-        """
+        """(name, this tp rank's shard) of each parameter, for a kind of KINDS; on every rank."""
         for name, parameter in self.parameters.items():
             piece = self.adamw.state[self.masters[name]][kind]
             yield name, self.join(piece.to(parameter.device), parameter.shape)
@@ -886,9 +860,8 @@ def one_line_errors() -> Iterator[None]:
     """Around a whole command: a mistake of its user, or Ctrl-C, becomes one line and exit code 1.
 
     A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the
-    others before they speak. An error of one rank alone is told by that one. With more processes
-    than one, os._exit: the others may wait for this rank in a communication, and NCCL gives up its
-    groups together only, so there is no orderly way out.
+    others before they speak. An error of one rank alone is told by that one. Of many ranks one ends
+    by os._exit: NCCL's groups are given up together only, and the others may wait elsewhere.
     """
     rank, world = launched()
     try:
@@ -901,10 +874,8 @@ def one_line_errors() -> Iterator[None]:
         if world == 1:
             raise SystemExit(f"error: {error}") from None
         faulthandler.unregister(signal.SIGTERM)  # a rank that torchrun ends now has nothing to add
-        who = ""
-        if rank > 0:
-            who = f"rank {rank}: "
-            time.sleep(2.0)  # the first rank speaks first
+        time.sleep(2.0 if rank else 0.0)  # the first rank speaks first
+        who = f"rank {rank}: " if rank else ""
         print(f"error: {who}{error}", file=sys.stderr, flush=True)
         os._exit(1)
     except Exception:
@@ -918,6 +889,5 @@ def one_line_errors() -> Iterator[None]:
 
 def print_once(text: str) -> None:
     """Print on the first process only."""
-    rank, _ = launched()
-    if rank == 0:
+    if launched()[0] == 0:
         print(text, flush=True)
