@@ -498,7 +498,8 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
         # 1. post: send the K V at hand to rank + 1, receive the next from rank - 1; nobody waits
         if not is_last:
             next_keys_values = grid.send_around(k, v)
-        # 2. compute, while they travel: out and lse of the queries over these keys alone
+        # 2. compute, while they travel: out and lse of the queries over these keys alone. (The
+        # slices have no names: a view that lives on would keep this hop's K V in memory.)
         q_rows, k_rows = zigzag_block(grid.cp_rank, source, q.shape[2])
         part, part_lse = block_forward(
             q[:, :, q_rows],
