@@ -1,19 +1,22 @@
-"""Where everything happens: the process grid, tensor parallelism, ring attention, the sharded optimizer.
+"""Where everything happens: the process grid, tensor parallelism, ring attention, the optimizer.
 
-Eight or 256 processes hold one sequence of S tokens together. A grid of dp x cp x tp splits the work three ways:
+Eight or 256 processes hold one sequence of S tokens together. A grid of dp x cp x tp splits the
+work three ways:
 
-    tp  tensor parallel    every matrix is cut into tp pieces; between the matrices each rank keeps 1/tp of the positions
-    cp  context parallel   a rank holds S / cp positions of the sequence; keys and values travel around a ring
+    tp  tensor parallel    every matrix is cut into tp pieces; between the matrices each rank keeps
+                           1 / tp of the positions
+    cp  context parallel   a rank holds S / cp positions; keys and values travel around a ring
     dp  data parallel      each replica (cp x tp ranks) takes other sequences of the batch
 
     what a rank holds                             shape
     activations between blocks                    (B, S / (cp tp), hidden)
-    q, k, v inside attention                      (B, H / tp, S / cp, D), k and v with Hkv / tp heads
+    q, k, v inside attention                      (B, H / tp, S / cp, D); k and v: Hkv / tp heads
     weights and their float32 gradients           1 / tp
     float32 master weights, AdamW's two moments   1 / (tp dp cp)
 
-One process is the grid 1 x 1 x 1 and runs the same code: a collective over one rank returns its argument. Read in order:
-`Grid` (who is who, and every communication there is), the tensor-parallel layers, `ring_attention`, `ShardedAdamW`.
+One process is the grid 1 x 1 x 1 and runs the same code: a collective over one rank returns its
+argument. Read in order: `Grid` (who is who, and every communication there is), the tensor-parallel
+layers, `ring_attention`, `ShardedAdamW`.
 """
 from __future__ import annotations
 
@@ -35,19 +38,31 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# which ranks talk to each other, by what they do together
-GROUPS = {"tp": ("tp",), "cp": ("cp",), "dp": ("dp",), "cp_tp": ("cp", "tp"), "dp_cp": ("dp", "cp"), "all": ("dp", "cp", "tp")}
+AXES = ("dp", "cp", "tp")  # slowest first: neighbouring ranks differ in tp
+GROUPS = {  # which ranks talk to each other: those that differ in these axes only
+    "tp": ("tp",), "cp": ("cp",), "dp": ("dp",),
+    "cp_tp": ("cp", "tp"), "dp_cp": ("dp", "cp"), "all": AXES,
+}
+Segments = list[list[int]]  # of each row of a batch: where its documents begin and end, [0, ..., S]
 
 
-# ------------------------------------------------------------------------------------------------------- the grid
+# -------------------------------------------------------------------------------------- the grid
 
 
 @dataclass
 class Grid:
-    """This process's place in a dp x cp x tp grid, tp fastest, and every communication it takes part in.
+    """This process's place in a dp x cp x tp grid, and every communication it takes part in.
 
-    `groups` holds a process group for each entry of GROUPS with more than one rank; a collective over a missing one has
-    one member and nothing to do. `timeout` is in seconds, see `restart_timer`.
+    rank = (dp_rank cp + cp_rank) tp + tp_rank. Eight ranks, dp 2, cp 2, tp 2:
+
+                     cp_rank 0   cp_rank 1         tp      0 1 | 2 3 | 4 5 | 6 7   cut a matrix
+        dp_rank 0       0 1         2 3            cp      0 2 | 1 3 | 4 6 | 5 7   are a ring
+        dp_rank 1       4 5         6 7            dp      0 4 | 1 5 | 2 6 | 3 7   take other rows
+                                                   cp_tp   0 1 2 3 | 4 5 6 7       are a replica
+                                                   dp_cp   0 2 4 6 | 1 3 5 7       share masters
+
+    `groups` holds this rank's process group for each entry of GROUPS with more than one rank: a
+    collective over another has nothing to do. `timeout` is in seconds, see `restart_timer`.
     """
 
     dp: int = 1
@@ -62,33 +77,39 @@ class Grid:
         self.cp_rank = self.rank // self.tp % self.cp
         self.dp_rank = self.rank // (self.tp * self.cp)
         self.is_first = self.rank == 0  # the process that prints and writes files
-        # sequence lengths that cut evenly: 2 chunks a context-parallel rank, each in tp pieces; 1 for one process
-        self.sequence_multiple = 1 if self.tp * self.cp == 1 else 2 * self.cp * self.tp
+        # of sequence lengths: 2 chunks a ring rank, each in tp pieces; alone, nothing is cut
+        self.sequence_multiple = 2 * self.cp * self.tp if self.cp * self.tp > 1 else 1
 
     @classmethod
-    def create(cls, tp: int = 1, cp: int = 1, device: str | None = None, timeout: float = 600.0) -> Grid:
-        """The grid of this job: world = dp x cp x tp processes, NCCL on cuda, gloo on cpu. Call it on every rank.
+    def create(cls, tp: int = 1, cp: int = 1, device: str | None = None,
+               timeout: float = 600.0) -> Grid:
+        """The grid of this job, over NCCL on cuda, gloo on cpu. Call it on every rank.
 
-        One process needs no torch.distributed. More calls make other grids of the same processes. Raises ValueError for a
-        grid that does not fit the number of processes.
+        One process needs no torch.distributed. More calls make other grids of the same processes.
+        Raises ValueError for a grid that does not fit their number.
         """
         rank, world = launched()
         if min(tp, cp) < 1 or world % (tp * cp):
-            raise ValueError(f"--tp {tp} x --cp {cp} must divide the number of processes, {world}; change them or start "
-                             f"{max(1, tp * cp)} or a multiple (torchrun --standalone --nproc-per-node N)")
+            raise ValueError(f"--tp {tp} x --cp {cp} must divide the number of processes, {world}; "
+                             f"change them or start {max(1, tp * cp)} or a multiple "
+                             "(torchrun --standalone --nproc-per-node N)")
         grid = cls(world // (cp * tp), cp, tp, rank, timeout=timeout)
         if world == 1:
             return grid
-        patience = timedelta(seconds=10 * timeout)  # torch's own: more stretches than any `restart_timer` is given
+        # torch's own timeout: more stretches than any `restart_timer` is given
+        patience = timedelta(seconds=10 * timeout)
         if not dist.is_initialized():
-            start_processes(device or ("cuda" if torch.cuda.is_available() else "cpu"), patience)
+            default_device = "cuda" if torch.cuda.is_available() else "cpu"
+            start_processes(device or default_device, patience)
         ranks = torch.arange(world).view(grid.dp, cp, tp)
         for name, axes in GROUPS.items():
-            if grid.size(name) > 1:
-                inside = [("dp", "cp", "tp").index(axis) for axis in axes]
-                last = list(range(-len(inside), 0))
-                members = ranks.movedim(inside, last).reshape(-1, grid.size(name))  # a row is a group
-                grid.groups[name], _ = dist.new_subgroups_by_enumeration(members.tolist(), timeout=patience)
+            if grid.size(name) == 1:
+                continue
+            # put the axes that differ within a group last: then each row is a group
+            outside = [number for number, axis in enumerate(AXES) if axis not in axes]
+            inside = [number for number, axis in enumerate(AXES) if axis in axes]
+            members = ranks.permute(outside + inside).reshape(-1, grid.size(name)).tolist()
+            grid.groups[name], _ = dist.new_subgroups_by_enumeration(members, timeout=patience)
         return grid
 
     def size(self, group: str) -> int:
@@ -106,8 +127,10 @@ class Grid:
         if group not in self.groups:
             return x[None]
         out = x.new_empty(self.size(group), *x.shape)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-        gather(out.view(-1), x.contiguous().view(-1), group=self.groups[group])
+        flat = x.contiguous().view(-1)
+        # the second is its name before torch 2.13
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(out.view(-1), flat, group=self.groups[group])
         return out
 
     def reduce_scatter(self, x: Tensor, group: str) -> Tensor:
@@ -115,8 +138,10 @@ class Grid:
         if group not in self.groups:
             return x[0]
         out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
-        scatter(out.view(-1), x.contiguous().view(-1), group=self.groups[group])
+        flat = x.contiguous().view(-1)
+        # the second is its name before torch 2.13
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(out.view(-1), flat, group=self.groups[group])
         return out
 
     def broadcast(self, x: Tensor, group: str = "all") -> Tensor:
@@ -126,21 +151,24 @@ class Grid:
         return x
 
     def send_around(self, *leaving: Tensor, tag: int = 0) -> Hop:
-        """Start to send tensors to the next rank of the ring and to receive the previous one's: `.wait()` gives those.
+        """Start to send tensors to the next rank of the ring and to receive the previous one's.
 
-        The caller leaves its own alone until then. One rank's ring is itself. `tag` tells apart hops that are under way at
-        once.
+        `.wait()` gives those; the caller leaves its own alone until then. One rank's ring is
+        itself. `tag` tells apart hops that are under way at once.
         """
         if "cp" not in self.groups:
             return Hop(leaving, [])
-        group = self.groups["cp"]
-        following, previous = (self.cp_rank + 1) % self.cp, (self.cp_rank - 1) % self.cp  # ranks of the group
+        ring = self.groups["cp"]
+        following = (self.cp_rank + 1) % self.cp
+        previous = (self.cp_rank - 1) % self.cp
         arriving, messages = [], []
-        for number, x in enumerate(leaving, len(leaving) * tag):
+        for number, x in enumerate(leaving, start=tag * len(leaving)):
             x = x.contiguous()
-            arriving.append(torch.empty_like(x))
-            messages.append(dist.P2POp(dist.isend, x, None, group, number, following))
-            messages.append(dist.P2POp(dist.irecv, arriving[-1], None, group, number, previous))
+            room = torch.empty_like(x)
+            arriving.append(room)
+            send = dist.P2POp(dist.isend, x, None, ring, number, following)
+            receive = dist.P2POp(dist.irecv, room, None, ring, number, previous)
+            messages += [send, receive]
         return Hop(tuple(arriving), dist.batch_isend_irecv(messages))
 
     def barrier(self) -> None:
@@ -149,17 +177,17 @@ class Grid:
             dist.barrier(group=self.groups["all"])
 
     def restart_timer(self, stretches: int = 1) -> None:
-        """Give this rank `timeout` seconds from now for each of so many stretches of work, its own or what it waits for.
+        """Give this rank `timeout` seconds from now for each of so many stretches of work.
 
-        Then it prints where it stands and ends, and torchrun ends the others: a rank that hangs keeps all others waiting, so
-        each of them says where. Call it wherever a stretch begins: a micro-batch, a validation sequence, a prompt, a token, a
-        file. `close` stops the timer. Alone, a process keeps nobody waiting.
+        Then it prints where it stands and ends, and torchrun ends the others. A rank that hangs
+        keeps all others waiting, so each of them says where. Call it wherever a stretch begins: a
+        micro-batch, a validation sequence, a prompt, a token, a file. `close` stops the timer.
         """
-        if self.groups:
+        if self.groups:  # alone, a process keeps nobody waiting
             faulthandler.dump_traceback_later(stretches * self.timeout, exit=True)
 
     def close(self) -> None:
-        """Stop the timer, and return once every rank has come here. A program may also simply end."""
+        """Stop the timer, and return once every rank has come here. A program may also just end."""
         self.barrier()
         if self.groups:  # as in `restart_timer`: alone, the timer is somebody else's
             faulthandler.cancel_dump_traceback_later()
@@ -183,42 +211,49 @@ def start_processes(device: str, patience: timedelta) -> None:
     """Start torch.distributed. Raises ValueError if there are more processes than GPUs."""
     rank, world = launched()
     gpu = None
+    backend = "gloo"
     if device.startswith("cuda"):
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"more processes than GPUs on this machine: it has {torch.cuda.device_count()}; start as many")
-        gpu = torch.device("cuda", local)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise ValueError("more processes than GPUs on this machine: "
+                             f"it has {gpus}; start as many")
+        gpu = torch.device("cuda", local_rank)
+        backend = "nccl"
         torch.cuda.set_device(gpu)
+    # each attempt its own names: a restarted job must not find its dead ranks' addresses
     store, _, _ = next(dist.rendezvous("env://", timeout=patience))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}", store)  # a restarted job must not find its dead ranks' addresses
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world, timeout=patience,
-                            device_id=gpu)
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=gpu)
     atexit.register(end_processes)
     # torchrun sends it when another rank has failed; train.py's loop puts its own handler there
     faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
 
 
 def end_processes() -> None:
-    """End torch.distributed, unless the program has: gloo's threads abort a process that ends without."""
+    """End torch.distributed, unless the program has: gloo's threads abort one that does not."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------ tensor parallel with sequence parallel
+# --------------------------------------------------------- tensor parallel with sequence parallel
 #
-# Megatron's layers (arXiv 1909.08053, 2205.05198). A pair of matrices is cut so that one communication before it and one
-# after it suffice. Between pairs, norms and residuals hold only this rank's share of the positions, m = S / (cp tp):
+# Megatron's layers (arXiv 1909.08053, 2205.05198). A pair of matrices is cut so that one
+# communication before it and one after it suffice. Between pairs, norms and residuals hold only
+# this rank's share of the positions, m = S / (cp tp):
 #
 #     (B, m, hidden) --all-gather--> (B, tp, m, hidden) --columns--> (B, tp, m, wide / tp)
 #     (B, m, hidden) <-reduce-scatter- (B, tp, m, hidden) <---rows--- (B, tp, m, wide / tp)
 #
-# In backward the two communications swap places. (tp, m), flattened, are the S / cp positions that this rank of the ring
-# holds, in order. Each position is worked on alone, so a pair can run on a tile of the m positions at a time, and does.
+# In backward the two communications swap places. (tp, m), flattened, are the S / cp positions that
+# this rank of the ring holds, in order. Each position is worked on alone, so a pair can run on a
+# tile of the m positions at a time, and does.
 
 
 class GatherSequence(torch.autograd.Function):
-    """(B, m, hidden) -> (B, tp, m, hidden): every tp rank's positions; the gradients are summed and scattered back."""
+    """(B, m, hidden) -> (B, tp, m, hidden): all tp ranks' positions; gradients reduce-scattered."""
 
     @staticmethod
     def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
@@ -231,7 +266,7 @@ class GatherSequence(torch.autograd.Function):
 
 
 class ScatterSequence(torch.autograd.Function):
-    """(B, tp, m, hidden) -> (B, m, hidden): the sum over tp ranks of this rank's positions; the gradients are gathered."""
+    """(B, tp, m, hidden) -> (B, m, hidden): summed over tp, own positions; gradients gathered."""
 
     @staticmethod
     def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
@@ -252,7 +287,7 @@ def scattered(x: Tensor, grid: Grid) -> Tensor:
 
 
 class ColumnParallelLinear(nn.Linear):
-    """The rank's 1 / tp of the outputs: x (..., in), whole -> (..., out / tp). Arguments are the whole layer's sizes."""
+    """The rank's 1 / tp of the outputs: (..., in) -> (..., out / tp). Arguments: whole sizes."""
 
     shard_dims = {"weight": 0, "bias": 0}
 
@@ -261,7 +296,7 @@ class ColumnParallelLinear(nn.Linear):
 
 
 class RowParallelLinear(nn.Linear):
-    """The rank's 1 / tp of the inputs: x (B, tp, m, in / tp) -> (B, m, out), summed over ranks, the bias added once."""
+    """The rank's 1 / tp of the inputs: (B, tp, m, in / tp) -> (B, m, out), summed over ranks."""
 
     shard_dims = {"weight": 1}
 
@@ -271,14 +306,16 @@ class RowParallelLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = ScatterSequence.apply(F.linear(x, self.weight), self.grid)
-        return x if self.bias is None else x + self.bias
+        if self.bias is not None:
+            x = x + self.bias  # once, after the sum over ranks
+        return x
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """The rank's V / tp rows of the table: tokens (B, tp, m) int64 -> (B, m, hidden). Arguments are the whole table's.
+    """The rank's V / tp rows of the table: tokens (B, tp, m) int64 -> (B, m, hidden).
 
-    A token of another rank's rows gives zeros here, and the sum over tp ranks is what its own rank found. `tile` of the m
-    positions are looked up at a time, so that no tensor of tp m x hidden is made.
+    A token of another rank's rows gives zeros here, so that the sum over tp ranks is its row.
+    `tile` of the m positions are looked up at a time: no tensor of tp m x hidden is made.
     """
 
     shard_dims = {"weight": 0}
@@ -292,58 +329,87 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 class Lookup(torch.autograd.Function):
-    """The rows of tokens. Their gradients are summed in float32: a token that occurs thousands of times needs that."""
+    """The rows of tokens. One token may occur thousands of times: gradients add up in float32."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, tokens: Tensor, tile: int, grid: Grid) -> Tensor:
         """This rank's rows (V / tp, hidden), tokens (B, tp, m) -> (B, m, hidden)."""
         ctx.save_for_backward(weight, tokens)
         ctx.tile, ctx.grid = tile, grid
-        out = weight.new_empty(tokens.shape[0], tokens.shape[2], weight.shape[1])  # (B, m, hidden)
-        for part, out_part in zip(tokens.split(tile, dim=2), out.split(tile, dim=1), strict=True):
-            row, mine = local_rows(part, len(weight), grid)
-            x = F.embedding(row, weight).masked_fill_(~mine[..., None], 0.0)  # (B, tp, tile, hidden)
-            out_part.copy_(scattered(x, grid))
+        batch, _, m = tokens.shape
+        out = weight.new_empty(batch, m, weight.shape[1])
+        token_tiles = tokens.split(tile, dim=2)  # (B, tp, tile) each
+        out_tiles = out.split(tile, dim=1)  # (B, tile, hidden) each
+        for token_tile, out_tile in zip(token_tiles, out_tiles, strict=True):
+            row, elsewhere = local_rows(token_tile, len(weight), grid)
+            x = F.embedding(row, weight)  # (B, tp, tile, hidden)
+            x.masked_fill_(elsewhere[..., None], 0.0)
+            out_tile.copy_(scattered(x, grid))
         return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """(B, m, hidden) -> the gradient of this rank's rows, float32 (V / tp, hidden)."""
         weight, tokens = ctx.saved_tensors
-        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for part, d_x in zip(tokens.split(ctx.tile, dim=2), gradient.split(ctx.tile, dim=1), strict=True):
-            row, mine = local_rows(part, len(weight), ctx.grid)
-            d_x = gathered(d_x, ctx.grid).to(d_weight.dtype)  # (B, tp, tile, hidden)
-            d_x = d_x.masked_fill_(~mine[..., None], 0.0)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        d_weight = torch.zeros_like(weight, dtype=wide)
+        token_tiles = tokens.split(ctx.tile, dim=2)
+        gradient_tiles = gradient.split(ctx.tile, dim=1)
+        for token_tile, d_x in zip(token_tiles, gradient_tiles, strict=True):
+            row, elsewhere = local_rows(token_tile, len(weight), ctx.grid)
+            d_x = gathered(d_x, ctx.grid).to(wide)  # (B, tp, tile, hidden)
+            d_x = d_x.masked_fill_(elsewhere[..., None], 0.0)
             d_weight.index_add_(0, row.flatten(), d_x.flatten(0, 2))
         return d_weight, None, None, None
 
 
 def local_rows(tokens: Tensor, rows: int, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Where tokens stand in this rank's `rows` rows of the vocabulary, and which are there at all (the others: row 0)."""
-    row = tokens - grid.tp_rank * rows
-    mine = (row >= 0) & (row < rows)
-    return row.masked_fill(~mine, 0), mine
+    """Where tokens stand in this rank's `rows` rows of the vocabulary, and which do not.
 
-
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """-log softmax(logits)[target] of each row, the vocabulary spread over tp ranks, and the gradient in the same pass.
-
-    logits (N, V / tp) float32 or float64, targets (N,) int64 in [0, V). Returns losses (N,) and normalisers (N, 1), the
-    same on every tp rank. `logits` is overwritten by (softmax - onehot) * normaliser: divided by it, this rank's part of
-    the gradient of the summed losses. Two small all-reduces; no rank ever sees another's logits.
+    V = 8, tp = 2, on tp_rank 1, with rows 4 ... 7: tokens 5, 2 -> rows 1, 0 (any row would do for
+    the second) and elsewhere False, True.
     """
-    row, mine = local_rows(targets, logits.shape[1], grid)
-    largest = grid.all_reduce(logits.amax(1, keepdim=True), "tp", dist.ReduceOp.MAX)  # (N, 1)
-    picked = logits.gather(1, row[:, None]).masked_fill(~mine[:, None], 0.0)
+    row = tokens - grid.tp_rank * rows
+    elsewhere = (row < 0) | (row >= rows)
+    return row.masked_fill(elsewhere, 0), elsewhere
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor,
+                                 grid: Grid) -> tuple[Tensor, Tensor]:
+    """Each row's loss and its gradient in one pass, the vocabulary spread over tp ranks.
+
+    For logits x of a row, m the largest of them and Z = sum of exp(x - m), the normaliser:
+
+        softmax(x)   = exp(x - m) / Z
+        loss         = -log softmax(x)[target] = log Z + m - x[target]
+        d loss / dx  = softmax(x) - onehot(target)
+
+    Example, V = 4, tp = 2: rank 0 has x = [1, 3], rank 1 has [2, 0], the target is 2. Two small
+    all-reduces tell both m = 3, Z = e^-2 + e^0 + e^-1 + e^-3 = 1.55 and x[target] = 2 (rank 0 adds
+    0 to it): loss = log 1.55 + 3 - 2 = 1.44. No rank ever sees another's logits.
+
+    logits (N, V / tp) float32 or float64, targets (N,) int64 in [0, V). Returns losses (N,) and
+    normalisers (N, 1), the same on every tp rank. `logits` is overwritten by
+    (softmax - onehot) Z: divided by Z, this rank's part of the gradient of the summed losses.
+    """
+    row, elsewhere = local_rows(targets[:, None], logits.shape[1], grid)  # (N, 1) each
+    # 1. m, so that no exponential overflows
+    largest = logits.amax(1, keepdim=True)  # (N, 1)
+    largest = grid.all_reduce(largest, "tp", dist.ReduceOp.MAX)
+    # 2. x[target], before the logits are overwritten
+    target_logit = logits.gather(1, row).masked_fill(elsewhere, 0.0)  # (N, 1)
+    # 3. exp(x - m), and the sums over ranks of Z and x[target] in one message
     logits.sub_(largest).exp_()
-    normaliser, picked = grid.all_reduce(torch.stack([logits.sum(1, keepdim=True), picked]), "tp")  # (N, 1) each
-    logits.scatter_add_(1, row[:, None], -normaliser.masked_fill(~mine[:, None], 0.0))
-    return (normaliser.log() + largest - picked)[:, 0], normaliser
+    sums = torch.stack([logits.sum(1, keepdim=True), target_logit])  # (2, N, 1)
+    normaliser, target_logit = grid.all_reduce(sums, "tp")
+    # 4. (softmax - onehot) Z = exp(x - m) - onehot Z
+    logits.scatter_add_(1, row, -normaliser.masked_fill(elsewhere, 0.0))
+    loss = normaliser.log() + largest - target_logit  # (N, 1)
+    return loss[:, 0], normaliser
 
 
 def shard_dims(model: nn.Module) -> dict[str, int | None]:
-    """Along which dimension tp cuts each parameter of a model, by name; None: every tp rank holds all of it (norms)."""
+    """Along which dimension tp cuts each parameter; None: every tp rank holds it whole (norms)."""
     dims = {}
     for prefix, module in model.named_modules():
         cut = getattr(module, "shard_dims", {})
@@ -354,23 +420,31 @@ def shard_dims(model: nn.Module) -> dict[str, int | None]:
 
 def whole_shape(shape: tuple[int, ...], dim: int | None, grid: Grid) -> tuple[int, ...]:
     """Shape of a whole parameter, from that of a tp rank's shard of it."""
-    return tuple(size * grid.tp if i == dim else size for i, size in enumerate(shape))
+    whole = list(shape)
+    if dim is not None:
+        whole[dim] *= grid.tp
+    return tuple(whole)
 
 
 def unshard(x: Tensor, dim: int | None, grid: Grid) -> Tensor:
     """A whole parameter from the tp ranks' shards of it, on every rank."""
-    return x if dim is None or grid.tp == 1 else torch.cat(list(grid.all_gather(x, "tp")), dim)
+    if dim is None or grid.tp == 1:
+        return x
+    shards = grid.all_gather(x, "tp")  # (tp, ...)
+    return torch.cat(shards.unbind(), dim)
 
 
-# --------------------------------------------------------------------------------- ring attention (context parallel)
+# ------------------------------------------------------------- ring attention (context parallel)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None = None) -> Tensor:
-    """Causal attention over the whole sequence; q (B, H, S / cp, D), k and v (B, Hkv, S / cp, D), zigzag -> as q.
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
+                   segments: Segments | None = None) -> Tensor:
+    """Causal attention over the whole sequence.
 
-    The sequence is cut into 2 cp chunks; rank r holds chunks r and 2 cp - 1 - r (zigzag), an early and a late one, so that
-    causal attention costs every rank the same at every hop. Keys and values (K V) go around the ring (arXiv 2310.01889),
-    queries stay. Who computes what with whose K V, for cp = 4, chunks 0 ... 7:
+    q (B, H, S / cp, D), k and v (B, Hkv, S / cp, D), zigzag -> as q. The sequence is cut into 2 cp
+    chunks; rank r holds chunks r and 2 cp - 1 - r (zigzag), an early and a late one, so that causal
+    attention costs every rank the same at every hop. Keys and values (K V) go around the ring
+    (arXiv 2310.01889), queries stay. Who computes what with whose K V, cp = 4, chunks 0 ... 7:
 
         rank  its chunks   hop 0: own K V    hop 1             hop 2             hop 3
          0      0, 7       0: causal         3: 7 x (3, 4)     2: 7 x (2, 5)     1: 7 x (1, 6)
@@ -378,25 +452,16 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[l
          2      2, 5       2: causal         1: (2, 5) x 1     0: (2, 5) x 0     3: 5 x (3, 4)
          3      3, 4       3: causal         2: (3, 4) x 2     1: (3, 4) x 1     0: (3, 4) x 0
 
-    "3: 7 x (3, 4)": at hand are the K V of rank 3; the queries of chunk 7 see the keys of chunks 3 and 4, all of them. What
-    is not listed lies in the future. Every hop is two chunk products (hop 0: two half ones and a whole one). Its steps:
+    "3: 7 x (3, 4)": at hand are the K V of rank 3; the queries of chunk 7 see the keys of chunks 3
+    and 4, all of them. What is not listed lies in the future. Every hop is two chunk products (hop
+    0: two half ones and a whole one).
 
-        1. post: send the K V at hand to rank + 1, receive the next from rank - 1; nobody waits yet
-        2. compute this block: out and log-sum-exp (lse) of the queries over these keys alone
-        3. merge into the float32 result: the weights are sigmoids of lse differences, so nothing can overflow
-        4. wait for the K V posted in step 1
+    A hop moves 2 B Hkv (S / cp) D elements of K V, and in backward as many of dK dV, in float32
+    once there is a sum. S = 1M, cp = 4, Hkv / tp = 2, D = 128 in bfloat16: 256 and 256 + 512 MiB.
 
-    Backward goes around once more. It rebuilds a block's softmax from the lse of the whole row, so a block yields parts of
-    the true gradients and there is nothing to merge: dQ stays and is summed; dK dV travel with their K V, every rank adds
-    its part, and the last hop brings them home.
-
-    A hop moves 2 B Hkv (S / cp) D elements of K V in the compute type, and in backward as many of dK dV in float32 (on the
-    first hop, where there is no sum yet, in the compute type): for S = 1M, cp = 4, Hkv / tp = 2, D = 128 in bfloat16 that is
-    256 MiB, and 256 + 512 MiB.
-
-    `segments` (from `document_segments`) is the cross-document mask of the ablation: each document attends to itself only,
-    one causal block a document, so no S x S mask is ever built. It works on a ring of one rank. The recipe itself leaves it
-    out (arXiv 2504.06214, section 3.1).
+    `segments` (from `document_segments`) is the cross-document mask of the ablation: each document
+    attends to itself only, a causal block each, so no S x S mask is ever built. It works on a ring
+    of one rank. The recipe itself leaves it out (arXiv 2504.06214, section 3.1).
     """
     return RingAttention.apply(q, k, v, grid, segments)
 
@@ -405,7 +470,8 @@ class RingAttention(torch.autograd.Function):
     """`ring_forward` with `ring_backward` as its gradient."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, grid: Grid,
+                segments: Segments | None) -> Tensor:
         out, lse = ring_forward(q, k, v, grid, segments)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.grid, ctx.segments = grid, segments
@@ -413,108 +479,161 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        return *ring_backward(d_out, *ctx.saved_tensors, ctx.grid, ctx.segments), None, None
+        dq, dk, dv = ring_backward(d_out, *ctx.saved_tensors, ctx.grid, ctx.segments)
+        return dq, dk, dv, None, None
 
 
-def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid, segments: list[list[int]] | None = None) -> tuple[Tensor, Tensor]:
-    """Shapes of `ring_attention` -> out (B, H, S / cp, D) in q's type and lse (B, H, S / cp), of whole rows."""
+def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
+                 segments: Segments | None = None) -> tuple[Tensor, Tensor]:
+    """Shapes of `ring_attention` -> out like q, and the log-sum-exp of its rows, (B, H, S / cp).
+
+    The log-sum-exp (lse) of a row is log sum exp(its scores), over the whole sequence at the end.
+    """
     if segments is not None:
         return by_document(ring_forward, segments, grid, q, k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
     for hop in range(grid.cp):
-        source, is_last = (grid.cp_rank - hop) % grid.cp, hop == grid.cp - 1  # `source`: whose keys and values are at hand
+        source = (grid.cp_rank - hop) % grid.cp  # the rank whose K V are at hand
+        is_last = hop == grid.cp - 1
+        # 1. post: send the K V at hand to rank + 1, receive the next from rank - 1; nobody waits
         if not is_last:
             next_keys_values = grid.send_around(k, v)
-        queries, keys = zigzag_block(grid.cp_rank, source, q.shape[2])
-        part, part_lse = block_forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=hop == 0)
+        # 2. compute, while they travel: out and lse of the queries over these keys alone. (The
+        # slices have no names: a view that lives on would keep this hop's K V in memory.)
+        q_rows, k_rows = zigzag_block(grid.cp_rank, source, q.shape[2])
+        part, part_lse = block_forward(
+            q[:, :, q_rows],
+            k[:, :, k_rows],
+            v[:, :, k_rows],
+            causal=hop == 0)  # only our own block has keys that come after a query
+        # 3. merge into the float32 result
         if hop == 0:
             out, lse = part, part_lse
         else:
             out = out.to(wide)  # a copy at the first merge only
-            merge(out[:, :, queries], lse[:, :, queries], part, part_lse)
+            merge(out[:, :, q_rows], lse[:, :, q_rows], part, part_lse)
+        # 4. wait for the K V posted in step 1
         if not is_last:
             k, v = next_keys_values.wait()
     return out.to(q.dtype), lse
 
 
-def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grid: Grid,
-                  segments: list[list[int]] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of this rank's positions, summed in float32 over the ring."""
+def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                  grid: Grid, segments: Segments | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of this rank's positions, summed in float32 over the ring.
+
+    Backward goes around once more. A block's softmax is rebuilt from the lse of the whole row, so a
+    block yields parts of the true gradients and there is nothing to merge. dQ stays and is summed;
+    dK dV travel with their K V, and every rank adds its part. Those of rank 0, for cp = 4:
+
+        hop           0           1             2             3
+        their place   rank 0 ---> rank 1 -----> rank 2 -----> rank 3 -----> home, rank 0
+        their sum     from 0      + from 1      + from 2      + from 3
+    """
     if segments is not None:
         return by_document(ring_backward, segments, grid, d_out, q, k, v, out, lse)
     wide = torch.promote_types(q.dtype, torch.float32)
-    next_gradients = None  # from the rank before: dK, dV of the keys and values that arrive with them
+    next_gradients = None  # dK dV on their way here, of the K V that arrive with them
     for hop in range(grid.cp):
-        source, is_last = (grid.cp_rank - hop) % grid.cp, hop == grid.cp - 1
+        source = (grid.cp_rank - hop) % grid.cp
+        is_last = hop == grid.cp - 1
+        # 1. post the K V at hand; nobody waits
         if not is_last:
             next_keys_values = grid.send_around(k, v)
-        queries, keys = zigzag_block(grid.cp_rank, source, q.shape[2])
-        d_q, d_k, d_v = block_backward(d_out[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
-                                       out[:, :, queries], lse[:, :, queries], causal=hop == 0)
+        # 2. compute this block's parts of the gradients
+        q_rows, k_rows = zigzag_block(grid.cp_rank, source, q.shape[2])
+        d_q, d_k, d_v = block_backward(
+            d_out[:, :, q_rows],
+            q[:, :, q_rows],
+            k[:, :, k_rows],
+            v[:, :, k_rows],
+            out[:, :, q_rows],
+            lse[:, :, q_rows],
+            causal=hop == 0)
+        # 3. add them: to our own dQ, and to the dK dV that the ranks before us have summed
         if hop == 0:
             dq, dk, dv = d_q, d_k, d_v
         else:
             dq = dq.to(wide)
-            dq[:, :, queries] += d_q
+            dq[:, :, q_rows] += d_q
             dk, dv = next_gradients.wait()
             dk, dv = dk.to(wide), dv.to(wide)
-            dk[:, :, keys] += d_k
-            dv[:, :, keys] += d_v
-        next_gradients = grid.send_around(dk, dv, tag=1)  # to the rank that has these keys and values next; at last, home
+            dk[:, :, k_rows] += d_k
+            dv[:, :, k_rows] += d_v
+        # 4. post dK dV to the rank that has their K V next; on the last hop, home
+        next_gradients = grid.send_around(dk, dv, tag=1)
+        # 5. wait for the K V posted in step 1
         if not is_last:
             k, v = next_keys_values.wait()
     dk, dv = next_gradients.wait()
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-def by_document(attention: Callable, segments: list[list[int]], grid: Grid, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`attention(..., grid)` of each document of each row alone: `inputs` and results are (B, H, S, ...)."""
-    assert grid.cp == 1, f"the cross-document mask works on whole sequences, not on a ring of {grid.cp}"
+def by_document(attention: Callable, segments: Segments, grid: Grid,
+                *inputs: Tensor) -> tuple[Tensor, ...]:
+    """`attention(..., grid)` of each document alone: `inputs` and results are (B, H, S, ...)."""
+    assert grid.cp == 1, f"the document mask works on whole sequences, not on a ring of {grid.cp}"
     rows = []
     for row, borders in enumerate(segments):
         documents = []
         for start, end in itertools.pairwise(borders):
-            parts = [x[row:row + 1, :, start:end] for x in inputs]
-            documents.append(attention(*parts, grid))
-        rows.append([torch.cat(parts, dim=2) for parts in zip(*documents, strict=True)])  # (1, H, S, ...) each
+            document = [x[row:row + 1, :, start:end] for x in inputs]
+            documents.append(attention(*document, grid))
+        # the first result of all documents, the second of all, ...: (1, H, S, ...) each
+        rows.append([torch.cat(parts, dim=2) for parts in zip(*documents, strict=True)])
     return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
 
 def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:
-    """Which of `rank`'s queries see which of `source`'s keys, both of `length` local positions (see `ring_attention`)."""
-    early, late, everything = slice(0, length // 2), slice(length // 2, length), slice(0, length)
+    """Which of `rank`'s queries see which of `source`'s keys: see the table of `ring_attention`."""
+    everything = slice(0, length)  # a rank's local positions: its early chunk, then its late one
+    early = slice(0, length // 2)
+    late = slice(length // 2, length)
     if source == rank:  # own keys, under the causal mask: local order is global order
         return everything, everything
-    elif source < rank:  # its early chunk lies before all our queries, its late chunk after all of them
+    elif source < rank:  # its early chunk lies before all our queries, its late one after them
         return everything, early
     else:  # its chunks lie between ours: only our late queries see them, and see them all
         return late, everything
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add a block's result to the float32 one, in place: softmax over the union of their keys."""
-    share = torch.sigmoid(part_lse - lse)  # of the new keys, in [0, 1]
+    """Add a block's result to the float32 one, in place: softmax over the union of their keys.
+
+    exp(lse) is the sum by which softmax has divided: call it a for `out` and b for `part`. Over all
+    keys the sum is a + b, so
+
+        out <- (a out + b part) / (a + b) = out + share (part - out)
+        share = b / (a + b) = 1 / (1 + a / b) = sigmoid(log b - log a)
+        lse <- log(a + b) = log a - log(a / (a + b)) = lse - logsigmoid(log a - log b)
+
+    Scores reach thousands, where a and b overflow. The difference of their logarithms does not.
+    """
+    share = torch.sigmoid(part_lse - lse)  # in [0, 1]
     out.lerp_(part.to(out.dtype), share[..., None])
-    lse.sub_(F.logsigmoid(lse - part_lse))  # log(exp(lse) + exp(part_lse))
+    lse.sub_(F.logsigmoid(lse - part_lse))
 
 
 def attention_kernel(device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Name of the kernel that computes blocks there. Raises ValueError for a type or head dimension it does not take."""
+    """Name of the kernel that computes blocks. Raises ValueError for what it does not take."""
     if not device.startswith("cuda"):
         return "SDPA flash (CPU)"
     if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"--dtype {str(dtype).removeprefix('torch.')} cannot be used on cuda, whose flash attention takes "
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"--dtype {name} cannot be used on cuda, whose flash attention takes "
                          "bfloat16; use --dtype bfloat16")
     if head_dim % 8 or head_dim > 256:
-        raise ValueError(f"config.json: head_dim {head_dim} cannot be used on cuda; its flash attention takes 8, 16, ... 256")
+        raise ValueError(f"config.json: head_dim {head_dim} cannot be used on cuda; its flash "
+                         "attention takes 8, 16, ... 256")
     return "SDPA flash (CUDA)"
 
 
 def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v of one block, and its rows' log-sum-exp in float32 (float64 for float64).
+    """softmax(q k^T / sqrt(D)) v of one block, and its rows' log-sum-exp in float32 (or float64).
 
-    q (B, H, S, D), k and v (B, Hkv, N, D) -> (B, H, S, D), (B, H, S). K and V keep their own number of heads: grouped-query
-    attention never repeats them in memory. Together with `block_backward` the one place that knows a kernel.
+    q (B, H, S, D), k and v (B, Hkv, N, D) -> (B, H, S, D), (B, H, S). K and V keep their own number
+    of heads: grouped-query attention never repeats them in memory. Together with `block_backward`
+    the one place that knows a kernel.
     """
     if q.is_cuda:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
@@ -523,25 +642,36 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
 
 def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                    causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one block, given `out` and `lse` of the queries' whole rows (over every block)."""
+    """dQ, dK, dV of one block, given `out` and `lse` of the queries' whole rows."""
     if q.is_cuda:
-        unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state of dropout, which there is none of
+        # the random state of dropout, which there is none of
+        unused = torch.empty(0, dtype=torch.int64, device=q.device)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, causal)
+            d_out, q, k, v, out, lse.contiguous(),
+            None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        d_out, q, k, v, out, lse, 0.0, causal)
 
 
 def zigzag_shard(x: Tensor, grid: Grid, dim: int) -> Tensor:
-    """This rank's two chunks of a whole sequence, S -> S / cp along `dim`."""
-    assert grid.cp == 1 or x.shape[dim] % (2 * grid.cp) == 0, f"{x.shape[dim]} is no multiple of 2 x cp = {2 * grid.cp}"
-    chunks = x.tensor_split(2 * grid.cp, dim)
-    return torch.cat((chunks[grid.cp_rank], chunks[-1 - grid.cp_rank]), dim)
+    """This rank's two chunks of a whole sequence, S -> S / cp along `dim`.
+
+    S = 8, cp = 2: the chunks are 0 1 | 2 3 | 4 5 | 6 7; rank 0 has 0 1 6 7, rank 1 has 2 3 4 5.
+    """
+    multiple = 2 * grid.cp
+    if grid.cp > 1:  # one rank takes any length
+        assert x.shape[dim] % multiple == 0, f"{x.shape[dim]} is no multiple of 2 cp = {multiple}"
+    chunks = x.tensor_split(multiple, dim)
+    early = chunks[grid.cp_rank]
+    late = chunks[-1 - grid.cp_rank]
+    return torch.cat((early, late), dim)
 
 
 def zigzag_unshard(x: Tensor, grid: Grid, dim: int) -> Tensor:
     """The whole sequence on every rank, S / cp -> S along `dim`; no gradient flows through it."""
-    early, late = grid.all_gather(x, "cp").tensor_split(2, dim + 1)  # of every rank: (cp, ..., S / (2 cp), ...) each
-    return torch.cat([*early, *late.flip(0)], dim)
+    shards = grid.all_gather(x, "cp")  # (cp, ..., S / cp, ...)
+    early, late = shards.tensor_split(2, dim + 1)  # (cp, ..., S / (2 cp), ...) each
+    return torch.cat([*early, *late.flip(0)], dim)  # the first rank's late chunk is the last
 
 
 def zigzag_positions(seq_len: int, grid: Grid) -> Tensor:
@@ -549,51 +679,56 @@ def zigzag_positions(seq_len: int, grid: Grid) -> Tensor:
     return zigzag_shard(torch.arange(seq_len), grid, 0)
 
 
-def document_segments(document_ids: Tensor) -> list[list[int]]:
-    """Where documents begin and end: ids (B, S) -> for each row the borders [0, ..., S], on the host."""
+def document_segments(document_ids: Tensor) -> Segments:
+    """Where documents begin and end: ids (B, S) -> for each row the borders, on the host.
+
+    Ids 5 5 5 9 9 2 -> borders 0, 3, 5, 6.
+    """
     rows = []
     for row in document_ids:
-        starts = (torch.nonzero(row[1:] != row[:-1]).flatten() + 1).tolist()
-        rows.append([0, *starts, row.numel()])
+        is_border = row[1:] != row[:-1]
+        starts = torch.nonzero(is_border).flatten() + 1
+        rows.append([0, *starts.tolist(), row.numel()])
     return rows
 
 
 def attend_earlier(q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
     """Add to causal attention among new tokens what they find in earlier ones, which they all see.
 
-    q, out (B, H, s, D) and lse (B, H, s), as from `ring_forward`; k and v (B, Hkv, N, D), this rank's N >= 0 earlier tokens, in
-    any order -> out. Ranks may hold unequal numbers of keys, so queries go around the ring and keys stay (the pass-Q of
-    arXiv 2411.01783); with them goes what they have found, and the last hop brings it home.
+    q, out (B, H, s, D) and lse (B, H, s), as from `ring_forward`; k and v (B, Hkv, N, D), this
+    rank's N >= 0 earlier tokens, in any order -> out. Ranks may hold unequal numbers of keys, so
+    queries go around the ring and keys stay (the pass-Q of arXiv 2411.01783); with them goes what
+    they have found, and the last hop brings it home.
     """
-    dtype, out = q.dtype, out.to(lse.dtype)
+    dtype = q.dtype
+    out = out.to(lse.dtype)
     for _ in range(grid.cp):
-        if k.shape[2]:
+        if k.shape[2] > 0:
             part, part_lse = block_forward(q, k, v, causal=False)
             merge(out, lse, part, part_lse)
         q, out, lse = grid.send_around(q, out, lse).wait()
     return out.to(dtype)
 
 
-# ------------------------------------------------------------------------------- data parallel: the sharded optimizer
+# ---------------------------------------------------------- data parallel: the sharded optimizer
 
 
 class ShardedAdamW:
-    """AdamW (arXiv 1711.05101) whose float32 state is spread over the dp x cp ranks (ZeRO-1, arXiv 1910.02054).
+    """AdamW (arXiv 1711.05101), its float32 state spread over dp x cp ranks (ZeRO-1, 1910.02054).
 
-    Every parameter is cut into dp x cp equal pieces, and rank r updates piece r of each: only there are its float32 master
-    weights and its two moments. Gradients accumulate over micro-batches in float32, in `parameter.grad`, whatever the
-    parameter's type. A step does four things for each parameter:
+    Every parameter is cut into dp x cp equal pieces, and rank r updates piece r of each: only there
+    are its float32 master weights and its two moments. Ten elements over four ranks, padded with
+    zeros to twelve:
 
-        1. reduce-scatter   the gradients of all dp x cp ranks are summed, and each rank keeps its own piece of the sum
-        2. norm and clip    over the pieces of all ranks
-        3. AdamW            on the own piece; matrices decay, vectors (norms and biases) do not
-        4. all-gather       every rank's new piece, rounded to the parameter's type
+        rank        0          1          2          3
+        gradients   g0 ... g9  g0 ... g9  g0 ... g9  g0 ... g9    float32; of a rank's tokens only
+        pieces      G0 G1 G2   G3 G4 G5   G6 G7 G8   G9 0  0      1. reduce-scatter: sums over ranks
+                                                                  2. norm of all pieces, and clip
+        masters     m0 m1 m2   m3 m4 m5   m6 m7 m8   m9 0  0      3. AdamW: float32, updated
+        weights     m0 ... m9  m0 ... m9  m0 ... m9  m0 ... m9    4. all-gather: rounded
 
-    What every tp rank holds whole (norms) saw only that rank's positions: such gradients are summed over tp as well, and
-    count once in the norm.
-
-    Args: model, grid; betas and weight_decay as in torch; `on_host` keeps the float32 state in host memory, where the
-    update then runs: 12 bytes a parameter less on the GPU, two copies a step more.
+    `on_host` keeps the float32 state in host memory, where the update then runs: 12 bytes a
+    parameter less on the GPU, two more copies a step.
     """
 
     KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -603,29 +738,38 @@ class ShardedAdamW:
         self.grid = grid
         self.dims = shard_dims(model)
         self.parameters = dict(model.named_parameters())
-        self.pieces = grid.size("dp_cp")
-        self.piece = grid.dp_rank * grid.cp + grid.cp_rank
+        self.pieces = grid.size("dp_cp")  # of each parameter
+        self.piece = grid.dp_rank * grid.cp + grid.cp_rank  # this rank's
         self.masters = {}
+        matrices, vectors = [], []
         for name, parameter in self.parameters.items():
-            wide = torch.promote_types(parameter.dtype, torch.float32)  # float64 models (tests) keep float64
+            # gradients of micro-batches add up in float32, whatever the parameter's type
+            wide = torch.promote_types(parameter.dtype, torch.float32)  # float64 stays (tests)
             parameter.grad_dtype = wide
             parameter.grad = torch.zeros_like(parameter, dtype=wide)
-            own = self.cut(parameter.detach())[self.piece]
             # float32 weights are their own master: a view, if it is none of a padded copy
-            copy = on_host or parameter.numel() % self.pieces > 0
-            self.masters[name] = own.to("cpu" if on_host else parameter.device, wide, copy=copy)
-        matrices = [self.masters[name] for name, parameter in self.parameters.items() if parameter.ndim >= 2]
-        vectors = [self.masters[name] for name, parameter in self.parameters.items() if parameter.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+            own = self.cut(parameter.detach())[self.piece]
+            is_padded = parameter.numel() % self.pieces > 0
+            device = "cpu" if on_host else parameter.device
+            master = own.to(device, wide, copy=on_host or is_padded)
+            self.masters[name] = master
+            if parameter.ndim >= 2:
+                matrices.append(master)
+            else:  # norms and biases do not decay
+                vectors.append(master)
+        groups = [{"params": matrices, "weight_decay": weight_decay},
+                  {"params": vectors, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        for master in self.masters.values():  # now rather than in the first step, so that a checkpoint has a place to go
-            self.adamw.state[master] = {"step": torch.zeros((), device=master.device), "master": master,
-                                        "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+        # torch makes the state in the first step; made now, a checkpoint has a place to go
+        for master in self.masters.values():
+            self.adamw.state[master] = {
+                "step": torch.zeros((), device=master.device), "master": master,
+                "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
 
     def cut(self, x: Tensor) -> Tensor:
         """A parameter's elements, padded with zeros, in equal pieces: any shape -> (dp cp, n)."""
         flat = x.flatten()
-        padding = -len(flat) % self.pieces
+        padding = -len(flat) % self.pieces  # 10 elements in 4 pieces: 2
         if padding:
             flat = F.pad(flat, (0, padding))
         return flat.view(self.pieces, -1)
@@ -644,39 +788,42 @@ class ShardedAdamW:
     def step(self, learning_rate: float, max_norm: float = 0.0) -> float:
         """One AdamW update from the accumulated gradients, clipped to `max_norm` (0: no clipping).
 
-        Returns the gradient norm before clipping, after which `parameter.grad` is used up. Raises ArithmeticError, with
-        nothing updated, if it is not finite.
+        Returns the gradient norm before clipping, after which `parameter.grad` is used up. Raises
+        ArithmeticError, with nothing updated, if it is not finite.
         """
-        gradients = self.reduce_gradients()
-        norm = self.gradient_norm(gradients)
-        if not norm < math.inf:
+        # 1. reduce-scatter: sum the gradients of all dp x cp ranks, keep the own piece
+        gradients = {}
+        for name, parameter in self.parameters.items():
+            # what every tp rank holds whole (norms) has seen only that rank's positions
+            if self.dims[name] is None:
+                self.grid.all_reduce(parameter.grad, "tp")
+            gradients[name] = self.grid.reduce_scatter(self.cut(parameter.grad), "dp_cp")
+
+        # 2. norm over the pieces of all ranks, and clip
+        norms = []
+        for name, gradient in gradients.items():
+            # what every tp rank holds whole counts once
+            if self.dims[name] is not None or self.grid.tp_rank == 0:
+                norms.append(torch.linalg.vector_norm(gradient))
+        square = torch.stack(norms).double().square().sum()
+        norm = self.grid.all_reduce(square, "all").sqrt().item()
+        if not norm < math.inf:  # nan is not less either
             raise ArithmeticError(f"the gradient norm is {norm}")
+        if 0 < max_norm < norm:
+            for gradient in gradients.values():
+                gradient.mul_(max_norm / norm)
+
+        # 3. AdamW on the own pieces
         for name, master in self.masters.items():
-            if 0 < max_norm < norm:
-                gradients[name] *= max_norm / norm
             master.grad = gradients[name].to(master.device)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self.adamw.step()
         self.adamw.zero_grad()
+
+        # 4. all-gather
         self.publish()
         return norm
-
-    def reduce_gradients(self) -> dict[str, Tensor]:
-        """This rank's piece of every parameter's gradient, summed over all ranks: float32 (n,). Call once a step."""
-        pieces = {}
-        for name, parameter in self.parameters.items():
-            if self.dims[name] is None:
-                self.grid.all_reduce(parameter.grad, "tp")
-            pieces[name] = self.grid.reduce_scatter(self.cut(parameter.grad), "dp_cp")
-        return pieces
-
-    def gradient_norm(self, pieces: dict[str, Tensor]) -> float:
-        """Euclidean norm over all parameters of the whole model, each counted once."""
-        counted = [piece for name, piece in pieces.items() if self.dims[name] is not None or self.grid.tp_rank == 0]
-        norms = torch.stack([torch.linalg.vector_norm(piece) for piece in counted])
-        square = norms.double().square().sum()
-        return self.grid.all_reduce(square, "all").sqrt().item()
 
     def publish(self) -> None:
         """Give every rank's piece of the weights to all, rounded to the parameter's type."""
@@ -685,14 +832,14 @@ class ShardedAdamW:
             parameter.copy_(self.join(piece, parameter.shape))
 
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, this tp rank's shard) of every parameter for a kind of KINDS, on every rank, one at a time."""
+        """(name, this tp rank's shard) of each parameter, for a kind of KINDS; on every rank."""
         for name, parameter in self.parameters.items():
-            piece = self.adamw.state[self.masters[name]][kind].to(parameter.device)
-            yield name, self.join(piece, parameter.shape)
+            piece = self.adamw.state[self.masters[name]][kind]
+            yield name, self.join(piece.to(parameter.device), parameter.shape)
 
     @torch.no_grad()
     def load_state(self, kind: str, tensors: Iterable[tuple[str, Tensor]], steps: int) -> None:
-        """Restore a kind of state from (name, this tp rank's shard) of every parameter, and the number of `steps`."""
+        """Restore what `state` gave for a kind, and the number of `steps`."""
         for name, tensor in tensors:
             state = self.adamw.state[self.masters[name]]
             state[kind].copy_(self.cut(tensor)[self.piece])
@@ -701,11 +848,11 @@ class ShardedAdamW:
             self.publish()
 
 
-# ------------------------------------------------------------------------------------------ what every command needs
+# ----------------------------------------------------------------------- what every command needs
 
 
 def launched() -> tuple[int, int]:
-    """(rank, number of processes) of this job, as torchrun tells its processes; (0, 1) without it."""
+    """(rank, number of processes) of this job, as torchrun tells them; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -713,8 +860,9 @@ def launched() -> tuple[int, int]:
 def one_line_errors() -> Iterator[None]:
     """Around a whole command: a mistake of its user, or Ctrl-C, becomes one line and exit code 1.
 
-    A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the others before they speak. An
-    error of one rank alone is told by that one.
+    A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the
+    others before they speak. An error of one rank alone is told by that one. Of many ranks one ends
+    by os._exit: NCCL's groups are given up together only, and the others may wait elsewhere.
     """
     rank, world = launched()
     try:
@@ -726,16 +874,18 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, ArithmeticError) as error:
         if world == 1:
             raise SystemExit(f"error: {error}") from None
-        faulthandler.unregister(signal.SIGTERM)  # a rank that torchrun ends meanwhile has nothing to add
-        time.sleep(2.0 if rank else 0.0)
-        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # the others may wait for this rank in a communication: there is no orderly way out
+        faulthandler.unregister(signal.SIGTERM)  # a rank that torchrun ends now has nothing to add
+        time.sleep(2.0 if rank else 0.0)  # the first rank speaks first
+        who = f"rank {rank}: " if rank else ""
+        print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except Exception:
         if world == 1:
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, where the error is another rank's end: first the traceback
+        # where this follows another rank's end, torchrun's signal comes too: first the traceback
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.excepthook(*sys.exc_info())
-        os._exit(1)  # NCCL's groups are given up together only, and the others may wait in another communication
+        os._exit(1)
 
 
 def print_once(text: str) -> None:

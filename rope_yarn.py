@@ -24,7 +24,7 @@ yarn's g is linear in the pair's index i, as in its published code and transform
 YaRN's paper is linear in the turns r_i: that is Llama-3.1's rule, and the frequencies of the two
 differ by up to 1.83 times. The ultra-long recipe (2504.06214) is yarn with beta_slow 1, beta_fast
 4, L = 8,192 and s = 128, 256 or 512. It replaces Llama-3.1's own scaling: every rule here starts
-from theta, so two never stack. (Exported, a model with ntk is one with a larger theta: stay with it.)
+from theta, so two never stack. (Exported, a model with ntk is one with a larger theta: keep that.)
 
 Angles are formed in float64. The float32 product m * f_i is off by 0.05 rad at 1M tokens and 0.2
 rad at 4M (half as much again if f_i was computed in float32 too), worst in the fast pairs, which
@@ -70,7 +70,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         # the only place where values are checked; each check relies on those above it
-        length, attention, need = self.original_max_position, self.attention_factor, self.need
+        need = self.need
+        length = self.original_max_position
+        attention = self.attention_factor
         need("kind", self.kind in KINDS, f"in {KINDS}")
         need("factor", is_number(self.factor) and self.factor >= 1, "a number >= 1")
         need("factor", self.kind != "default" or self.factor == 1, "1 (kind default)")
@@ -113,7 +115,7 @@ class RopeScaling:
         share = stated_value(config, "partial_rotary_factor", 1)
         if share != 1:  # every pair of a Llama's head is turned
             raise ValueError(f"config.json: partial_rotary_factor is {share!r}; it must be 1")
-        # two old windows are refused: transformers 4 would take that in the scaling, 5 that beside it
+        # two different old windows are refused: transformers 4 takes the scaling's, 5 the other
         window = stated_value(config, ORIGINAL, config.get("max_position_embeddings"))
         places = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
         if "rope_type" in config or "type" in config:  # it is the scaling itself
@@ -163,20 +165,29 @@ def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
 
 
 def kept_share(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """g_i of yarn and llama3, float64 (D/2,): 1 keeps a pair's frequency, 0 divides it by s."""
+    """g_i of yarn and llama3, float64 (D/2,): 1 keeps a pair's frequency, 0 divides it by s.
+
+    yarn on Llama-3.1 (D = 128, theta = 500,000, L = 8,192, beta_fast 4, beta_slow 1): pairs 0 to 28
+    have g = 1, pairs 29 to 34 have 6/7, 5/7, ... 1/7, pairs 35 to 63 have 0.
+    """
     length = old_window(scaling)
     pair = torch.arange(head_dim // 2, dtype=torch.float64)  # i
     if scaling.kind == "llama3":  # the equation in YaRN's paper, section 3.2
         turns = length * theta ** (-2 * pair / head_dim) / (2 * math.pi)  # r_i
         ramp = (turns - scaling.beta_slow) / (scaling.beta_fast - scaling.beta_slow)
         return ramp.clamp(0, 1)
-    # YaRN's published code: g falls from 1 to 0 between the pairs i at which r_i is beta_fast and
-    # beta_slow; L theta^(-2i/D) / 2 pi = beta, solved for i
-    low = head_dim * math.log(length / (2 * math.pi * scaling.beta_fast)) / (2 * math.log(theta))
-    high = head_dim * math.log(length / (2 * math.pi * scaling.beta_slow)) / (2 * math.log(theta))
+    # YaRN's published code: g falls from 1 to 0 between two pairs, low and high, the ones that turn
+    # beta_fast and beta_slow times. r_i = L theta^(-2i/D) / 2 pi = beta gives
+    #     i = D ln(L / (2 pi beta)) / (2 ln theta)
+    log_fast = math.log(length / (2 * math.pi * scaling.beta_fast))
+    log_slow = math.log(length / (2 * math.pi * scaling.beta_slow))
+    low = head_dim * log_fast / (2 * math.log(theta))
+    high = head_dim * log_slow / (2 * math.log(theta))
     if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)  # not D/2 - 1: as published
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, head_dim - 1)  # not D/2 - 1: as published
     ramp = (pair - low) / ((high - low) or 0.001)  # both ends in one pair: a step, not 0 / 0
     return 1 - ramp.clamp(0, 1)
 
@@ -192,31 +203,32 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tu
         raise ValueError(f"rope_theta is {theta!r}; it must be a number above 1")
     if scaling.kind == "ntk":
         theta = ntk_theta(theta, scaling.factor, head_dim)
-    inv_freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim  # 2i / D
+    inv_freq = theta ** -exponent
     if scaling.kind == "linear":
         inv_freq = inv_freq / scaling.factor
     elif scaling.kind in ("llama3", "yarn"):
-        share = kept_share(head_dim, theta, scaling)
-        inv_freq = share * inv_freq + (1 - share) * inv_freq / scaling.factor
+        g = kept_share(head_dim, theta, scaling)
+        inv_freq = g * inv_freq + (1 - g) * inv_freq / scaling.factor
     return inv_freq, scaling.cos_sin_factor
 
 
 # -------------------------------------------------------------------------------- the rotation
 
 
-def rotary_tables(
-    positions: Tensor, inv_freq: Tensor, attention_factor: float
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: Tensor, inv_freq: Tensor,
+                  attention_factor: float) -> tuple[Tensor, Tensor]:
     """cos and sin times the factor: int64 (S,) in any order, float64 (D/2,) -> float32 (S, D/2).
 
     They are on the device of `positions`.
     """
     inv_freq = inv_freq.to(positions.device)
-    cos = positions.new_empty((len(positions), len(inv_freq)), dtype=torch.float32)
+    shape = (len(positions), len(inv_freq))
+    cos = positions.new_empty(shape, dtype=torch.float32)
     sin = torch.empty_like(cos)
     for start in range(0, len(positions), CHUNK):  # all angles of 4M positions would take 2 GB
         rows = slice(start, start + CHUNK)
-        angles = torch.outer(positions[rows].to(torch.float64), inv_freq)  # (CHUNK, D/2)
+        angles = torch.outer(positions[rows].double(), inv_freq)  # m f_i: (CHUNK, D/2)
         cos[rows] = angles.cos() * attention_factor
         sin[rows] = angles.sin() * attention_factor
     return cos, sin
@@ -263,11 +275,13 @@ def stated_value(config: dict, key: str, default: object = None):
     Raises ValueError if these contradict each other.
     """
     places = (config.get("rope_scaling"), config.get("rope_parameters"), config)
-    values = [place.get(key) for place in places if isinstance(place, dict)]
-    values = [value for value in values if value is not None] or [default]
+    values = []
+    for place in places:
+        if isinstance(place, dict) and place.get(key) is not None:  # null: left out
+            values.append(place[key])
     if any(value != values[0] for value in values[1:]):
         raise ValueError(f"config.json: {key} has several values, {values}; keep one")
-    return values[0]
+    return values[0] if values else default
 
 
 def fields_from_hf(stated: dict, window: int | None) -> dict:
@@ -282,7 +296,7 @@ def fields_from_hf(stated: dict, window: int | None) -> dict:
     kind = stated.get("rope_type", stated.get("type", "default"))
     if stated.get("type", kind) != kind:
         raise ValueError(f"rope scaling: rope_type {kind!r} and type {stated['type']!r} differ")
-    if kind not in list(HF_FIELDS):  # a list: a file can hold what has no hash
+    if kind not in list(HF_FIELDS):  # a list: a file may state what has no hash, such as []
         raise ValueError(f"rope scaling: rope_type {kind!r} is unknown; known are "
                          f"{', '.join(HF_FIELDS)}; in place of dynamic or longrope use yarn")
     known = [*HF_FIELDS[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor"]
@@ -322,31 +336,37 @@ def scaling_from_options(options: dict) -> RopeScaling | None:
               "beta_fast": "beta_fast", "beta_slow": "beta_slow",
               "attention_temperature": "attention_temperature"}
     kind = options.get("rope_kind")
-    given = {name: options.get(option) for name, option in fields.items()}
-    given = {name: value for name, value in given.items() if value is not None}
-    if kind is None and given:
-        name = next(iter(given))
+    values = {}
+    for name, option in fields.items():
+        if options.get(option) is not None:
+            values[name] = options[option]
+    if kind is None and values:
+        name = next(iter(values))
         raise ValueError(f"rope scaling: {name} is given without a kind; add --rope-kind yarn")
-    if kind not in (None, "default") and "factor" not in given:
+    if kind is None:
+        return None
+    if kind != "default" and "factor" not in values:
         raise ValueError(f"--rope-kind {kind} needs --rope-factor, new window / old window")
-    return None if kind is None else RopeScaling(kind, **given)
+    return RopeScaling(kind, **values)
 
 
 def explain(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> str:
     """A table of the pairs (wavelengths in tokens, turns in the old window `length`), a summary."""
     before, _ = inverse_frequencies(head_dim, theta, RopeScaling())
     after, factor = inverse_frequencies(head_dim, theta, scaling)
-    # 1 - g: how far from kept, f, to interpolated, f / s (at s = 1 these are one: every pair kept)
-    slowed = ((1 - after / before) / max(1 - 1 / scaling.factor, 1e-6)).clamp(0, 1)
+    # 1 - g: how far a pair is on its way from f to f / s
+    whole_way = max(1 - 1 / scaling.factor, 1e-6)  # at s = 1 there is no way: every pair is kept
+    way = ((1 - after / before) / whole_way).clamp(0, 1)
     lines = ["pair    wavelength      turns  interpolated  new wavelength   stretch"]
-    for pair, share in enumerate(slowed.tolist()):
-        old, new = before[pair].item(), after[pair].item()
+    for pair, share in enumerate(way.tolist()):
+        old = before[pair].item()
+        new = after[pair].item()
         turns = length * old / (2 * math.pi)
         lines.append(f"{pair:>4}  {2 * math.pi / old:>12,.1f}  {turns:>9,.3f}  {share:>12.2%}  "
                      f"{2 * math.pi / new:>14,.0f}  {old / new:>7.2f}x")
-    kept = (slowed < 1e-9).sum().item()
-    interpolated = (slowed > 1 - 1e-9).sum().item()
-    blended = len(slowed) - kept - interpolated
+    kept = (way < 1e-9).sum().item()
+    interpolated = (way > 1 - 1e-9).sum().item()
+    blended = len(way) - kept - interpolated
     reach = f"a window of {length:,} tokens becomes {round(length * scaling.factor):,}"
     aim = "s times slower, so they meet no new angle there"
     if scaling.kind == "llama3":  # its factor is no ratio of windows
@@ -382,7 +402,8 @@ def main(argv: list[str] | None = None) -> None:
     add_rule_arguments(parser)
     a = parser.parse_args(argv)
     try:
-        print(explain(a.head_dim, a.theta, a.original_length, shown_rule(vars(a))))
+        rule = shown_rule(vars(a))
+        print(explain(a.head_dim, a.theta, a.original_length, rule))
     except (ValueError, ArithmeticError) as error:
         raise SystemExit(f"error: {error}") from None
 

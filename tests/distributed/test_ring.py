@@ -6,19 +6,17 @@ from launch import ROOT, results
 
 SIZES = (1, 2, 3, 4, 8)
 MUTATIONS = {  # the classic bugs, as a change of parallel.py: what is there, what is put in its place
-    "wrong_hop": ("(grid.cp_rank - hop) % grid.cp, hop == grid.cp - 1  # `source`",
-                  "(grid.cp_rank + hop) % grid.cp, hop == grid.cp - 1  # `source`"),
+    "wrong_hop": ("(grid.cp_rank - hop) % grid.cp  # the rank", "(grid.cp_rank + hop) % grid.cp  # the rank"),
     "backward_reuses_the_first_keys": ("            k, v = next_keys_values.wait()\n    dk, dv",
                                        "            next_keys_values.wait()\n    dk, dv"),
-    "dropped_dk": ("            dk[:, :, keys] += d_k\n", ""),
-    "dropped_dv": ("            dv[:, :, keys] += d_v\n", ""),
+    "dropped_dk": ("            dk[:, :, k_rows] += d_k\n", ""),
+    "dropped_dv": ("            dv[:, :, k_rows] += d_v\n", ""),
     "gradients_never_come_home": ("next_gradients = grid.send_around(dk, dv, tag=1)", "next_gradients = Hop((dk, dv), [])"),
     "bfloat16_lse": ("lse.sub_(F.logsigmoid(lse - part_lse))", "lse.sub_(F.logsigmoid(lse - part_lse)).copy_(lse.bfloat16())"),
     "raw_exponentials": ("share = torch.sigmoid(part_lse - lse)", "share = part_lse.exp() / (part_lse.exp() + lse.exp())"),
     "wrong_half": ("return everything, early", "return everything, late"),
-    "mask_on_every_hop": ("part, part_lse = block_forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=hop == 0)",
-                          "part, part_lse = block_forward(q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=True)"),
-    "lse_of_the_last_block": ("lse[:, :, queries], part, part_lse)", "lse[:, :, queries].clone(), part, part_lse)"),
+    "mask_on_every_hop": ("v[:, :, k_rows],\n            causal=hop == 0)", "v[:, :, k_rows],\n            causal=True)"),
+    "lse_of_the_last_block": ("lse[:, :, q_rows], part, part_lse)", "lse[:, :, q_rows].clone(), part, part_lse)"),
     "unsharded_positions": ("chunks[-1 - grid.cp_rank]", "chunks[grid.cp_rank]"),
 }
 
