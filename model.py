@@ -117,7 +117,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: dict) -> ModelConfig:
         """Read a config.json of transformers 4 or 5; a key left out has transformers' default."""
-        # 1. Is it one of our architectures? Other values of ONLY's keys make other ones.
+        # 1. Is it one of our architectures? What differs from ONLY is another.
         family = config.get("model_type", "llama")
         if family not in ARCHITECTURES:
             raise ValueError(f"config.json: model_type {family!r} is not supported; supported are "
@@ -363,7 +363,7 @@ def tiles_backward(function: Callable, inputs: tuple[Tensor, ...], constants: tu
 class RecomputedBlock(torch.autograd.Function):
     """A block that computes most of itself again in backward, tile by tile (arXiv 1604.06174).
 
-    Its size is that of a layer of Llama-3.1-8B on a rank: 1M tokens, tp 8, cp 4, bfloat16.
+    Sizes are those of one layer of Llama-3.1-8B on one rank: 1M tokens, tp 8, cp 4, bfloat16.
 
         recompute   what is kept                 size      what is computed again
         none        all that autograd needs      8.6 GiB   nothing: a plain Block
@@ -427,11 +427,11 @@ class KVCache:
 
     A prompt of 8 tokens on cp 2, then three tokens one by one:
 
-        first rank    0 1 6 7, then 8 9 10    new tokens are all kept by the first rank
-        second rank   2 3 4 5
+        first rank     0 1 6 7    8 9 10    tokens that come one by one are all its
+        second rank    2 3 4 5
 
-    More tokens may follow at any time, and `truncate` forgets the last ones: prompts that begin
-    alike compute their common beginning once. `capacity` is how many tokens a rank has room for.
+    Any number of tokens may follow, and `truncate` forgets the last ones: prompts that begin alike
+    compute their common beginning once. `capacity` is how many tokens a rank has room for.
     """
 
     def __init__(self, config: ModelConfig, grid: Grid, batch: int, capacity: int,
@@ -484,7 +484,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama for causal language modelling, spread over a grid.
+    """A Llama for causal language modelling, spread over a grid; its settings change no result:
 
         recompute   one of RECOMPUTE: what backward computes again, see `RecomputedBlock`
         offload     what recomputed blocks keep is kept in host memory
@@ -777,7 +777,7 @@ class TiledCrossEntropy(torch.autograd.Function):
     The gradients are known as soon as z is. So forward uses a tile's logits up at once (loss, dx,
     dW), the next tile's overwrite them, and backward multiplies stored gradients by a scalar: no
     product is computed twice. Logits of 1M positions and 128,256 tokens would take 250 GiB in
-    bfloat16; a tile's take TILE_BYTES.
+    bfloat16; those of a tile, in both types, take TILE_BYTES. A tp rank has V / tp rows of W.
     """
 
     @staticmethod
@@ -881,11 +881,12 @@ def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
     before = config.window_before()
     if scaling.kind == "default":  # back to the old window, if the checkpoint says which that was
         window = before or config.max_position_embeddings
-        return replace(config, rope_scaling=scaling, max_position_embeddings=window)
-    original = scaling.original_max_position or before
-    if original is None:
-        raise ValueError("--original-length is needed: a checkpoint with such "
-                         f"{config.rope_scaling.kind} scaling does not state its window before")
-    scaling = replace(scaling, original_max_position=original)
-    window = round(original * scaling.factor)
+    else:
+        original = scaling.original_max_position or before
+        if original is None:
+            kind = config.rope_scaling.kind
+            raise ValueError(f"--original-length is needed: a checkpoint with such {kind} scaling "
+                             "does not state its window before")
+        scaling = replace(scaling, original_max_position=original)
+        window = round(original * scaling.factor)
     return replace(config, rope_scaling=scaling, max_position_embeddings=window)
