@@ -1,9 +1,10 @@
-"""Llama in plain PyTorch: configuration, blocks, memory-tiled loss, generation, Hugging Face load and save.
+"""Llama in plain PyTorch: configuration, blocks, tiles, generation, Hugging Face load and save.
 
-Read from the top: `ModelConfig` is what a config.json says, `Attention`, `MLP` and `Block` are one layer, `RecomputedBlock`
-the same layer in less memory, `Llama` stacks them. In shapes, m is S / (cp tp): the positions that a rank holds between
-attentions. Module names are Hugging Face's, so `state_dict()` keys are the names in a checkpoint's safetensors. Llama 2, 3,
-3.1, 3.2 and Qwen2 differ only in what `ModelConfig` says. `python -m tools.chat MODEL_DIR` talks to a checkpoint.
+Read from the top: `ModelConfig` is what a config.json says, `Attention`, `MLP` and `Block` are one
+layer, `RecomputedBlock` the same layer in less memory, `Llama` stacks them. In shapes, m is
+S / (cp tp): the positions that a rank holds between attentions. Module names are Hugging Face's, so
+`state_dict()` keys are the names in a checkpoint's safetensors. Llama 2, 3, 3.1, 3.2 and Qwen2
+differ only in what `ModelConfig` says. `python -m tools.chat MODEL_DIR` talks to a checkpoint.
 """
 from __future__ import annotations
 
@@ -53,24 +54,24 @@ from rope_yarn import (
     stated_value,
 )
 
-TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}  # what one tile of positions may take on its way through the loss or a block
-RECOMPUTE = ("none", "mlp", "block")
+TILE_BYTES = {"cpu": 2**27, "cuda": 2**30}  # what a tile may take in a block or in the loss
+RECOMPUTE = ("none", "mlp", "block")  # see RecomputedBlock
 VOCABULARY_TILE = 8192  # rows of the head's gradient that are added up at a time
 
 
-# ---------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------- configuration
 
 
-SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "max_position_embeddings")
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 SPLIT_BY_TP = ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size")
-ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}  # other values are other architectures
+ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, under Hugging Face's names. `hf` keeps the other keys of the config.json it came from.
+    """The shape of a model, under Hugging Face's names; `hf` is the config.json it came from.
 
     Raises ValueError naming the key of config.json that is missing or means nothing.
     """
@@ -100,122 +101,150 @@ class ModelConfig:
         for name, least in (("rms_norm_eps", 0), ("initializer_range", 0), ("rope_theta", 1)):
             value = getattr(self, name)
             if not is_number(value) or value <= least:
-                raise ValueError(f"config.json: {name} must be a number above {least}, found {value!r}")
+                raise ValueError(f"config.json: {name} must be a number above {least}, "
+                                 f"found {value!r}")
         for name in ("tie_word_embeddings", "qkv_bias", "output_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"config.json: {name.replace('qkv_bias', 'attention_bias')} must be true or false")
+                key = name.replace("qkv_bias", "attention_bias")
+                raise ValueError(f"config.json: {key} must be true or false")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(f"config.json: num_attention_heads {self.num_attention_heads} is not "
+                             f"a multiple of num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"config.json: head_dim {self.head_dim} is odd; rotary embedding turns pairs, so it must be even")
+            raise ValueError(f"config.json: head_dim {self.head_dim} is odd; rotary embedding "
+                             "turns pairs, so it must be even")
 
     @classmethod
     def from_hf(cls, config: dict) -> ModelConfig:
-        """Read a config.json of transformers 4 or 5; a key that is left out has transformers' default."""
+        """Read a config.json of transformers 4 or 5; a key left out has transformers' default."""
+        # 1. Is it one of our architectures? What differs from ONLY is another.
         family = config.get("model_type", "llama")
         if family not in ARCHITECTURES:
-            raise ValueError(f"config.json: model_type {family!r} is not supported; supported are llama and qwen2")
+            raise ValueError(f"config.json: model_type {family!r} is not supported; supported are "
+                             "llama and qwen2")
         for key, needed in ONLY.items():
             if config.get(key, needed) != needed:
-                raise ValueError(f"config.json: {key} is {config[key]!r}; only {needed!r} is supported")
+                raise ValueError(f"config.json: {key} is {config[key]!r}; only {needed!r} is "
+                                 "supported")
+        # 2. Its shape: three keys may be left out
         shape = {name: config.get(name) for name in SHAPE}
-        heads, hidden = shape["num_attention_heads"], shape["hidden_size"]
-        if shape["num_key_value_heads"] is None:
+        hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+        if shape["num_key_value_heads"] is None:  # every query head has keys of its own
             shape["num_key_value_heads"] = heads
         if shape["head_dim"] is None and is_number(heads) and is_number(hidden) and heads > 0:
             if hidden % heads:
-                raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}; state "
-                                 "head_dim or change one of them")
+                raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_"
+                                 f"attention_heads {heads}; state head_dim or change one of them")
             shape["head_dim"] = hidden // heads
         if shape["max_position_embeddings"] is None:
             shape["max_position_embeddings"] = 2048
-        scaling, bias = RopeScaling.from_hf(config), config.get("attention_bias", False)
-        found = cls(**shape, rope_theta=stated_value(config, "rope_theta", 10000.0), rope_scaling=scaling,
-                    rms_norm_eps=config.get("rms_norm_eps", 1e-6), initializer_range=config.get("initializer_range", 0.02),
-                    tie_word_embeddings=config.get("tie_word_embeddings", False),
-                    qkv_bias=True if family == "qwen2" else bias, output_bias=bias if family == "llama" else False,
-                    hf=dict(config))
-        if scaling.kind == "yarn" and stated_value(config, ORIGINAL):  # Qwen2.5's documented edit leaves the old window there
+        # 3. Which projections of attention have a bias?
+        if family == "qwen2":  # q, k and v always, o never; no key says so
+            qkv_bias, output_bias = True, False
+        else:  # llama: all four or none
+            qkv_bias = output_bias = config.get("attention_bias", False)
+        scaling = RopeScaling.from_hf(config)
+        model = cls(
+            **shape, rope_theta=stated_value(config, "rope_theta", 10000.0), rope_scaling=scaling,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            initializer_range=config.get("initializer_range", 0.02),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            qkv_bias=qkv_bias, output_bias=output_bias, hf=dict(config))
+        # 4. Its window: Qwen2.5's documented way to add yarn leaves the old one there
+        if scaling.kind == "yarn" and stated_value(config, ORIGINAL):
             extended = round(scaling.original_max_position * scaling.factor)
-            return replace(found, max_position_embeddings=max(found.max_position_embeddings, extended))
-        return found
+            window = max(model.max_position_embeddings, extended)
+            model = replace(model, max_position_embeddings=window)
+        return model
 
     def to_hf(self) -> dict:
-        """A config.json that transformers 4.43+, transformers 5 and vLLM read, and compute the same model from."""
-        theta, scaling = self.rope_theta, self.rope_scaling
-        if scaling.kind == "ntk":  # Hugging Face has no static NTK kind: it is the default kind at a larger theta
-            theta, scaling = ntk_theta(theta, scaling.factor, self.head_dim), RopeScaling()
-        rope = None if scaling.kind == "default" else scaling.to_hf()
-        if scaling.kind == "yarn" and self.window_before() is None:  # stated now, it would be read as half an extension
-            del rope["original_max_position_embeddings"]
+        """A config.json from which transformers 4.43+, 5 and vLLM compute the same model."""
+        scaling = self.rope_scaling
+        theta, rope = self.rope_theta, None  # the default kind
+        if scaling.kind == "ntk":  # Hugging Face has none: it is the default at a larger theta
+            theta = ntk_theta(theta, scaling.factor, self.head_dim)
+        elif scaling.kind != "default":
+            rope = scaling.to_hf()
+        if scaling.kind == "yarn" and self.window_before() is None:
+            del rope[ORIGINAL]  # not stated when read; now it would be read as half an extension
         config = dict(self.hf)
-        for key in ("rope_parameters", "original_max_position_embeddings", "dtype"):  # they would contradict what follows
+        for key in ("rope_parameters", ORIGINAL, "dtype"):  # they would contradict what follows
             config.pop(key, None)
-        family = config.get("model_type", "qwen2" if self.qkv_bias and not self.output_bias else "llama")
+        default = "qwen2" if self.qkv_bias and not self.output_bias else "llama"
+        family = config.get("model_type", default)
         if family == "llama":
             config["attention_bias"] = self.output_bias
         for name in (*SHAPE, "rms_norm_eps", "initializer_range", "tie_word_embeddings"):
             config[name] = getattr(self, name)
-        return config | {"architectures": [ARCHITECTURES[family]], "model_type": family, "hidden_act": "silu",
-                         "rope_theta": theta, "rope_scaling": rope}
+        return config | {"architectures": [ARCHITECTURES[family]], "model_type": family,
+                         "hidden_act": "silu", "rope_theta": theta, "rope_scaling": rope}
 
     def window_before(self) -> int | None:
-        """The window before extension; None where the checkpoint does not say.
-
-        A linear rule's config.json states the new window alone. So does yarn's if it leaves the old one out: its frequencies
-        are then computed as if nothing had been extended, as transformers does.
-        """
+        """The window before extension; None where the checkpoint does not say."""
         scaling = self.rope_scaling
-        if scaling.kind == "default":
+        if scaling.kind == "default":  # never extended
             return self.max_position_embeddings
         window = self.hf.get("max_position_embeddings")
         as_read = window == self.max_position_embeddings and scaling == RopeScaling.from_hf(self.hf)
-        return None if as_read and not stated_value(self.hf, ORIGINAL) else scaling.original_max_position
+        if as_read and not stated_value(self.hf, ORIGINAL):
+            # A linear rule's config.json states the new window alone. So does yarn's if it leaves
+            # the old one out: its frequencies are then computed as if nothing had been extended,
+            # as transformers does.
+            return None
+        return scaling.original_max_position
 
     def check_tp(self, tp: int) -> None:
-        """Raise ValueError unless tensor parallelism can cut everything that it cuts into `tp` pieces."""
+        """Raise ValueError unless tensor parallelism can cut all that it cuts into `tp` pieces."""
         for name in SPLIT_BY_TP:
-            if getattr(self, name) % tp:
-                raise ValueError(f"--tp {tp} does not divide the model's {name}, {getattr(self, name)}")
+            size = getattr(self, name)
+            if size % tp:
+                raise ValueError(f"--tp {tp} does not divide the model's {name}, {size}")
 
 
-# ----------------------------------------------------------------------------------------------- architecture
+# ----------------------------------------------------------------------------------- architecture
 
 
 class Attention(nn.Module):
-    """Grouped-query causal self-attention with rotary positions; a tp rank has H / tp and Hkv / tp heads."""
+    """Grouped-query causal self-attention with rotary positions; what happens between positions is
+    parallel.py's. A tp rank has H / tp query heads, Hkv / tp key and value heads.
+    """
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
-        self.head_dim, self.grid = config.head_dim, grid
-        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = ColumnParallelLinear(config.hidden_size, q_size, grid, bias=config.qkv_bias)
-        self.k_proj = ColumnParallelLinear(config.hidden_size, kv_size, grid, bias=config.qkv_bias)
-        self.v_proj = ColumnParallelLinear(config.hidden_size, kv_size, grid, bias=config.qkv_bias)
-        self.o_proj = RowParallelLinear(q_size, config.hidden_size, grid, bias=config.output_bias)
+        self.grid = grid
+        self.head_dim = config.head_dim
+        hidden = config.hidden_size
+        q_size = config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = ColumnParallelLinear(hidden, q_size, grid, bias=config.qkv_bias)
+        self.k_proj = ColumnParallelLinear(hidden, kv_size, grid, bias=config.qkv_bias)
+        self.v_proj = ColumnParallelLinear(hidden, kv_size, grid, bias=config.qkv_bias)
+        self.o_proj = RowParallelLinear(q_size, hidden, grid, bias=config.output_bias)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, m, hidden), tables (tp, m, D / 2) -> q, k turned, and v: (B, tp, m, this rank's heads x D)."""
-        x = GatherSequence.apply(x, self.grid)  # (B, m, hidden) -> (B, tp, m, hidden), once for all three
+        """x (B, m, hidden), tables (tp, m, D / 2) -> q, k, turned, and v (B, tp, m, heads x D)."""
+        x = GatherSequence.apply(x, self.grid)  # (B, tp, m, hidden), once for all three
         q = self.rotate(self.q_proj(x), cos, sin)  # (B, tp, m, H / tp x D)
         k = self.rotate(self.k_proj(x), cos, sin)  # (B, tp, m, Hkv / tp x D)
-        v = self.v_proj(x)
+        v = self.v_proj(x)  # (B, tp, m, Hkv / tp x D)
         return q, k, v
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn every head of x (B, tp, m, heads x D)."""
-        x = x.unflatten(-1, (-1, self.head_dim)).transpose(2, 3)  # (B, tp, heads, m, D)
-        x = apply_rotary(x, cos[:, None], sin[:, None])
+        """Turn every head of x (B, tp, m, heads x D) by its position's angles."""
+        x = x.unflatten(-1, (-1, self.head_dim))  # (B, tp, m, heads, D)
+        x = x.transpose(2, 3)  # (B, tp, heads, m, D)
+        x = apply_rotary(x, cos[:, None], sin[:, None])  # tables (tp, 1, m, D / 2): all heads alike
         return x.transpose(2, 3).flatten(3)  # (B, tp, m, heads x D)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, tp, m, heads x D) -> (B, heads, S / cp, D): how attention wants it."""
-        return x.flatten(1, 2).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        x = x.flatten(1, 2)  # (B, S / cp, heads x D)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def join_heads(self, x: Tensor) -> Tensor:
         """(B, heads, S / cp, D) -> (B, tp, m, heads x D): how projections want it."""
-        return x.transpose(1, 2).flatten(2).unflatten(1, (self.grid.tp, -1))
+        x = x.transpose(1, 2).flatten(2)  # (B, S / cp, heads x D)
+        return x.unflatten(1, (self.grid.tp, -1))
 
 
 class MLP(nn.Module):
@@ -230,19 +259,25 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = GatherSequence.apply(x, self.grid)  # (B, tp, m, hidden), once for both
-        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, tp, m, intermediate / tp)
+        gate = self.gate_proj(x)  # (B, tp, m, intermediate / tp)
+        up = self.up_proj(x)
         return self.down_proj(F.silu(gate) * up)  # (B, m, hidden)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer, (B, m, hidden) -> the same: what stands before attention, attention, what stands after.
+    """One pre-norm transformer layer, (B, m, hidden) -> the same, in three parts:
 
-    Before and after, every position is on its own, so both can run on a tile of positions at a time.
+        before      norm, q k v           each position on its own
+        attention   softmax(q k^T) v      positions see each other
+        after       o, norm, MLP          each position on its own
+
+    So what stands before and after attention can run on a tile of positions at a time.
     """
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # x / sqrt(mean(x^2) + eps) * weight
+        # RMSNorm: x / sqrt(mean(x^2) + eps) * weight
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, grid)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, grid)
@@ -252,127 +287,162 @@ class Block(nn.Module):
         return self.self_attn.project(self.input_layernorm(x), cos, sin)
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        """A tile of x (B, m, hidden) and of attention's output (B, tp, m, heads x D) -> the block's output (B, m, hidden)."""
+        """A tile of x (B, m, hidden) and of attention's output (B, tp, m, heads x D) -> as x."""
         x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor,
+                            tile: int) -> tuple[Tensor, Tensor, Tensor]:
         """`before` of all of x, in tiles -> q, k, v (B, heads, S / cp, D)."""
-        q, k, v = in_tiles(self.before, (x, cos, sin), tile)
+        q, k, v = in_tiles(self.before, (x, cos, sin), tile)  # (B, tp, m, heads x D) each
         split = self.self_attn.split_heads
         return split(q), split(k), split(v)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, tile: int) -> Tensor:
-        """attend: (q, k, v) -> out, all (B, heads, S / cp, D): within the tokens, with a cache's, or by document."""
+        """attend: (q, k, v) -> out, all (B, heads, S / cp, D), with a cache's tokens or without."""
         q, k, v = self.queries_keys_values(x, cos, sin, tile)
-        attended = self.self_attn.join_heads(attend(q, k, v))
-        x, = in_tiles(self.after, (x, attended), tile)
+        attended = self.self_attn.join_heads(attend(q, k, v))  # (B, tp, m, heads x D)
+        (x,) = in_tiles(self.after, (x, attended), tile)
         return x
 
 
-# -------------------------------------------------------------------------------- less memory: tiles, recomputation
+# -------------------------------------------------------------- less memory: tiles, recomputation
 
 
 def in_tiles(function: Callable, inputs: tuple[Tensor, ...], tile: int) -> tuple[Tensor, ...]:
-    """function(*inputs), a tensor or several, on `tile` positions (dimension -2) at a time; always as a tuple."""
+    """function(*inputs), a tensor or several, on `tile` positions at a time; always as a tuple.
+
+    Positions are dimension -2. 10 of them in tiles of 4, y = function(x):
+
+        y[..., 0:4, :] from x[..., 0:4, :], then 4:8, then 8:10
+
+    What function makes on its way, such as an MLP's gate, up and product, lives for one tile.
+    """
     length = inputs[0].shape[-2]
-    whole = ()
+    results = None
     for start in range(0, length, tile):
-        place = (..., slice(start, start + tile), slice(None))
-        parts = function(*[x[place] for x in inputs])
-        parts = (parts,) if isinstance(parts, Tensor) else parts
-        if tile >= length:
+        end = start + tile
+        parts = function(*[x[..., start:end, :] for x in inputs])
+        if isinstance(parts, Tensor):
+            parts = (parts,)
+        if tile >= length:  # one tile is everything: nothing to copy, and autograd can follow
             return parts
-        if not whole:
-            whole = tuple(part.new_empty(*part.shape[:-2], length, part.shape[-1]) for part in parts)
-        for result, part in zip(whole, parts, strict=True):
-            result[place] = part
-    return whole
+        if results is None:  # now the shapes are known
+            results = tuple(x.new_empty(*x.shape[:-2], length, x.shape[-1]) for x in parts)
+        for result, part in zip(results, parts, strict=True):
+            result[..., start:end, :] = part
+    return results
 
 
 def tiles_backward(function: Callable, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...],
                    gradients: tuple[Tensor, ...], tile: int) -> list[Tensor]:
-    """Gradients of `inputs` from those of function(*inputs, *constants), computed again a tile at a time.
+    """Gradients of `inputs` from those of function(*inputs, *constants), a tile at a time.
 
-    What a tile keeps for its backward is gone before the next tile begins. Gradients of parameters are added up where
-    autograd always does, in `parameter.grad`.
+    10 positions in tiles of 4, y = function(x), gradient dy:
+
+        y[0:4] again from x[0:4], dx[0:4] from dy[0:4], then 4:8, then 8:10
+
+    What a tile keeps for its backward is gone before the next begins. Gradients of parameters, sums
+    over the tiles, are added up where autograd always does, in `parameter.grad`.
     """
     d_inputs = [torch.empty_like(x) for x in inputs]
     for start in range(0, inputs[0].shape[-2], tile):
-        place = (..., slice(start, start + tile), slice(None))
-        leaves = [x[place].detach().requires_grad_() for x in inputs]
+        end = start + tile
+        # 1. forward again, from leaves: the tile's backward ends there
+        leaves = [x[..., start:end, :].detach().requires_grad_() for x in inputs]
         with torch.enable_grad():
-            outputs = function(*leaves, *[x[place] for x in constants])
-        torch.autograd.backward(outputs, [gradient[place] for gradient in gradients])
+            outputs = function(*leaves, *[x[..., start:end, :] for x in constants])
+        # 2. backward
+        torch.autograd.backward(outputs, [dy[..., start:end, :] for dy in gradients])
+        # 3. the leaves' gradients to their place
         for d_input, leaf in zip(d_inputs, leaves, strict=True):
-            d_input[place] = leaf.grad
+            d_input[..., start:end, :] = leaf.grad
     return d_inputs
 
 
 class RecomputedBlock(torch.autograd.Function):
-    """A block that keeps its input x alone and computes the rest again in backward, tile by tile (arXiv 1604.06174).
+    """A block that computes most of itself again in backward, tile by tile (arXiv 1604.06174).
 
-    With recompute "mlp" it also keeps what attention found, out and lse: all that backward needs of attention, which is by
-    far the most work at long lengths, so its forward never runs twice. q, k and v are a projection away.
+    Sizes are those of one layer of Llama-3.1-8B on one rank: 1M tokens, tp 8, cp 4, bfloat16.
+
+        recompute   what is kept                 size      what is computed again
+        none        all that autograd needs      8.6 GiB   nothing: a plain Block
+        mlp         x; attention's out and lse   516 MiB   before, after
+        block       x                            256 MiB   before, attention, after
+
+    Attention is by far the most work at this length, quadratic in S. Its backward needs q, k, v,
+    out and lse (the log-sum-exp of its rows), no more. q, k and v are a projection away from x, so
+    with "mlp", which keeps the other two, attention's forward never runs twice.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, block: Block, cos: Tensor, sin: Tensor, segments: list[list[int]] | None, tile: int,
-                recompute: str) -> Tensor:
+    def forward(ctx, x: Tensor, block: Block, cos: Tensor, sin: Tensor,
+                segments: list[list[int]] | None, tile: int, recompute: str) -> Tensor:
         """x (B, m, hidden) -> the block's output, of the same shape."""
-        ctx.block, ctx.tables, ctx.segments, ctx.tile = block, (cos, sin), segments, tile
+        ctx.settings = block, (cos, sin), segments, tile
         attention = block.self_attn
         q, k, v = block.queries_keys_values(x, cos, sin, tile)
         attended, lse = ring_forward(q, k, v, attention.grid, segments)
         del q, k, v
-        attended = attention.join_heads(attended)  # kept in this layout, which save_on_cpu keeps too
+        attended = attention.join_heads(attended)  # save_on_cpu forgets any other layout
         if recompute == "mlp":
             ctx.save_for_backward(x, attended, lse)
         else:
             ctx.save_for_backward(x)
-        x, = in_tiles(block.after, (x, attended), tile)
+        (x,) = in_tiles(block.after, (x, attended), tile)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The output's gradient (B, m, hidden) -> x's; those of parameters go into `parameter.grad`."""
-        block, attention, tile = ctx.block, ctx.block.self_attn, ctx.tile
-        x, *found = ctx.saved_tensors
-        q, k, v = block.queries_keys_values(x, *ctx.tables, tile)
-        if found:
-            attended, lse = found
+        """The output's gradient (B, m, hidden) -> x's; parameters' go into `parameter.grad`."""
+        block, tables, segments, tile = ctx.settings
+        attention = block.self_attn
+        # 1. what attention's backward needs: q, k, v again; out and lse where they were not kept
+        x, *out_lse = ctx.saved_tensors
+        q, k, v = block.queries_keys_values(x, *tables, tile)
+        if out_lse:
+            attended, lse = out_lse
         else:
-            attended, lse = ring_forward(q, k, v, attention.grid, ctx.segments)
+            attended, lse = ring_forward(q, k, v, attention.grid, segments)
             attended = attention.join_heads(attended)
-        # 1. what stands after attention
+        # 2. back through `after`: x is one of its inputs, attention's output the other
         dx, d_attended = tiles_backward(block.after, (x, attended), (), (dy,), tile)
-        # 2. attention
-        out, d_out = attention.split_heads(attended), attention.split_heads(d_attended)
-        gradients = ring_backward(d_out, q, k, v, out, lse, attention.grid, ctx.segments)
-        del q, k, v, found, attended, d_attended, out, d_out
-        # 3. what stands before it
+        # 3. back through attention
+        out = attention.split_heads(attended)
+        d_out = attention.split_heads(d_attended)
+        gradients = ring_backward(d_out, q, k, v, out, lse, attention.grid, segments)
+        del q, k, v, out_lse, attended, d_attended, out, d_out
+        # 4. back through `before`
         gradients = tuple(attention.join_heads(gradient) for gradient in gradients)
-        d_before, = tiles_backward(block.before, (x,), ctx.tables, gradients, tile)
+        (d_before,) = tiles_backward(block.before, (x,), tables, gradients, tile)
         return dx.add_(d_before), None, None, None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------------- the whole model
+# -------------------------------------------------------------------------------- the whole model
 
 
 class KVCache:
-    """Keys and values of every layer, spread over the ring: a rank keeps those of the positions it had when they were
-    computed. More tokens may follow, any number at a time, and `truncate` forgets the last ones: prompts that begin alike
-    compute what they share once. `capacity` is how many tokens a rank has room for; tokens that come one by one are all kept
-    by the ring's first rank.
+    """Keys and values of every layer, spread over the ring: a rank keeps those it has computed.
+
+    A prompt of 8 tokens on cp 2, then three tokens one by one:
+
+        first rank     0 1 6 7    8 9 10    tokens that come one by one are all its
+        second rank    2 3 4 5
+
+    Any number of tokens may follow, and `truncate` forgets the last ones: prompts that begin alike
+    compute their common beginning once. `capacity` is how many tokens a rank has room for.
     """
 
-    def __init__(self, config: ModelConfig, grid: Grid, batch: int, capacity: int, like: Tensor) -> None:
+    def __init__(self, config: ModelConfig, grid: Grid, batch: int, capacity: int,
+                 like: Tensor) -> None:
         heads = config.num_key_value_heads // grid.tp
-        self.keys_values = like.new_empty(config.num_hidden_layers, 2, batch, heads, capacity, config.head_dim)
-        self.grid, self.capacity = grid, capacity
-        self.positions = torch.empty(0, dtype=torch.int64)  # of the tokens this rank holds, in order
-        self.length = 0  # tokens in all
+        shape = (config.num_hidden_layers, 2, batch, heads, capacity, config.head_dim)
+        self.keys_values = like.new_empty(shape)
+        self.grid = grid
+        self.capacity = capacity
+        self.positions = torch.empty(0, dtype=torch.int64)  # of this rank's tokens, rising
+        self.length = 0  # tokens of all ranks
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -380,20 +450,26 @@ class KVCache:
         self.length = min(length, self.length)
 
     def fullest(self) -> int:
-        """How many tokens the rank of the ring holds that holds most: what was truncated may have lain on some ranks only."""
-        held = torch.tensor(len(self.positions), device=self.keys_values.device)
-        return self.grid.all_reduce(held, "cp", dist.ReduceOp.MAX).item()
+        """How many tokens the fullest rank of the ring has: `truncate` may take from some only."""
+        size = torch.tensor(len(self.positions), device=self.keys_values.device)
+        return self.grid.all_reduce(size, "cp", dist.ReduceOp.MAX).item()
 
     def attend(self, new: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the first `new` of k, v (B, Hkv / tp, s, D); out (B, H / tp, s, D) of q over all tokens so far."""
+        """Attention of s more tokens, of which `new` are no padding, over all tokens so far.
+
+        q (B, H / tp, s, D), k and v (B, Hkv / tp, s, D) -> as q. Stores the new keys and values.
+        """
         keys, values = self.keys_values[layer]  # (B, Hkv / tp, capacity, D) each
-        held = len(self.positions)
-        assert held + new <= self.capacity, f"the KV cache has room for {self.capacity} tokens, not {held + new}"
-        keys[:, :, held:held + new] = k[:, :, :new]
-        values[:, :, held:held + new] = v[:, :, :new]
+        old, end = len(self.positions), len(self.positions) + new
+        assert end <= self.capacity, f"the KV cache has room for {self.capacity} tokens, not {end}"
+        # 1. store
+        keys[:, :, old:end] = k[:, :, :new]
+        values[:, :, old:end] = v[:, :, :new]
+        # 2. attend among the s tokens, causally
         out, lse = ring_forward(q, k, v, self.grid)
+        # 3. attend to the earlier ones, which they all see
         if self.length:
-            out = attend_earlier(q, out, lse, keys[:, :, :held], values[:, :, :held], self.grid)
+            out = attend_earlier(q, out, lse, keys[:, :, :old], values[:, :, :old], self.grid)
         return out
 
 
@@ -408,198 +484,248 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama for causal language modelling, spread over a grid.
+    """A Llama for causal language modelling, spread over a grid; its settings change no result:
 
-    `recompute`, one of RECOMPUTE, says what backward computes again rather than keeps: nothing; all but attention; whole
-    blocks. `offload` keeps what recomputed blocks keep in host memory. `tile` is how many of a rank's S / cp positions go
-    through a block or the loss at a time (None: as many as `positions_a_tile` says). Every public method is called on all
-    ranks of a replica (cp x tp) with the same, whole rows of tokens; each rank computes its share and all return the same
-    result. Raises ValueError if the grid does not fit the model.
+        recompute   one of RECOMPUTE: what backward computes again, see `RecomputedBlock`
+        offload     what recomputed blocks keep is kept in host memory
+        tile        how many of a rank's S / cp positions go through a block or the loss at a time
+                    (None: see `positions_a_tile`)
+
+    Every public method is called on all ranks of a replica (cp x tp) with the same, whole rows of
+    tokens; each rank computes its share, and all return the same result. Raises ValueError if the
+    grid does not fit the model.
     """
 
     def __init__(self, config: ModelConfig, grid: Grid | None = None) -> None:
         super().__init__()
-        self.config, self.grid = config, grid or Grid()
-        self.recompute, self.offload, self.tile = "none", False, None
+        self.config = config
+        self.grid = grid or Grid()
+        self.recompute = "none"
+        self.offload = False
+        self.tile = None
         config.check_tp(self.grid.tp)
         self.model = Decoder(config, self.grid)
         if not config.tie_word_embeddings:
             self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, self.grid)
 
+    @torch.no_grad()
     def initialise(self, seed: int) -> Llama:
-        """Normal(0, initializer_range) matrices, zero biases, unit norms: the same weights for the same seed.
+        """Normal(0, initializer_range) matrices, zero biases, unit norms: the same for a seed.
 
-        Each key projection starts equal to the first query projection that reads it, so a token looks for its like from
-        the first step on (mimetic initialisation, arXiv 2305.09828): a small model then learns to retrieve several
-        times sooner, and by every seed.
+        Each key projection starts equal to the first query projection that reads it, so a token
+        looks for its like from the first step on (mimetic initialisation, arXiv 2305.09828): a
+        small model then learns to retrieve several times sooner, and by every seed.
         """
-        generator, dims, grid = torch.Generator().manual_seed(seed), shard_dims(self), self.grid
+        config, grid = self.config, self.grid
+        generator = torch.Generator().manual_seed(seed)
+        dims = shard_dims(self)
         for name, parameter in self.named_parameters():
-            with torch.no_grad():
-                if parameter.ndim == 2:  # every rank draws the whole matrix and keeps its shard
-                    values = torch.empty(whole_shape(parameter.shape, dims[name], grid))
-                    values.normal_(0.0, self.config.initializer_range, generator=generator)
-                    parameter.copy_(values.chunk(grid.tp, dims[name])[grid.tp_rank])
-                else:
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        group = self.config.num_attention_heads // self.config.num_key_value_heads
+            if parameter.ndim == 2:  # every rank draws the whole matrix and keeps its shard
+                dim = dims[name]
+                whole = torch.empty(whole_shape(parameter.shape, dim, grid))
+                whole.normal_(0.0, config.initializer_range, generator=generator)
+                parameter.copy_(whole.chunk(grid.tp, dim)[grid.tp_rank])
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        group = config.num_attention_heads // config.num_key_value_heads  # queries that share keys
         for block in self.model.layers:
-            queries = block.self_attn.q_proj.weight.detach().unflatten(0, (-1, group, self.config.head_dim))
-            keys = queries[:, 0].flatten(0, 1)  # (Hkv, group, D, hidden) -> (Hkv D, hidden)
-            block.self_attn.k_proj.weight.detach().copy_(keys)
+            queries = block.self_attn.q_proj.weight  # (H D, hidden)
+            queries = queries.unflatten(0, (-1, group, config.head_dim))  # (Hkv, group, D, hidden)
+            keys = queries[:, 0].flatten(0, 1)  # (Hkv D, hidden)
+            block.self_attn.k_proj.weight.copy_(keys)
         return self
 
     @property
     def head_weight(self) -> Tensor:
         """The output projection (V / tp, hidden): the embedding itself when tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
     def positions_a_tile(self, position_bytes: float, rows: int = 1) -> int:
-        """How many of m positions in each of `rows` rows make a tile: `self.tile` or as many as TILE_BYTES hold, over all of
-        the tp ranks and the rows."""
+        """How many of m positions in each of `rows` rows make a tile: `self.tile`, or what
+        TILE_BYTES hold, divided among the tp ranks, whose tiles are gathered, and the rows.
+        """
         tile = self.tile or TILE_BYTES[self.head_weight.device.type] // position_bytes
         return max(1, int(tile) // (self.grid.tp * rows))
 
     def pad(self, rows: Tensor, value: int = 0) -> Tensor:
-        """(B, S) -> (B, S'): whole rows padded on the right to a length the grid divides evenly."""
+        """(B, S) -> (B, S'): padded on the right to a length that the grid divides evenly."""
         return F.pad(rows, (0, -rows.shape[1] % self.grid.sequence_multiple), value=value)
 
     def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of this rank's positions (S / cp,): float32 (tp, m, D / 2) each, for all layers."""
+        """cos and sin of this rank's positions (S / cp,): float32 (tp, m, D / 2) each."""
         config = self.config
-        inv_freq, factor = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        cos, sin = rotary_tables(positions.to(self.head_weight.device), inv_freq, factor)  # (S / cp, D / 2)
-        return cos.unflatten(0, (self.grid.tp, -1)), sin.unflatten(0, (self.grid.tp, -1))
+        inv_freq, factor = inverse_frequencies(config.head_dim, config.rope_theta,
+                                               config.rope_scaling)
+        positions = positions.to(self.head_weight.device)
+        cos, sin = rotary_tables(positions, inv_freq, factor)  # (S / cp, D / 2)
+        shape = (self.grid.tp, -1)  # S / cp = tp m
+        return cos.unflatten(0, shape), sin.unflatten(0, shape)
 
-    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The last block's output, before the final norm: whole rows (B, S) int64 -> this rank's (B, m, hidden).
+    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None,
+                      cache: KVCache | None = None) -> Tensor:
+        """Whole rows (B, S) int64 -> the last block's output (B, m, hidden), before the final norm.
 
-        m is S / (cp tp), of S padded on the right to what the grid divides evenly: no earlier position sees the padding.
-        `document_ids` (B, S) masks documents apart. With a cache the tokens follow those it holds.
+        Rows of 37 tokens on cp 2, tp 2 are padded to 40, which gives each rank m = 10 positions:
+
+                        tp rank 0    tp rank 1
+            cp rank 0    0 ...  9    30 ... 39    37, 38 and 39 are padding: no earlier one sees it
+            cp rank 1   10 ... 19    20 ... 29
+
+        `document_ids` (B, S) masks documents apart. With a cache the tokens follow those it has.
         """
-        grid, length = self.grid, tokens.shape[1]
-        assert self.recompute in RECOMPUTE, f"recompute is {self.recompute!r}; it must be one of {', '.join(RECOMPUTE)}"
+        grid = self.grid
+        assert self.recompute in RECOMPUTE, f"recompute is {self.recompute!r}, none of {RECOMPUTE}"
         check_ids(tokens, self.config.vocab_size)
+        # 1. this rank's positions, and their rotary tables, which serve all layers
+        length = tokens.shape[1]
         tokens = self.pad(tokens)
-        positions = zigzag_positions(tokens.shape[1], grid)
+        positions = zigzag_positions(tokens.shape[1], grid)  # (S / cp,)
         new = int((positions < length).sum())  # the others, which come last, are padding
-        positions += cache.length if cache else 0
+        positions += 0 if cache is None else cache.length
         cos, sin = self.rotary_tables(positions)
         segments = None if document_ids is None else document_segments(self.pad(document_ids))
-
-        local = zigzag_shard(tokens, grid, 1).unflatten(1, (grid.tp, -1))  # (B, S) -> (B, tp, m)
-        recompute = self.recompute if torch.is_grad_enabled() else "none"
-        tile = self.positions_a_tile(block_bytes(self.config, grid.tp, self.head_weight.itemsize), len(tokens))
+        # 2. its tokens' embedding, a tile of positions at a time
+        position_bytes = block_bytes(self.config, grid.tp, self.head_weight.itemsize)
+        tile = self.positions_a_tile(position_bytes, len(tokens))
+        local = zigzag_shard(tokens, grid, 1).unflatten(1, (grid.tp, -1))  # (B, tp, m)
         x = self.model.embed_tokens(local, tile)  # (B, m, hidden)
+        # 3. how the blocks run: with or without a backward that recomputes
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         if torch.is_grad_enabled() and recompute == "none":
-            tile = x.shape[1]  # backward needs everything at once
-        with save_on_cpu(pin_memory=x.is_cuda) if self.offload and recompute != "none" else nullcontext():
+            tile = x.shape[1]  # backward needs everything at once: tiles would save nothing
+        offload = self.offload and recompute != "none"
+        attend = functools.partial(ring_attention, grid=grid, segments=segments)
+        # 4. the blocks
+        with save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext():
             for layer, block in enumerate(self.model.layers):
                 if recompute != "none":
                     x = RecomputedBlock.apply(x, block, cos, sin, segments, tile, recompute)
-                elif cache:
+                elif cache is None:
+                    x = block(x, cos, sin, attend, tile)
+                else:  # attention sees the cache's tokens too
                     x = block(x, cos, sin, functools.partial(cache.attend, new, layer), tile)
-                else:
-                    x = block(x, cos, sin, functools.partial(ring_attention, grid=grid, segments=segments), tile)
-        if cache:
-            cache.positions = torch.cat([cache.positions, positions[:new]])  # every layer has stored these
+        if cache is not None:  # now that every layer has stored these tokens' keys and values
+            cache.positions = torch.cat([cache.positions, positions[:new]])
             cache.length += length
         return x
 
     def hidden_at(self, tokens: Tensor, places: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final-norm hidden states of some places in rows of tokens, on every rank: (B, S), (B, n) int64 -> (B, n, hidden)."""
+        """Normed hidden states of places (B, n) in rows (B, S) -> (B, n, hidden), on all ranks."""
         grid = self.grid
         hidden = self.hidden_states(tokens, cache=cache)  # (B, m, hidden)
-        length = hidden.shape[1] * grid.cp * grid.tp
-        held = zigzag_positions(length, grid).chunk(grid.tp)[grid.tp_rank]  # (m,): the places that this rank has, in order
-        held = held.to(places.device)
-        index = torch.searchsorted(held, places.contiguous()).clamp(max=len(held) - 1)[..., None]  # (B, n, 1)
+        # 1. the places that this rank has, rising
+        length = hidden.shape[1] * grid.cp * grid.tp  # with padding
+        own = zigzag_positions(length, grid).chunk(grid.tp)[grid.tp_rank]  # (m,)
+        own = own.to(places.device)
+        # 2. the row of each place, some other row if this rank does not have it
+        index = torch.searchsorted(own, places.contiguous())  # (B, n)
+        index = index.clamp(max=len(own) - 1)[..., None]  # (B, n, 1)
         rows = hidden.gather(1, index.expand(-1, -1, hidden.shape[2]))  # (B, n, hidden)
-        rows = rows.masked_fill(held[index] != places[..., None], 0.0)  # another rank's
+        # 3. zeros for those: in the sum over ranks each place then counts once
+        rows = rows.masked_fill(own[index] != places[..., None], 0.0)
         return self.model.norm(grid.all_reduce(rows, "cp_tp"))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token from hidden states that every rank has: (..., hidden) -> (..., V)."""
-        parts = self.grid.all_gather(F.linear(hidden, self.head_weight), "tp")  # (tp, ..., V / tp)
+        """Scores of the next token: normed states, on all ranks, (..., hidden) -> (..., V)."""
+        parts = F.linear(hidden, self.head_weight)  # (..., V / tp)
+        parts = self.grid.all_gather(parts, "tp")  # (tp, ..., V / tp)
         return parts.movedim(0, -2).flatten(-2)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty KV cache for `batch` rows, with room for `capacity` tokens of each on every rank."""
+        """An empty KV cache for `batch` rows, with room for `capacity` tokens of each on a rank."""
         return KVCache(self.config, self.grid, batch, capacity, self.head_weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of every position: tokens (B, S) int64 -> (B, S, V). For a loss use `loss`, which never builds them."""
+        """Logits of every position: (B, S) int64 -> (B, S, V). `loss` never builds them."""
         hidden = self.model.norm(self.hidden_states(tokens))  # (B, m, hidden)
         hidden = GatherSequence.apply(hidden, self.grid).flatten(1, 2)  # (B, S / cp, hidden)
-        return zigzag_unshard(self.logits(hidden), self.grid, 1)[:, :tokens.shape[1]]
+        logits = zigzag_unshard(self.logits(hidden), self.grid, 1)  # (B, S, V), padded
+        return logits[:, :tokens.shape[1]]
 
-    def loss(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy summed over the targets that are not -100, and their number; no S x V logits exist.
+    def loss(self, tokens: Tensor, targets: Tensor,
+             document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over the targets that are not -100, and their number.
 
-        tokens, targets (B, S) int64, whole rows, targets already shifted. Returns (float32 scalar, int64 scalar), the same
-        on every rank of the replica: divide the sum by the number over the whole global batch. Backward on every rank leaves
-        each its share of the gradients. A batch without a target gives (0, 0) and zero gradients.
+        tokens, targets (B, S) int64, targets already shifted -> float32 and int64 scalars, the same
+        on all ranks of the replica: divide the sum by the number over the whole global batch.
+        Backward on every rank leaves each its share of the gradients. A batch without a target
+        gives (0, 0) and zero gradients.
         """
+        norm = self.model.norm
         hidden = self.hidden_states(tokens, document_ids)  # (B, m, hidden)
         check_ids(targets.masked_fill(targets == -100, 0), self.config.vocab_size)
-        norm = self.model.norm
         tile = self.positions_a_tile(logit_bytes(self.config, self.grid.tp, hidden.itemsize))
-        losses = TiledCrossEntropy.apply(hidden, norm.weight, self.head_weight, norm, self.local_targets(targets), self.grid,
-                                         tile)
+        losses = TiledCrossEntropy.apply(hidden, norm.weight, self.head_weight, norm,
+                                         self.local_targets(targets), self.grid, tile)
         return losses, (targets != -100).sum()
 
     def local_targets(self, targets: Tensor) -> Tensor:
-        """Targets of the positions this rank of the ring holds: whole rows (B, S) -> (B, tp, m)."""
-        return zigzag_shard(self.pad(targets, -100), self.grid, 1).unflatten(1, (self.grid.tp, -1))
+        """Targets of the positions of this rank of the ring: whole rows (B, S) -> (B, tp, m)."""
+        local = zigzag_shard(self.pad(targets, -100), self.grid, 1)  # (B, S / cp)
+        return local.unflatten(1, (self.grid.tp, -1))
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-                 stop_tokens: tuple[int, ...] = (), seed: int | None = None, cache: KVCache | None = None) -> Tensor:
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0,
+                 top_p: float = 1.0, stop_tokens: tuple[int, ...] = (), seed: int | None = None,
+                 cache: KVCache | None = None) -> Tensor:
         """Continue prompts (B, S) of equal length -> (B, S + n) int64, n <= max_new_tokens.
 
-        temperature 0 is greedy; otherwise nucleus sampling from the smallest set of probability >= top_p
-        (arXiv 1904.09751). Ends once every row has produced a stop token; later tokens of a finished row repeat it. A `cache`
-        that holds the first tokens of the prompts (fewer than S) saves computing them; it needs room for the new ones.
+        temperature 0 is greedy; otherwise nucleus sampling, see `sample`. Ends once every row has
+        produced a stop token; later tokens of a finished row repeat it. A `cache` that has the
+        first tokens of the prompts (fewer than S) saves computing them; it needs room for the new.
         """
+        device = tokens.device
         batch, length = tokens.shape
-        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-        stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
-        done = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-        cache = cache or self.new_cache(batch, length // self.grid.cp + self.grid.sequence_multiple + max_new_tokens)
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        stops = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
+        done = torch.zeros(batch, dtype=torch.bool, device=device)
+        if cache is None:  # a rank's share of the prompt, padded, and, on the first, all new tokens
+            share = length // self.grid.cp + self.grid.sequence_multiple
+            cache = self.new_cache(batch, share + max_new_tokens)
         for _ in range(max_new_tokens):
             self.grid.restart_timer()
-            unread = tokens[:, cache.length:]  # the prompts, later the newest token
-            last = torch.full((batch, 1), unread.shape[1] - 1, device=tokens.device)
+            # 1. read what the cache does not have: the prompts, later each row's newest token
+            unread = tokens[:, cache.length:]  # (B, s)
+            last = torch.full((batch, 1), unread.shape[1] - 1, device=device)  # (B, 1)
             hidden = self.hidden_at(unread, last, cache)  # (B, 1, hidden)
-            new = sample(self.logits(hidden[:, 0]).float(), temperature, top_p, generator)  # (B,)
-            new = self.grid.broadcast(new, "cp_tp")  # without a seed every rank has drawn its own
+            # 2. draw the next token from the scores after the last one
+            logits = self.logits(hidden[:, 0]).float()  # (B, V)
+            new = sample(logits, temperature, top_p, generator)  # (B,)
+            new = self.grid.broadcast(new, "cp_tp")  # without a seed every rank draws its own
+            # 3. append it; a finished row repeats its stop token
             new = torch.where(done, tokens[:, -1], new)
-            tokens = torch.cat([tokens, new[:, None]], dim=1)
+            tokens = torch.cat([tokens, new[:, None]], dim=1)  # (B, S + 1), (B, S + 2), ...
+            # 4. stop once every row is finished
             done |= torch.isin(new, stops)
             if done.all():
                 break
         return tokens
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, grid: Grid | None = None, dtype: torch.dtype | None = None,
-                        device: torch.device | str | None = None, rope_scaling: RopeScaling | None = None) -> Llama:
+    def from_pretrained(cls, path: str | Path, grid: Grid | None = None,
+                        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+                        rope_scaling: RopeScaling | None = None) -> Llama:
         """Load a Hugging Face directory (one safetensors file, or shards with an index).
 
-        dtype None keeps the file's; `rope_scaling` replaces the checkpoint's own scaling (they never stack) and sets
-        max_position_embeddings to original x factor. Raises ValueError or FileNotFoundError naming the file or tensor.
+        dtype None keeps the file's; `rope_scaling` replaces the checkpoint's own, see `rescale`.
+        Raises ValueError or FileNotFoundError naming the file or tensor.
         """
         config = rescale(read_config(path), rope_scaling)
-        with torch.device("meta"):  # no memory and no time for weights that are about to be replaced
+        with torch.device("meta"):  # no memory, no time for weights that are about to be replaced
             model = cls(config, grid)
         parameters = dict(model.named_parameters())
-        weights = dict(read_weights(Path(path), "model", parameters, shard_dims(model), model.grid, dtype, device))
-        model.load_state_dict(weights, strict=True, assign=True)
+        weights = read_weights(
+            Path(path), "model", parameters, shard_dims(model), model.grid, dtype, device)
+        model.load_state_dict(dict(weights), strict=True, assign=True)
         return model
 
     def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json and sharded safetensors with an index into the directory `path`, under HF names.
+        """Write config.json and sharded safetensors with an index into a directory, under HF names.
 
-        Every rank calls this; the first puts whole tensors together, one file at a time, and writes what one process would.
+        Every rank calls this; the first puts whole tensors together, one file at a time, and
+        writes what one process would.
         """
         path = Path(path)
         if self.grid.is_first:
@@ -607,25 +733,29 @@ class Llama(nn.Module):
                 raise ValueError(f"{path}: already holds a model; choose another directory")
             path.mkdir(parents=True, exist_ok=True)
         parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        write_weights(path, "model", parameters.items(), parameters, shard_dims(self), self.grid, max_shard_bytes)
-        if self.grid.is_first:
-            config = self.config.to_hf() | {"torch_dtype": str(self.head_weight.dtype).removeprefix("torch.")}
-            (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: without it this is no model
+        write_weights(path, "model", parameters.items(), parameters, shard_dims(self), self.grid,
+                      max_shard_bytes)
+        if self.grid.is_first:  # config.json comes last: without it this is no model
+            config = self.config.to_hf()
+            config["torch_dtype"] = str(self.head_weight.dtype).removeprefix("torch.")
+            (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------ loss, sampling
+# --------------------------------------------------------------------------------- loss, sampling
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise IndexError for a token outside the vocabulary: spread over ranks, none would miss it."""
+    """Raise IndexError for a token outside the vocabulary: of its ranks none would miss it."""
     low, high = ids.aminmax()
     if low < 0 or high >= vocab_size:
-        raise IndexError(f"token ids from {int(low)} to {int(high)} do not lie in the vocabulary of {vocab_size}")
+        raise IndexError(f"token ids from {int(low)} to {int(high)} do not lie in the vocabulary "
+                         f"of {vocab_size}")
 
 
 def block_bytes(config: ModelConfig, tp: int, itemsize: int) -> float:
-    """What a position takes on its way through a block and back: its gathered input and that one's gradient, twice; gate, up,
-    their product and both gradients."""
+    """What a position takes on its way through a block and back: its gathered input and that one's
+    gradient, twice; gate, up, their product and both gradients.
+    """
     return itemsize * (4 * config.hidden_size + 8 * config.intermediate_size / tp)
 
 
@@ -635,103 +765,128 @@ def logit_bytes(config: ModelConfig, tp: int, itemsize: int) -> float:
 
 
 class TiledCrossEntropy(torch.autograd.Function):
-    """Sum over targets of -log softmax(norm(x) @ weight.T)[target], a tile of positions at a time, with its gradients.
+    """The summed loss and its gradients together, a tile of positions at a time.
 
-    The gradient of a row's logits is softmax - onehot, known as soon as the logits are. So a tile's logits are used up at
-    once (for the loss, the gradient of x, the gradient of the weight) and overwritten by the next tile's, and backward
-    multiplies stored results by a scalar. Beside the gradients memory is one tile's, and no product is computed twice.
+    Of a position, with h = norm(x), its logits z = W h and its target y:
+
+        loss = log(sum over v of exp(z_v)) - z_y        z = (1, 2, 0), y = 1: loss = 0.41
+        dz   = softmax(z) - onehot(y)                   (0.24, 0.67, 0.09) - (0, 1, 0)
+        dh   = W^T dz, and through the norm dx
+        dW   = dz h^T, summed over positions
+
+    The gradients are known as soon as z is. So forward uses a tile's logits up at once (loss, dx,
+    dW), the next tile's overwrite them, and backward multiplies stored gradients by a scalar: no
+    product is computed twice. Logits of 1M positions and 128,256 tokens would take 250 GiB in
+    bfloat16; those of a tile, in both types, take TILE_BYTES. A tp rank has V / tp rows of W.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, norm_weight: Tensor, weight: Tensor, norm: nn.RMSNorm, targets: Tensor, grid: Grid,
-                tile: int) -> Tensor:
-        """x (B, m, hidden), weight (V / tp, hidden), targets (B, tp, m) of all tp ranks, -100 for none -> float32 scalar
-        (float64 for float64 input), the same on every rank. The norm's weight stands beside it so that autograd sees it.
+    def forward(ctx, x: Tensor, norm_weight: Tensor, weight: Tensor, norm: nn.RMSNorm,
+                targets: Tensor, grid: Grid, tile: int) -> Tensor:
+        """x (B, m, hidden), weight W (V / tp, hidden), targets (B, tp, m) of all tp ranks, -100 for
+        none -> float32 (for float64: float64) scalar, the same on every rank. norm_weight is the
+        norm's own, an argument so that autograd sees it.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
-        d_norm, d_weight = torch.zeros_like(norm_weight, dtype=wide), torch.zeros_like(weight, dtype=wide)
-        rows, targets = x.flatten(0, 1), targets.movedim(1, 0).flatten(1)  # (B m, hidden), (tp, B m)
+        d_norm = torch.zeros_like(norm_weight, dtype=wide)
+        d_weight = torch.zeros_like(weight, dtype=wide)
+        rows = x.flatten(0, 1)  # (B m, hidden)
         d_rows = torch.empty_like(rows)
+        targets = targets.movedim(1, 0).flatten(1)  # (tp, B m)
         tile = min(tile, len(rows))
-        product = x.new_empty(grid.tp * tile, len(weight))  # (tp tile, V / tp), in the compute type: logits, later gradients
-        exact = product if product.dtype == wide else torch.empty_like(product, dtype=wide)  # the same in float32
+        # Two buffers (tp tile, V / tp) serve all tiles: `logits` in the compute type, for products
+        # of matrices, and `scores` in float32, for the softmax. They are one if the types are one.
+        logits = x.new_empty(grid.tp * tile, len(weight))
+        scores = logits if logits.dtype == wide else torch.empty_like(logits, dtype=wide)
         tiles = zip(rows.split(tile), d_rows.split(tile), targets.split(tile, 1), strict=True)
-        for part, d_part, target in tiles:
-            # 1. the rows of all tp ranks, normed
+        for x_tile, dx_tile, target in tiles:
+            # 1. h: this rank's rows, normed, and those of the other tp ranks
             with torch.enable_grad():
-                part = part.detach().requires_grad_()  # (tile, hidden)
-                normed = norm(part)
+                leaf = x_tile.detach().requires_grad_()  # (tile, hidden)
+                normed = norm(leaf)
             h = gathered(normed.detach()[None], grid).flatten(0, 2)  # (tp tile, hidden)
             target = target.flatten()  # (tp tile,)
-            # 2. their logits
-            logits, scores = product[:len(h)], exact[:len(h)]
+            # 2. z, in both buffers
+            logits, scores = logits[:len(h)], scores[:len(h)]  # the last tile may be shorter
             torch.mm(h, weight.T, out=logits)
-            scores.copy_(logits)  # nothing, where both are one buffer
-            # 3. their loss; the scores become (softmax - onehot) * normaliser, and back into the compute type
+            scores.copy_(logits)
+            # 3. the loss; z becomes dz * normaliser, in both buffers
             losses, normaliser = vocab_parallel_cross_entropy(scores, target.clamp(min=0), grid)
             valid = (target != -100).to(wide)
             total += (losses * valid).sum()
             logits.copy_(scores)
-            scale = valid[:, None] / normaliser  # rows without a target count as 0
-            # 4. the gradient of the rows, through the norm
-            d_h = torch.mm(logits, weight).mul_(scale)  # (tp tile, hidden): this rank's part of a sum over tp
-            d_normed = scattered(d_h.view(1, grid.tp, -1, d_h.shape[1]), grid)[0]  # (tile, hidden), summed
-            d_input, d_n = torch.autograd.grad(normed, (part, norm_weight), d_normed)
-            d_part.copy_(d_input)
-            d_norm += d_n
-            # 5. the gradient of the head: products of the compute type, summed in float32
+            scale = valid[:, None] / normaliser  # (tp tile, 1), for dh and h: narrower than dz
+            # 4. dh, of which every tp rank has a part of the sum, and through the norm dx
+            d_h = torch.mm(logits, weight).mul_(scale)  # (tp tile, hidden)
+            d_h = d_h.view(1, grid.tp, -1, d_h.shape[1])  # (1, tp, tile, hidden)
+            d_normed = scattered(d_h, grid)[0]  # (tile, hidden)
+            d_leaf, d_norm_part = torch.autograd.grad(normed, (leaf, norm_weight), d_normed)
+            dx_tile.copy_(d_leaf)
+            d_norm += d_norm_part
+            # 5. dW: products of the compute type, summed in float32, some rows of W at a time
             h = (h * scale).to(h.dtype)
-            for d_w, columns in zip(d_weight.split(VOCABULARY_TILE), logits.split(VOCABULARY_TILE, dim=1), strict=True):
-                d_w += columns.T @ h
+            columns = logits.split(VOCABULARY_TILE, dim=1)
+            for d_w, dz in zip(d_weight.split(VOCABULARY_TILE), columns, strict=True):
+                d_w += dz.T @ h
         ctx.save_for_backward(d_rows.view(x.shape), d_norm, d_weight)
-        return grid.all_reduce(total, "cp")  # of a rank's own part the gradient is 1: backward does not communicate
+        # the gradient of a rank's own part is 1, so backward need not communicate
+        return grid.all_reduce(total, "cp")
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        d_x, d_norm, d_weight = ctx.saved_tensors
-        return d_x.mul_(d_total), d_norm.mul_(d_total), d_weight.mul_(d_total), None, None, None, None
+        d_x, d_norm, d_weight = [gradient.mul_(d_total) for gradient in ctx.saved_tensors]
+        return d_x, d_norm, d_weight, None, None, None, None
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row from logits (B, V) -> (B,) int64; temperature 0 takes the largest."""
+def sample(logits: Tensor, temperature: float, top_p: float,
+           generator: torch.Generator | None) -> Tensor:
+    """A token for each row of logits (B, V) -> (B,) int64; temperature 0 takes the largest.
+
+    Otherwise from the nucleus, the smallest set of probability >= top_p (arXiv 1904.09751): of
+    probabilities 0.5, 0.3, 0.15, 0.05 and top_p 0.6 the first two, with 0 and 0.5 above them.
+    """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
-    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens ranked above
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return order.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    probabilities, order = probabilities.sort(dim=-1, descending=True)
+    above = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens ranked above
+    probabilities = probabilities.masked_fill(above >= top_p, 0.0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), a place in `order`
+    return order.gather(1, drawn)[:, 0]
 
 
-# ------------------------------------------------------------------------------------- Hugging Face directories
+# ---------------------------------------------------------------------- Hugging Face directories
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """ModelConfig of a model directory, or of a config.json itself. Raises FileNotFoundError or ValueError, one line."""
+    """ModelConfig of a model directory or a config.json. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model directory (of a run: its `final`)")
+        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
+                                "directory (of a run: its `final`)")
     return ModelConfig.from_hf(read_object(file))
 
 
 def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
-    """`config` with `scaling` in place of its own rope scaling (they never stack), and the window that follows.
+    """`config` with `scaling` in place of its own rope scaling (they never stack), and its window.
 
-    None changes nothing: the window is a fact of its own, no product of the rule. Raises ValueError where the window before
-    the checkpoint's own scaling is needed and not known.
+    None changes nothing: the window is a fact of its own, no product of the rule. Raises ValueError
+    where the window before the checkpoint's own scaling is needed and not known.
     """
     if scaling is None:
         return config
     before = config.window_before()
-    if scaling.kind == "default":
-        return replace(config, rope_scaling=scaling, max_position_embeddings=before or config.max_position_embeddings)
-    original = scaling.original_max_position or before
-    if original is None:
-        raise ValueError(f"--original-length is needed: a checkpoint with such {config.rope_scaling.kind} scaling does not "
-                         "state its window before")
-    return replace(config, rope_scaling=replace(scaling, original_max_position=original),
-                   max_position_embeddings=round(original * scaling.factor))
-
-
+    if scaling.kind == "default":  # back to the old window, if the checkpoint says which that was
+        window = before or config.max_position_embeddings
+    else:
+        original = scaling.original_max_position or before
+        if original is None:
+            kind = config.rope_scaling.kind
+            raise ValueError(f"--original-length is needed: a checkpoint with such {kind} scaling "
+                             "does not state its window before")
+        scaling = replace(scaling, original_max_position=original)
+        window = round(original * scaling.factor)
+    return replace(config, rope_scaling=scaling, max_position_embeddings=window)
