@@ -526,8 +526,8 @@ def read_meta(directory: str | Path, tokenizer: tiktoken.Encoding | None = None)
 
 
 def open_shard(directory: Path, shard: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens uint32 (T,), loss mask bool (T,), documents' lengths int64 (N,) of a shard, an entry of
-    meta.json. They are read where they are touched. ValueError names a damaged file."""
+    """Tokens uint32 (T,), loss mask bool (T,), lengths of documents int64 (N,) of a shard, an entry
+    of meta.json. They are read where they are touched. ValueError names a damaged file."""
     arrays = []
     for kind, dtype, size in (("tokens", torch.int32, shard["tokens"]),
                               ("mask", torch.bool, shard["tokens"]),
