@@ -75,7 +75,7 @@ class Tokenizer(tiktoken.Encoding):
                          special_tokens=special)
         self.max_token_value = size - 1
         self.normal_form = normal_form
-        self.lacks_bytes = bool(absent)
+        self.lacks_bytes = bool(absent)  # then `known` must drop them again
         self.path = path  # the file it was loaded from
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -157,7 +157,8 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
         vocab = {token: i for token, i in model["vocab"].items() if token not in special}
         merged = []  # ids
         for pair in model["merges"]:
-            pair = pair.split(" ") if isinstance(pair, str) else pair
+            if isinstance(pair, str):  # "h e" in older files, ["h", "e"] in newer ones
+                pair = pair.split(" ")
             merged.append(vocab["".join(pair)])
     except (KeyError, TypeError, AttributeError) as error:
         kind = type(error).__name__
@@ -201,7 +202,7 @@ def byte_characters() -> dict[str, int]:
 
 def split_pattern(pre_tokenizer: dict) -> str | None:
     """The regular expression that cuts text as `pre_tokenizer` does; None if that is not known."""
-    match pre_tokenizer.get("pretokenizers") or [pre_tokenizer]:
+    match pre_tokenizer.get("pretokenizers") or [pre_tokenizer]:  # a sequence of them, or one
         case [*first, {"type": "ByteLevel", "add_prefix_space": False, **options}]:
             cuts = options.get("use_regex", True)  # ByteLevel itself may cut, by GPT-2's pattern
         case _:
@@ -211,6 +212,7 @@ def split_pattern(pre_tokenizer: dict) -> str | None:
             return GPT2
         case [{"type": "Digits", "individual_digits": True}], True:
             return GPT2_DIGITS
+        # the pattern is in the file; ByteLevel only writes bytes as characters
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
                "invert": False}], False:
             # tiktoken drops what lies between matches: with these patterns nothing does
@@ -310,7 +312,7 @@ def write_complete(path: Path, content: bytes) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         aside.write_bytes(content)
-        sync(aside)
+        sync(aside)  # before the rename: see complete_or_absent
         os.replace(aside, path)
     except OSError as error:
         raise OSError(f"{path}: not written ({error.strerror or error})") from error
@@ -345,7 +347,7 @@ def digest(path: str | Path) -> str:
     content = hashlib.sha256()
     for file in files:
         with open(file, "rb") as stream:
-            content.update(stream.read(2**20 if file.suffix in large else -1))
+            content.update(stream.read(2**20 if file.suffix in large else -1))  # -1: all
     return content.hexdigest()[:16]
 
 
@@ -361,12 +363,13 @@ def locate_weights(path: Path, stem: str) -> dict[str, Path]:
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)")
         files = {name: path / str(file) for name, file in weight_map.items()}
+    # a small model has one file and no index
     elif single.is_file():
         with open_weights(single) as tensors:
             files = dict.fromkeys(tensors.keys(), single)
     else:
         raise FileNotFoundError(f"{path}: neither {single.name} nor {index.name} is there")
-    for file in files.values():
+    for file in files.values():  # all of them, before the first is read
         if not file.is_file():
             raise FileNotFoundError(f"{file}: named in the index, but missing; copy every shard")
     return files
@@ -427,10 +430,10 @@ def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int
     whole = whole_shape(shape, dim, grid)
     if stored_shape != whole:
         raise ValueError(f"{file}: {name} has shape {stored_shape}, config.json asks for {whole}")
-    if dim is None:
+    if dim is None:  # every rank holds all of it
         tensor = stored[:]
     else:
-        first = grid.tp_rank * shape[dim]
+        first = grid.tp_rank * shape[dim]  # shards follow each other by rank
         own = slice(first, first + shape[dim])
         tensor = stored[own] if dim == 0 else stored[:, own]
     if not tensor.is_floating_point():
@@ -448,10 +451,10 @@ def write_weights(path: Path, stem: str, shards: Iterable[tuple[str, Tensor]],
     """
     # 1. How many tensors go into each file.
     counts = [0]
-    filled = total = 0  # bytes: of the last file, of all
+    filled = total = 0  # bytes: of the last file, of all files
     for name, shard in like.items():
         size = math.prod(whole_shape(shard.shape, dims[name], grid)) * shard.itemsize
-        if filled and filled + size > max_shard_bytes:
+        if filled and filled + size > max_shard_bytes:  # a tensor is never cut
             counts.append(0)
             filled = 0
         counts[-1] += 1
@@ -466,7 +469,7 @@ def write_weights(path: Path, stem: str, shards: Iterable[tuple[str, Tensor]],
         for name, shard in itertools.islice(shards, count):
             weight_map[name] = file
             whole = unshard(shard, dims[name], grid)
-            if grid.is_first:
+            if grid.is_first:  # in host memory: a device may have no room for a whole file
                 tensors[name] = whole.cpu().contiguous()
         grid.restart_timer()  # the others wait for the first
         if grid.is_first:
@@ -498,7 +501,7 @@ def fingerprint(tokenizer: tiktoken.Encoding) -> str:
     """Identifies what ordinary ids stand for; special ones have other names in another file."""
     ranks = tokenizer._mergeable_ranks
     content = hashlib.sha256()
-    for token in sorted(ranks, key=ranks.get):
+    for token in sorted(ranks, key=ranks.get):  # lengths: no two vocabularies are spelled alike
         content.update(b"%d %d %s" % (ranks[token], len(token), token))
     return content.hexdigest()[:16]
 
@@ -603,14 +606,14 @@ def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, 
     if short > long:
         raise ValueError(f"--short-length {short} is above --long-length {long}")
     # 1. By length.
-    weights = np.ones(len(lengths))
+    weights = np.ones(len(lengths))  # (documents,)
     weights[lengths < short] = short_weight
     weights[lengths > long] = long_weight
     # 2. Scale each source so that it keeps its tokens.
     for source in np.unique(sources):
         own = sources == source
         weighted = weights[own] @ lengths[own]  # tokens
-        if not weighted:
+        if not weighted:  # nothing to scale: the source would vanish
             raise ValueError(f"--short-weight {short_weight} and --long-weight {long_weight} leave "
                              "no document of one of the corpus's sources; raise them")
         weights[own] *= lengths[own].sum() / weighted
@@ -718,15 +721,15 @@ class PackedDataset:
         Document 0 occurs if the shift is 0.6 or more: with probability 0.4.
         """
         generator = np.random.default_rng([self.seed, epoch, 1])
-        shifted = np.cumsum(self.weights) + generator.random()
+        shifted = np.cumsum(self.weights) + generator.random()  # (documents,)
         passed = np.floor(shifted).astype(np.int64)
         repeats = np.diff(passed, prepend=0)
-        documents = np.repeat(np.arange(len(repeats)), repeats)
+        documents = np.repeat(np.arange(len(repeats)), repeats)  # (n,)
         return documents[shuffled(len(documents), self.seed, epoch)]
 
     def plan_epoch(self) -> None:
         """Append one more epoch to what is planned of the stream."""
-        order = self.plan(self.epochs)
+        order = self.plan(self.epochs)  # (n,)
         ends = self.bounds[-1] + np.cumsum(self.lengths[order] + len(self.separator))
         self.order = np.append(self.order, order)
         self.bounds = np.append(self.bounds, ends)
@@ -752,13 +755,13 @@ class PackedDataset:
         filled = 0
         while filled < size:
             for own_tokens, own_mask in (self.document(self.order[number]), separator):
-                part = slice(skipped, skipped + size - filled)
+                part = slice(skipped, skipped + size - filled)  # beyond the end it stops by itself
                 end = filled + len(own_tokens[part])
                 tokens[filled:end] = own_tokens[part]
                 mask[filled:end] = own_mask[part]
                 ids[filled:end] = number
                 filled = end
-                skipped = max(0, skipped - len(own_tokens))
+                skipped = max(0, skipped - len(own_tokens))  # 0 after the first document
             number += 1
         return tokens, mask, ids
 

@@ -74,7 +74,8 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
     end_of_turn(tokenizer)  # raises if there is no template
     is_llama3 = "<|start_header_id|>" in tokenizer.special_tokens_set
     template = llama3_pieces if is_llama3 else chatml_pieces
-    tokens, mask = [], []
+    tokens = []
+    mask = []
     for ids, loss in template(messages, tokenizer, add_generation_prompt):
         tokens += ids
         mask += [loss] * len(ids)
@@ -102,9 +103,9 @@ def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
         end = special("<|end_header_id|>")
         return [start, *text(role), end, *text("\n\n")]
 
-    yield [special("<|begin_of_text|>")], False
+    yield [special("<|begin_of_text|>")], False  # nothing comes before it to predict it from
     for message in messages:
-        yield header(message["role"]), False
+        yield header(message["role"]), False  # no loss: whose turn it is, is not the model's to say
         content = text(message["content"].strip())  # as Hugging Face's templates do
         yield [*content, special("<|eot_id|>")], message["role"] == "assistant"
     if add_generation_prompt:
@@ -122,11 +123,11 @@ def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
         # The line break and the content are one text: a content that begins with white space may
         # share a token with the line break before it. That token then counts as the content's.
         content = text("\n" + message["content"])
-        if content[:1] == line_break:
+        if content[:1] == line_break:  # not shared: the line break is the template's
             yield line_break, False
             content = content[1:]
         yield [*content, special("<|im_end|>")], message["role"] == "assistant"
-        yield line_break, False
+        yield line_break, False  # after the end of turn: nobody generates it
     if add_generation_prompt:
         yield [special("<|im_start|>"), *text("assistant"), *line_break], False
 
@@ -176,7 +177,7 @@ class ChatDataset:
         self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
         self.sequence_length = sequence_length
         self.seed = seed
-        self.padding = end_of_turn(tokenizer)
+        self.padding = end_of_turn(tokenizer)  # any token will do: it carries no loss
         self.document_mask = pack
         self.epochs = 0  # how many are planned so far,
         self.order = np.zeros(0, dtype=np.int64)  # (n,): the samples of these, one after the other,
@@ -185,10 +186,10 @@ class ChatDataset:
     def plan_epoch(self) -> None:
         """Put the samples of the next epoch into rows."""
         order = shuffled(len(self.rows), self.seed, self.epochs)
-        room = 0  # of the row that is being filled: none, so an epoch begins a row
+        room = 0  # in the row that is being filled; none, so that an epoch begins with a row
         for place, sample in enumerate(order, len(self.order)):
             length = self.lengths[sample]
-            if length > room or not self.document_mask:
+            if length > room or not self.document_mask:  # begin a row
                 self.starts.append(place)
                 room = self.sequence_length
             room -= length
