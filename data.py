@@ -727,14 +727,6 @@ class PackedDataset:
         documents = np.repeat(np.arange(len(repeats)), repeats)  # (n,)
         return documents[shuffled(len(documents), self.seed, epoch)]
 
-    def plan_epoch(self) -> None:
-        """Append one more epoch to what is planned of the stream."""
-        order = self.plan(self.epochs)  # (n,)
-        ends = self.bounds[-1] + np.cumsum(self.lengths[order] + len(self.separator))
-        self.order = np.append(self.order, order)
-        self.bounds = np.append(self.bounds, ends)
-        self.epochs += 1
-
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens int64, loss mask bool, document ids int64, each (S + 1,). Ids number the documents
         of the stream, so a repeated one gets a new id; a separator has that of its document."""
@@ -744,10 +736,14 @@ class PackedDataset:
         ids = np.empty(size, dtype=np.int64)
         separator = self.separator, np.ones(len(self.separator), dtype=bool)
 
-        # 1. Plan the stream until the window's end lies in it.
+        # 1. Plan more epochs of the stream until the window's end lies in it.
         first = index * self.sequence_length
         while self.bounds[-1] < first + size:
-            self.plan_epoch()
+            order = self.plan(self.epochs)  # (n,)
+            ends = self.bounds[-1] + np.cumsum(self.lengths[order] + len(self.separator))
+            self.order = np.append(self.order, order)
+            self.bounds = np.append(self.bounds, ends)
+            self.epochs += 1
         # 2. Find the document in which the window begins, and what of it lies before the window.
         number = int(np.searchsorted(self.bounds, first, side="right")) - 1
         skipped = first - int(self.bounds[number])
