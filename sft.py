@@ -1,10 +1,10 @@
-"""Stage 2: supervised fine-tuning on short chat samples. The loop is stage 1's; data and defaults differ.
+"""Stage 2: supervised fine-tuning on short chat samples. The loop is stage 1's.
 
-    python sft.py --model out/stage1/final --data chat.jsonl --sequence-length 8192 --steps 780 --out out/stage2
+    python sft.py --model out/stage1/final --data chat.jsonl --steps 780 --out out/stage2
 
-Each line of the file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
-Loss is on the assistant's words and its end-of-turn token only. Samples stay short (< 8K tokens): the long window
-was learned in stage 1, and short samples keep it (arXiv 2504.06214, section 3.2).
+A line of it is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}.
+Loss is on the assistant's words and its end-of-turn token only. Samples stay short (< 8K tokens):
+the long window was learned in stage 1, and short samples keep it (arXiv 2504.06214, section 3.2).
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data import Blend, Tokenizer, read_records, shuffled
 from parallel import Grid, one_line_errors, print_once
 from train import Parser, argument_parser, existing, load_start, positive, run_stage, weighted_path
 
-# ------------------------------------------------------------------------------------- conversations
+# ------------------------------------------------------------------------------------ conversations
 
 CHAT_TOKENS = (  # that begin and end a message
     ("<|start_header_id|>", "<|eot_id|>"),  # Llama 3
@@ -26,73 +26,87 @@ CHAT_TOKENS = (  # that begin and end a message
 
 
 def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
-    """Id of the token that ends a message: <|eot_id|> (Llama 3) or <|im_end|> (ChatML). ValueError."""
+    """Id of the token that ends a message: <|eot_id|> (Llama 3) or <|im_end|> (ChatML)."""
     for start, end in CHAT_TOKENS:
         if {start, end} <= tokenizer.special_tokens_set:
             return tokenizer.encode_single_token(end)
-    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: Llama 3's <|start_header_id|> and "
-                     "<|eot_id|>, or ChatML's <|im_start|> and <|im_end|>")
+    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: Llama 3's "
+                     "<|start_header_id|> and <|eot_id|>, or ChatML's <|im_start|> and <|im_end|>")
 
 
 def check_messages(messages: object, place: str) -> None:
-    """Raise ValueError, which starts with `place`, unless these are messages with an assistant's words to train on."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+    """Raise ValueError, which starts with `place`, unless these are messages to train on."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"{place}: messages must be a list of objects with role and content")
+    has_answer = False
     for i, message in enumerate(messages):
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"{place}: message {i} has role {message.get('role')!r}; use system, user or assistant")
-        if not isinstance(message.get("content"), str):
+        role = message.get("role")
+        content = message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"{place}: message {i} has role {role!r}, not system, user, assistant")
+        if not isinstance(content, str):
             raise ValueError(f"{place}: message {i} must have a content that is a string")
-    if not any(message["content"] for message in messages if message["role"] == "assistant"):
+        if role == "assistant" and content:
+            has_answer = True
+    if not has_answer:
         raise ValueError(f"{place}: messages have no assistant content, so nothing to train on")
 
 
 def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
                 add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation and which carry loss: the assistant's words and its end-of-turn
-    token, no others.
+    r"""Tokens of a conversation, and which carry loss: the assistant's words and its end of turn.
 
-    By the tokenizer's special tokens it is Llama 3's template or ChatML. No system message is added
-    (Hugging Face's templates of Llama 3.1, SmolLM2 and Qwen2 add one). Contents are plain text: a
-    special token spelled there stays text. `add_generation_prompt` opens the assistant's answer.
-    The messages are as check_messages wants them. Raises ValueError: see end_of_turn.
+    The user says "Hi", the assistant "Hello."; spaces divide tokens, and ^ is loss:
+
+        Llama 3   <|begin_of_text|>
+                  <|start_header_id|> user <|end_header_id|> \n\n Hi <|eot_id|>
+                  <|start_header_id|> assistant <|end_header_id|> \n\n Hello . <|eot_id|>
+                                                                       ^^^^^ ^ ^^^^^^^^^^
+        ChatML    <|im_start|> user \n Hi <|im_end|> \n
+                  <|im_start|> assistant \n Hello . <|im_end|> \n
+                                            ^^^^^ ^ ^^^^^^^^^^
+
+    So the model learns to answer and to stop, not to speak for the user. `add_generation_prompt`
+    opens an answer: the last line of each, up to its first ^. Which template it is, the tokenizer's
+    special tokens say. No system message is added (Hugging Face's templates of Llama 3.1, SmolLM2
+    and Qwen2 add one). Contents are plain text: a special token spelled there stays text.
     """
     end_of_turn(tokenizer)  # raises if there is no template
     is_llama3 = "<|start_header_id|>" in tokenizer.special_tokens_set
     template = llama3_pieces if is_llama3 else chatml_pieces
-    tokens, mask = [], []
+    tokens = []
+    mask = []
     for ids, loss in template(messages, tokenizer, add_generation_prompt):
         tokens += ids
         mask += [loss] * len(ids)
     return tokens, mask
 
 
-def encode_question(text: str, tokenizer: tiktoken.Encoding, system: str | None = None) -> list[int]:
-    """Tokens of a user's message, after a system message if there is one, up to where the assistant's answer begins."""
-    instructions = [] if system is None else [{"role": "system", "content": system}]
-    messages = [*instructions, {"role": "user", "content": text}]
-    return encode_chat(messages, tokenizer, add_generation_prompt=True)[0]
+def encode_question(text: str, tokenizer: tiktoken.Encoding,
+                    system: str | None = None) -> list[int]:
+    """Tokens of a user's message, after a system message if given, up to the assistant's answer."""
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    tokens, _ = encode_chat(messages, tokenizer, add_generation_prompt=True)
+    return tokens
 
 
 def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
                   add_generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
-    """Llama 3's template (llama-models, chat_format.py); contents are stripped, as Hugging Face's
-    templates do.
-
-        <|begin_of_text|>
-        <|start_header_id|>ROLE<|end_header_id|>
-
-        CONTENT<|eot_id|>            (as often as there are messages, without line breaks between)
-    """
-    text, special = tokenizer.encode_ordinary, tokenizer.encode_single_token
+    """(tokens, loss) of each piece of Llama 3's template (llama-models, chat_format.py)."""
+    text = tokenizer.encode_ordinary
+    special = tokenizer.encode_single_token
 
     def header(role: str) -> list[int]:
-        return [special("<|start_header_id|>"), *text(role), special("<|end_header_id|>"), *text("\n\n")]
+        start = special("<|start_header_id|>")
+        end = special("<|end_header_id|>")
+        return [start, *text(role), end, *text("\n\n")]
 
-    yield [special("<|begin_of_text|>")], False
+    yield [special("<|begin_of_text|>")], False  # nothing comes before it to predict it from
     for message in messages:
-        yield header(message["role"]), False
-        content = text(message["content"].strip())
+        yield header(message["role"]), False  # no loss: whose turn it is, is not the model's to say
+        content = text(message["content"].strip())  # as Hugging Face's templates do
         yield [*content, special("<|eot_id|>")], message["role"] == "assistant"
     if add_generation_prompt:
         yield header("assistant"), False
@@ -100,35 +114,32 @@ def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
 
 def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
                   add_generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
-    """ChatML, as SmolLM2 and Qwen2 have it; contents are kept as they are.
-
-        <|im_start|>ROLE
-        CONTENT<|im_end|>
-        (and so on)
-    """
-    text, special = tokenizer.encode_ordinary, tokenizer.encode_single_token
+    """(tokens, loss) of each piece of ChatML, as SmolLM2 and Qwen2 have it."""
+    text = tokenizer.encode_ordinary
+    special = tokenizer.encode_single_token
     line_break = text("\n")  # one token
     for message in messages:
         yield [special("<|im_start|>"), *text(message["role"])], False
-        # one text: where a content begins with white space, one token may hold that and the line
-        # break before it
+        # The line break and the content are one text: a content that begins with white space may
+        # share a token with the line break before it. That token then counts as the content's.
         content = text("\n" + message["content"])
-        if content[:1] == line_break:  # else that token is the content's
+        if content[:1] == line_break:  # not shared: the line break is the template's
             yield line_break, False
             content = content[1:]
         yield [*content, special("<|im_end|>")], message["role"] == "assistant"
-        yield line_break, False
+        yield line_break, False  # after the end of turn: nobody generates it
     if add_generation_prompt:
         yield [special("<|im_start|>"), *text("assistant"), *line_break], False
 
 
 def read_conversations(path: Path) -> Iterator[list[dict]]:
-    """The messages on each line of a .jsonl or .jsonl.gz file. Raises ValueError that names the line."""
+    """The messages on each line of a .jsonl or .jsonl.gz file. ValueError names the line."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line; tools.chat_blend makes one")
+        raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line; "
+                         "tools.chat_blend makes one")
     for place, record in read_records(path):
         if not isinstance(record, dict) or "messages" not in record:
-            raise ValueError(f"{place}: has no messages; needs an object with messages on every line")
+            raise ValueError(f"{place}: needs an object with messages on every line")
         check_messages(record["messages"], place)
         yield record["messages"]
 
@@ -136,27 +147,37 @@ def read_conversations(path: Path) -> Iterator[list[dict]]:
 class ChatDataset:
     """Chat samples in rows, right-padded without loss, shuffled each epoch by (seed, epoch).
 
-    A row has one sample, or with `pack` as many as fit in their order, each under an id of its own
-    for the cross-document mask. Samples longer than `sequence_length` are dropped, never cut:
-    `dropped` counts them, `rows` has the others.
+    With `pack` a row has as many samples as fit in their order, each under an id of its own, by
+    which attention keeps them apart. Samples a, b, c, d of 3, 4, 2 and 5 tokens, S = 8:
+
+        row 0   tokens   a a a b b b b . .     b leaves room for 1, so c begins a new row;
+                ids      0 0 0 1 1 1 1 1 1     padding (.) belongs to the last sample
+        row 1   tokens   c c d d d d d . .
+                ids      2 2 3 3 3 3 3 3 3
+
+    Without `pack` each sample has a row. Samples longer than `sequence_length` are dropped, never
+    cut: `dropped` counts them, `rows` has the others.
     """
 
-    def __init__(self, path: Path, tokenizer: tiktoken.Encoding, sequence_length: int, seed: int, pack: bool = False) -> None:
+    def __init__(self, path: Path, tokenizer: tiktoken.Encoding, sequence_length: int, seed: int,
+                 pack: bool = False) -> None:
         """path: see read_conversations. Raises ValueError."""
         self.rows = []  # (tokens, loss mask) of each sample that fits
         self.dropped = 0
         for messages in read_conversations(path):
             tokens, mask = encode_chat(messages, tokenizer)
             if len(tokens) <= sequence_length:
-                self.rows.append((np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)))
+                sample = np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
+                self.rows.append(sample)
             else:
                 self.dropped += 1
         if not self.rows:
-            raise ValueError(f"{path}: holds no sample of {sequence_length} tokens or fewer, {self.dropped} longer ones")
+            raise ValueError(f"{path}: holds no sample of {sequence_length} tokens or fewer, "
+                             f"{self.dropped} longer ones")
         self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
         self.sequence_length = sequence_length
         self.seed = seed
-        self.padding = end_of_turn(tokenizer)
+        self.padding = end_of_turn(tokenizer)  # any token will do: it carries no loss
         self.document_mask = pack
         self.epochs = 0  # how many are planned so far,
         self.order = np.zeros(0, dtype=np.int64)  # (n,): the samples of these, one after the other,
@@ -165,10 +186,10 @@ class ChatDataset:
     def plan_epoch(self) -> None:
         """Put the samples of the next epoch into rows."""
         order = shuffled(len(self.rows), self.seed, self.epochs)
-        room = 0  # of the row that is being filled
+        room = 0  # in the row that is being filled; none, so that an epoch begins with a row
         for place, sample in enumerate(order, len(self.order)):
             length = self.lengths[sample]
-            if length > room or not self.document_mask:
+            if length > room or not self.document_mask:  # begin a row
                 self.starts.append(place)
                 room = self.sequence_length
             room -= length
@@ -176,15 +197,18 @@ class ChatDataset:
         self.epochs += 1
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, loss mask bool, document ids int64 (a number for each sample of the
-        stream), each (S + 1,)."""
-        while index + 1 >= len(self.starts):  # a row ends where the next begins
+        """Tokens int64, loss mask bool, document ids int64 (the sample's place in the stream), each
+        (S + 1,)."""
+        # 1. Which samples are in the row: it ends where the next begins.
+        while index + 1 >= len(self.starts):
             self.plan_epoch()
         first, end = self.starts[index:index + 2]
+        # 2. A row of padding, which belongs to the last sample.
         size = self.sequence_length + 1
         tokens = np.full(size, self.padding, dtype=np.int64)
         mask = np.zeros(size, dtype=bool)
-        ids = np.full(size, end - 1, dtype=np.int64)  # padding belongs to the last sample
+        ids = np.full(size, end - 1, dtype=np.int64)
+        # 3. The samples, from the left.
         filled = 0
         for number in range(first, end):
             own_tokens, own_mask = self.rows[self.order[number]]
@@ -196,34 +220,38 @@ class ChatDataset:
         return tokens, mask, ids
 
 
-# --------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def stage2_parser() -> Parser:
     """Stage 2's options, with the paper's batch of 128 and learning rate of 5e-6 as defaults."""
     parser = argument_parser("Supervised fine-tuning on short chat samples (stage 2).")
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", action="extend", type=weighted_path, required=True, metavar="FILE[=WEIGHT]",
-        help="JSON lines with messages; each sample comes from one file, by weight")
-    add("--sequence-length", type=positive, default=8192, help="longer samples are dropped and counted")
+    add("--data", nargs="+", action="extend", type=weighted_path, required=True,
+        metavar="FILE[=WEIGHT]", help="JSON lines with messages; files are mixed by weight")
+    add("--sequence-length", type=positive, default=8192,
+        help="longer samples are dropped and counted")
     add("--pack", dest="document_mask", action="store_true",
         help="as many samples a row as fit, which do not see each other; --batch-size counts rows")
-    add("--validation-data", type=existing, help="held-out chat samples; without them there is no validation")
+    add("--validation-data", type=existing,
+        help="held-out chat samples; without them there is no validation")
     parser.set_defaults(batch_size=128, micro_batch_size=1, learning_rate=5e-6)
     return parser
 
 
-def stage2_datasets(sources: list[tuple[Path, float]], held_out: Path | None, tokenizer: Tokenizer, sequence_length: int,
-                    seed: int, pack: bool):
-    """(training, validation) datasets of chat samples: a blend of (file, weight) sources, and `held_out`, None without it."""
+def stage2_datasets(sources: list[tuple[Path, float]], held_out: Path | None, tokenizer: Tokenizer,
+                    sequence_length: int, seed: int, pack: bool):
+    """(training, validation): a blend of (file, weight) sources; `held_out`, None without it."""
     def samples(path: Path) -> ChatDataset:
         dataset = ChatDataset(path, tokenizer, sequence_length, seed, pack)
-        print_once(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than {sequence_length} tokens")
+        print_once(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than "
+                   f"{sequence_length} tokens")
         return dataset
 
     parts = [samples(path) for path, _ in sources]
     training = Blend(parts, [weight for _, weight in sources], seed)
-    return training, samples(held_out) if held_out else None
+    validation = samples(held_out) if held_out else None
+    return training, validation
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         config, tokenizer = load_start(a, grid, None)
         held_out = a.validation_data if a.validation_sequences else None
-        training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length, a.seed, a.document_mask)
+        training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length,
+                                               a.seed, a.document_mask)
         run_stage(a, grid, config, tokenizer, training, validation)
         grid.close()
 
