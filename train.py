@@ -134,10 +134,11 @@ def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = de
 
     Processes that tp and cp leave over are data parallel: of 16 with --tp 2 --cp 4, two replicas.
     """
-    here = "cuda" if torch.cuda.is_available() else "cpu"
     title = "compute; parallel under torchrun --standalone --nproc-per-node N (data: N / tp / cp)"
+    here = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument_group(title).add_argument
-    add("--dtype", choices=("float32", "bfloat16"), help="if not given: bfloat16 on a GPU alone")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="if not given: bfloat16 on a GPU, float32 on a CPU")
     add("--device", type=device, default=here, help="cpu or cuda")
     add("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
     add("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
@@ -174,19 +175,19 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
     add("--recompute", choices=RECOMPUTE, default="none",
         help="what backward computes again: nothing, all but attention, blocks")
     add("--offload", action="store_true", help="keep what recomputed blocks keep in host memory")
-    add("--offload-optimizer", action="store_true", help="and master weights and moments")
-    add("--tile", type=positive, help="positions at a time in a block or the loss (or as fit)")
+    add("--offload-optimizer", action="store_true", help="keep the optimizer in host memory")
+    add("--tile", type=positive, help="positions a tile of block or loss (if not given: as fit)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive, required=required, help="optimizer steps in all")
     add("--batch-size", type=positive, default=1, help="sequences a step, over all processes")
-    add("--micro-batch-size", type=positive, help="of these a replica's forward has (or its share)")
+    add("--micro-batch-size", type=positive, help="sequences a forward (if not given: all at once)")
     add("--learning-rate", type=nonnegative_number, default=3e-5, help="the peak")
     add("--warmup-steps", type=nonnegative, default=10, help="linear warm-up")
-    add("--final-learning-rate", type=fraction, default=0.1, help="cosine's end, share of the peak")
-    add("--weight-decay", type=nonnegative_number, default=0.1, help="of matrices, not of vectors")
+    add("--final-learning-rate", type=fraction, default=0.1, help="a share of the peak")
+    add("--weight-decay", type=nonnegative_number, default=0.1, help="of matrices, not vectors")
     add("--betas", type=below_one, nargs=2, default=(0.9, 0.95), help="of AdamW")
-    add("--clip", type=nonnegative_number, default=1.0, help="largest gradient norm; 0: any")
+    add("--clip", type=nonnegative_number, default=1.0, help="limit of the gradient norm; 0: none")
     add("--seed", type=nonnegative, default=0, help="weights (with --config) and data order")
 
     add_compute_arguments(parser, str if planned else device_here)
@@ -194,10 +195,10 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
     add = parser.add_argument_group("output").add_argument
     add("--out", type=directory, required=required, help="run directory")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    add("--checkpoint-every", type=nonnegative, default=0, help="steps; 0: at the end, at a signal")
+    add("--checkpoint-every", type=nonnegative, default=0, help="steps; 0: at the end or a signal")
     add("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
     add("--validate-every", type=nonnegative, default=0, help="steps; 0: only at the end")
-    add("--validation-sequences", type=nonnegative, default=8, help="held out, for each; 0: none")
+    add("--validation-sequences", type=nonnegative, default=8, help="held-out; 0: no validation")
     return parser
 
 
