@@ -84,7 +84,7 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
     """One prompt of exactly `length` tokens; a pure function of its arguments and of rng's state.
 
     haystack_tokens: 1-D ids, at least `length`. depth in [0, 1] is where among them the fact goes.
-    With 400 tokens, a depth of 0.5 and a tokenizer that makes two tokens of five digits:
+    With 400 tokens, a depth of 0.5 and the tests' tokenizer, to which 48213 is two tokens:
 
         head                    1    <|begin_of_text|>, or what opens a chat
         haystack, first part  168    164 is half of 327; a line ends four tokens later
@@ -237,7 +237,7 @@ def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[
 
         482|13|.    right
         482|13|5    wrong: each token of the answer is right, but the number does not end there
-        48|213|.    wrong: 213 is what follows 482; what the model says after 48 nobody has asked
+        48|213|.    wrong: 213 was said after 482, which was fed; after 48 nobody has asked
 
     The fact in the prompt is split as the answer is, so a model that copies gives 482|13. The score
     may be too low for a model that would give 48|213, never too high.
@@ -271,8 +271,8 @@ class Reader:
         """The cache, truncated to what it shares with rows (B, S) int64: `most` tokens at most."""
         grid = self.model.grid
         batch, length = rows.shape
-        # 1. A cache that is large enough. What was truncated may have lain on some ranks of the
-        # ring only: the others then hold more than their share, of which 1.5 times are allowed.
+        # 1. A cache that is large enough. Where what was truncated lay on other ranks of the ring,
+        # a rank holds more than its share of what is left: up to 1.5 times.
         most_held = length if grid.cp == 1 else math.ceil(1.5 * length / grid.cp)
         needed = most_held + grid.sequence_multiple + self.more
         if self.rows is None or len(self.rows) != batch or self.cache.capacity < needed:
@@ -329,7 +329,7 @@ def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
         places = places.expand(len(rows), -1)  # (B, widest)
         hidden = model.hidden_at(tokens[:, cache.length:], places, cache)  # (B, widest, hidden)
         best[share] = model.logits(hidden).argmax(dim=-1)  # (B, widest); the head never sees S rows
-    best = grid.all_reduce(best, "dp").tolist()  # zeros where the prompt is another replica's
+    best = grid.all_reduce(best, "dp").tolist()  # a replica has zeros in the others' rows
     return [row[-count:] for row, count in zip(best, counts, strict=True)]
 
 
@@ -372,8 +372,8 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
     order = sorted(records, key=lambda cell: cell[0] * cell[1], reverse=True)  # by length x depth
     reader = Reader(model)
     size = max(1, batch_tokens // lengths[-1]) * model.grid.dp  # prompts read side by side
-    hide = None if model.grid.is_first else True  # None: shown in a terminal
-    bar = tqdm(total=len(records) * samples, unit="prompt", disable=hide)
+    disable = None if model.grid.is_first else True  # None: unless this is a terminal
+    bar = tqdm(total=len(records) * samples, unit="prompt", disable=disable)
     for start in range(0, samples, size):
         group = range(start, min(start + size, samples))
         for length, depth in order:

@@ -253,20 +253,22 @@ def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
     Training blends the sources of --data by their weights. Validation is the first source's
     held-out split, its documents as they come, or None with --validation-sequences 0.
     """
-    def split(name: str, path: Path, short_weight: float = 1.0, long_weight: float = 1.0):
+    def documents(path: Path, split: str, short_weight: float = 1.0, long_weight: float = 1.0):
         return data.PackedDataset(
-            path, name, options.sequence_length, options.seed, options.separator,
+            path, split, options.sequence_length, options.seed, options.separator,
             options.short_length, options.long_length, short_weight, long_weight,
             tokenizer, options.document_mask)
 
-    paths, weights = zip(*options.data, strict=True)
-    corpora = [split("train", path, options.short_weight, options.long_weight) for path in paths]
+    corpora, weights = [], []
+    for path, weight in options.data:
+        corpora.append(documents(path, "train", options.short_weight, options.long_weight))
+        weights.append(weight)
     training = data.Blend(corpora, weights, options.seed)
     count = options.validation_sequences
     if not count:
         return training, None
-    first = paths[0]
-    validation = split("valid", first)
+    first, _ = options.data[0]
+    validation = documents(first, "valid")
     needed = count * options.sequence_length + 1
     held_out = validation.lengths.sum()
     if held_out < needed:  # a document seen twice in one sequence would be copied
@@ -325,10 +327,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int,
         rate      0.2   1.0   2.0   1.736   1.1    0.464   0.2
                   warm-up     peak          half way       end
     """
-    # 1. Warm-up, a line: AdamW's averages of the gradient know only a few batches yet.
+    # 1. Warm-up, linear: AdamW's averages rest on a few batches only, so its steps are unsure yet.
     if step <= warmup_steps:
         return peak * step / warmup_steps
-    # 2. After it half a cosine: from the peak, slowly, then faster, and slowly into the end.
+    # 2. Then half a cosine: slowly away from the peak, fast, and slowly into the end.
     progress = (step - warmup_steps) / (steps - warmup_steps)  # above 0, 1 at the last step
     cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
     return peak * (final_share + (1 - final_share) * cosine)
@@ -402,8 +404,9 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
     """
     grid = model.grid
     path = run / f"checkpoint-{step:08d}"
+    # 1. The model, in a directory aside.
     with written_once(path, model, tokenizer) as aside:
-        # 1. The optimizer: a gradient has the shape and the type of its parameter's state.
+        # 2. The optimizer: a gradient has the shape and the type of its parameter's state.
         like = {name: parameter.grad for name, parameter in optimizer.parameters.items()}
         target = aside / "optimizer"
         if grid.is_first:
@@ -411,11 +414,11 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
         for kind in optimizer.KINDS:
             state = optimizer.state(kind)
             data.write_weights(target, kind, state, like, optimizer.dims, grid)
-        # 2. The step, which is the data position too: step i takes the i-th batch of sequences.
+        # 3. The step, which is the data position too: step i takes the i-th batch of sequences.
         if grid.is_first:
             progress = {"format": CHECKPOINT_FORMAT, "step": step, "settings": agreed}
             (aside / "training.json").write_text(json.dumps(progress, indent=2) + "\n")
-    # 3. The new one is complete: now old ones may go.
+    # 4. The new one is complete and has its name: now old ones may go.
     if grid.is_first:
         for old in checkpoints(run)[:-keep]:
             old.rename(f"{old}.partial")  # no checkpoint any more, should deletion be cut short
@@ -526,14 +529,14 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
     """Accumulate one global batch's gradients in the optimizer, from this replica's rows of it.
 
     Returns the mean loss over the whole batch's targets and the positions computed, the same on
-    every rank. A mean over all targets, so that every token counts alike. Two ranks with 1 and 3
-    targets, of loss 4.0 and 2.0 each:
+    every rank. A mean over all targets, so that every token counts alike: say that one rank has one
+    target of loss 4, and another has three of loss 2.
 
         mean of all targets     (4 + 2 + 2 + 2) / 4 = 2.5     each weighs 1/4
-        mean of the two means   (4 / 1 + 6 / 3) / 2 = 3.0     the lone one weighs 1/2: wrong
+        mean of the two means   (4 / 1 + 6 / 3) / 2 = 3.0     the first one weighs 1/2: wrong
 
-    Each rank divides by 4 before its backward, so the gradients of both need only be summed. That 4
-    must be known before any backward, and no rank can count it alone.
+    Both ranks divide by 4 before their backward, and their gradients need only be summed. So this 4
+    must be known before any backward, and neither rank can count it alone.
     """
     grid = model.grid
     device = model.head_weight.device
@@ -589,7 +592,8 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
           save: Callable[[int], Path], first_step: int, stop: list[int]) -> int:
     """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made.
 
-    A signal in `stop` ends the run early, with a checkpoint after the step in which it came.
+    training, validation: datasets, see `data.batch`; without the second there is no validation. A
+    signal in `stop` ends the run early, with a checkpoint after the step in which it came.
     """
     grid = model.grid
     device = model.head_weight.device
@@ -652,9 +656,10 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
              mfu=mfu and round(mfu, 4),
              data_wait=round(waited / duration, 4),
              peak_memory_gib=round(gib, 3))
-        used = f"MFU {mfu:.0%}, " if mfu else ""
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {used}{gib:.1f} GiB, "
-                            f"data {waited / duration:.0%}", refresh=False)
+        utilisation = f"MFU {mfu:.0%}, " if mfu else ""
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {utilisation}{gib:.1f} GiB, "
+            f"data {waited / duration:.0%}", refresh=False)
 
         # 4. Validate.
         if validation and is_due(options.validate_every):
@@ -663,14 +668,14 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
             if grid.is_first:
                 bar.write(f"step {step}: held-out loss {held_out:.3f}")
 
-        # 5. Save. A signal reaches the ranks at different moments, one of them before this line and
-        # another after it. If each obeyed alone, one would save while another goes on, and each
-        # would wait for the other for ever. The sum is the same on all: they stop after one step.
+        # 5. Save. A signal reaches one rank before this line and another after it. If each obeyed
+        # alone, the first would wait in its save, the second in its next step, each for the other.
+        # The sum of all signals is the same on all ranks: they stop after the same step.
         signals = torch.tensor(len(stop), device=device)
-        stopping = grid.all_reduce(signals, "all").item() > 0
-        if stopping or is_due(options.checkpoint_every):
+        is_last = grid.all_reduce(signals, "all").item() > 0
+        if is_last or is_due(options.checkpoint_every):
             path = save(step)
-        if stopping:
+        if is_last:
             if grid.is_first:
                 bar.write(f"stopped by a signal after step {step}; "
                           f"continue with --resume from {path}")
@@ -699,12 +704,12 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
               training, validation) -> None:
     """Check, build, train, export: what is the same in both stages.
 
-    A large model takes minutes to load on every GPU of a job. So whatever can be wrong is found
-    before anything is built, and no directory is made for a run that cannot be.
+    Checks come first: a large model takes minutes to load, on every GPU of a job, and a mistake in
+    the options should cost seconds. Nor is a directory made for a run that cannot be.
 
     options: those of `argument_parser`. Raises ValueError, OSError, ArithmeticError.
     """
-    # 1. Check: what the kernel takes, then what an earlier run has left in --out.
+    # 1. Check that the kernel takes this model, and that --out holds no other run.
     out = options.out
     agreed = agreed_settings(options, tokenizer)
     dtype = getattr(torch, agreed["dtype"])
@@ -712,7 +717,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     checkpoint, step = load_progress(out, options.resume, agreed)
     is_done = (out / "final" / "config.json").exists()
 
-    # 2. Check that all ranks see the same files: with disks of their own they would mix two runs.
+    # 2. Check that all ranks see the same files: on machines with disks of their own they may not.
     settings = zlib.crc32(json.dumps(agreed).encode())
     seen = torch.tensor([step, settings, is_done], device=options.device)
     if (grid.all_gather(seen, "all") != seen).any():
@@ -722,7 +727,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
         print_once(f"{out}/final is already there; nothing to do")
         return
 
-    # 3. Build: the model first, since the optimizer's master weights are copies of its weights.
+    # 3. Build: the model first, since the optimizer's master weights begin as its weights.
     model = build_model(config, checkpoint, grid, dtype, options)
     optimizer = ShardedAdamW(model, grid, options.betas, options.weight_decay,
                              options.offload_optimizer)
@@ -743,7 +748,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
         f"{options.batch_size} x {training.sequence_length} tokens a step, {begun}")
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
 
-    # 5. Train. The last step leaves a checkpoint of its own: should the export fail, none is lost.
+    # 5. Train. The last step too leaves a checkpoint, so a failing export loses nothing.
     tokenizer_files = options.tokenizer or options.model
 
     def save(step: int) -> Path:
