@@ -1,13 +1,13 @@
 """Retrieval evaluation: hide a number in real text at every depth of every length, ask for it.
 
     python eval_niah.py MODEL_DIR --haystack CORPUS --lengths 128 256 512 --out results.json
-    torchrun --standalone --nproc-per-node 8 eval_niah.py MODEL_DIR --tp 2 --cp 4 ...      # the same on eight processes
+    torchrun --standalone --nproc-per-node 8 eval_niah.py MODEL_DIR --tp 2 --cp 4 ...
     python -m tools.plot compare results.json --figure heat.png
 
-A needle prompt costs one forward: the right answer is fed after the question (teacher forcing), and each of its tokens
-must be what the model would have said. The haystack is text held out from training. A prompt of length N has exactly N
-tokens. Prompts that begin alike share the keys and values of what they share. What else measures a model stands in tools/:
-answer, ruler, perplexity.
+The haystack is text held out from training. A prompt of length N has exactly N tokens and costs
+one forward: the right answer is fed after the question (teacher forcing), and each of its tokens
+must be what the model would have said. Prompts that begin alike share the keys and values of what
+they share. What else measures a model stands in tools/: answer, ruler, perplexity.
 """
 from __future__ import annotations
 
@@ -32,29 +32,43 @@ from model import KVCache, Llama, ModelConfig, read_config, rescale
 from parallel import Grid, attention_kernel, one_line_errors, print_once
 from rope_yarn import add_scaling_arguments, scaling_from_options
 from sft import encode_question, end_of_turn
-from train import Parser, add_compute_arguments, compute_type, existing, nonnegative, positive, writable
+from train import (
+    Parser,
+    add_compute_arguments,
+    compute_type,
+    existing,
+    nonnegative,
+    positive,
+    writable,
+)
 
-# A fact stands on a line of its own, its number between the two parts. The lead is where an answer begins.
+# A fact stands on a line of its own, its number between the two parts. The lead begins an answer.
 WORDING = {
-    "passkey": {"fact": ("\nThe pass key is ", ". Remember it.\n"),
-                "question": "\nWhat is the pass key?", "lead": "The pass key is "},
-    "needle": {"fact": ("\nThe magic number of {key} is ", ".\n"),
-               "question": "\nWhat is the magic number of {key}?", "lead": "The magic number of {key} is "},
+    "passkey": {
+        "fact": ("\nThe pass key is ", ". Remember it.\n"),
+        "question": "\nWhat is the pass key?",
+        "lead": "The pass key is ",
+    },
+    "needle": {
+        "fact": ("\nThe magic number of {key} is ", ".\n"),
+        "question": "\nWhat is the magic number of {key}?",
+        "lead": "The magic number of {key} is ",
+    },
 }
-OFFSETS = 2**20  # a window begins at one of the haystack's first places, the same for every length and depth
-KEYS = """amber anchor apple arrow badge basket beacon berry blanket bottle bridge button cabin candle canyon
-carpet castle cedar cherry circle clover cobalt copper coral cotton crystal dagger desert diamond dragon eagle
-ember engine falcon feather forest garden ginger glacier hammer harbor helmet honey indigo island ivory jacket
-jasper jungle kettle ladder lantern lemon lotus magnet maple marble meadow mirror needle nickel ocean olive
-orchid""".split()
+OFFSETS = 2**20  # a window begins at one of the haystack's first places, the same in every cell
+KEYS = """amber anchor apple arrow badge basket beacon berry blanket bottle bridge button cabin
+candle canyon carpet castle cedar cherry circle clover cobalt copper coral cotton crystal dagger
+desert diamond dragon eagle ember engine falcon feather forest garden ginger glacier hammer harbor
+helmet honey indigo island ivory jacket jasper jungle kettle ladder lantern lemon lotus magnet maple
+marble meadow mirror needle nickel ocean olive orchid""".split()
 
 
-# --------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, the answer's last: it starts at `answer_start`, the fact it repeats at `needle_start`."""
+    """Token ids, the answer's last: it begins at `answer_start`, its fact at `needle_start`."""
 
     tokens: list[int]
     answer_start: int
@@ -64,35 +78,57 @@ class Prompt:
     key: str | None
 
 
-def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, rng: random.Random,
-                 task: str = "passkey", chat: bool = False, digits: int = 5, system: str | None = None) -> Prompt:
-    """One prompt of exactly `length` tokens, the answer's included; a pure function of its arguments and of rng's state.
+def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float,
+                 rng: random.Random, task: str = "passkey", chat: bool = False, digits: int = 5,
+                 system: str | None = None) -> Prompt:
+    """One prompt of exactly `length` tokens; a pure function of its arguments and of rng's state.
 
-    haystack_tokens: 1-D ids, at least `length` of them, of which the first are used: the window. depth in [0, 1]
-    is where in it the fact goes, moved to a line border if one is near. Every piece is tokenised alone and joined as
-    ids, so lengths add up, and the number has the same tokens in the fact and in the answer. The window holds neither
-    the key nor the number. Raises ValueError if the length is too small, or no key or number is left that the
-    window does not hold.
+    haystack_tokens: 1-D ids, at least `length`. depth in [0, 1] is where among them the fact goes.
+    With 400 tokens, a depth of 0.5 and the tests' tokenizer, to which 48213 is two tokens:
+
+        head                    1    <|begin_of_text|>, or what opens a chat
+        haystack, first part  168    164 is half of 327; a line ends four tokens later
+        fact                   34    \\nThe pass key is 48213. Remember it.\\n
+        haystack, the rest    159
+        tail                   36    \\nWhat is the pass key? The pass key is
+        answer                  2    48213, of which the model is told nothing before it answers
+
+    All else is made first, and 327 tokens of haystack fill the room that it leaves. Each piece is
+    tokenised alone and joined as ids: so lengths add up, and the number has the same tokens in fact
+    and answer. Raises ValueError if the length is too small, or the haystack holds all numbers.
     """
     assert 0 <= depth <= 1, depth
-    assert len(haystack_tokens) >= length, f"the haystack has {len(haystack_tokens)} tokens, not {length}"
+    count = len(haystack_tokens)
+    assert count >= length, f"the haystack has {count} tokens, not {length}"
     window = np.asarray(haystack_tokens[:length]).tolist()
-    key, number = draw_fact(rng, tokenizer.decode_bytes(window).lower(), digits, task)
 
-    wording, encode = WORDING[task], tokenizer.encode_ordinary
+    # 1. A number, and its key, that do not stand in the haystack: else it has two right places.
+    text = tokenizer.decode_bytes(window).lower()
+    key, number = draw_fact(rng, text, digits, task)
+
+    # 2. All that is no haystack.
+    encode = tokenizer.encode_ordinary
+    wording = WORDING[task]
     opening, closing = wording["fact"]
+    question = wording["question"].format(key=key)
+    lead = wording["lead"].format(key=key)
     answer = encode(number)
     fact = encode(opening.format(key=key)) + answer + encode(closing)
-    question, lead = wording["question"].format(key=key), wording["lead"].format(key=key)
     if chat:
         head, turn = chat_frame(tokenizer, system)
         tail = encode(question) + turn + encode(lead)
     else:
-        head, tail = begin_of_text(tokenizer), encode(f"{question} {lead}")
-    room = length - len(head) - len(fact) - len(tail) - len(answer)
+        head = begin_of_text(tokenizer)
+        tail = encode(f"{question} {lead}")
+
+    # 3. As much haystack as there is room for.
+    others = len(head) + len(fact) + len(tail) + len(answer)
+    room = length - others
     if room < 1:
-        raise ValueError(f"length {length} is too small: fact, question and answer take {length - room}")
-    del window[room:]
+        raise ValueError(f"length {length} is too small: fact, question and answer take {others}")
+    window = window[:room]
+
+    # 4. The fact, near its depth, where it cuts no line.
     place = insertion_point(tokenizer, window, round(depth * room))
     tokens = head + window[:place] + fact + window[place:] + tail + answer
     return Prompt(tokens, length - len(answer), len(head) + place, number, task, key)
@@ -105,9 +141,11 @@ def draw_fact(rng: random.Random, text: bytes, digits: int, task: str) -> tuple[
             candidate = draw()
             if candidate.encode() not in text:
                 return candidate
-        raise ValueError(f"the haystack holds nearly all {what}: longer numbers (--digits) or another haystack are needed")
+        raise ValueError(f"the haystack holds nearly all {what}: longer numbers (--digits) or "
+                         "another haystack are needed")
 
-    number = absent(f"numbers of {digits} digits", lambda: str(rng.randrange(10**(digits - 1), 10**digits)))
+    least = 10 ** (digits - 1)
+    number = absent(f"numbers of {digits} digits", lambda: str(rng.randrange(least, 10 * least)))
     if task == "passkey":
         return None, number
     free = [key for key in KEYS if key.encode() not in text]
@@ -120,48 +158,65 @@ def draw_fact(rng: random.Random, text: bytes, digits: int, task: str) -> tuple[
 def begin_of_text(tokenizer: Encoding) -> list[int]:
     """Llama 3 sees its begin-of-text token before any text; most other tokenizers have none."""
     name = "<|begin_of_text|>"
-    return [tokenizer.encode_single_token(name)] if name in tokenizer.special_tokens_set else []
+    if name not in tokenizer.special_tokens_set:
+        return []
+    return [tokenizer.encode_single_token(name)]
 
 
 def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int], list[int]]:
-    """What the chat template puts before and after a user's message, up to the assistant's first token."""
-    opened = encode_question("", tokenizer, system)
-    end = len(opened) - 1 - opened[::-1].index(end_of_turn(tokenizer))  # of the user's empty message
-    return opened[:end], opened[end:]
+    """What a chat template puts before a user's message, and after it up to the answer."""
+    tokens = encode_question("", tokenizer, system)  # around an empty message
+    end = end_of_turn(tokenizer)
+    ends = [i for i, token in enumerate(tokens) if token == end]  # a system message has one too
+    border = ends[-1]
+    return tokens[:border], tokens[border:]
 
 
 def insertion_point(tokenizer: Encoding, window: list[int], target: int) -> int:
-    """The line border nearest to `target`, within 2 % of the window (8 to 256 tokens); if there is none, the
-    nearest place that cuts no word, and at last one that cuts no character."""
+    """Where a fact meant for `target` goes: to the nearest place that damages no text.
+
+    In "He sat down.\\nThe caterpillar slept" with the target inside "caterpillar" the fact goes
+    before "The", where a line begins. Without a line border within 2 % of the window (8 to 256
+    tokens) it goes between two words, and without these at least between two characters.
+    """
     def text(i: int) -> bytes:
-        return tokenizer.decode_single_token_bytes(window[i]) if 0 <= i < len(window) else b"\n"
+        """What token i spells; the window lies between two line breaks."""
+        if not 0 <= i < len(window):
+            return b"\n"
+        return tokenizer.decode_single_token_bytes(window[i])
 
     reach = min(max(8, len(window) // 50), 256)
-    places = range(max(0, target - reach), min(len(window), target + reach) + 1)
-    places = sorted(places, key=lambda place: abs(place - target))
+    first = max(0, target - reach)
+    last = min(len(window), target + reach)
+    places = sorted(range(first, last + 1), key=lambda place: abs(place - target))
+    # 1. The nearest border of lines.
     for place in places:
         if text(place - 1).endswith(b"\n") or text(place).startswith(b"\n"):
             return place
+    # 2. The nearest border of words.
     for place in places:
         if text(place - 1)[-1:].isspace() or text(place)[:1].isspace():
             return place
+    # 3. The nearest border of characters: UTF-8 continues one with bytes 80 to BF.
     for place in places:
-        if not b"\x80" <= text(place)[:1] < b"\xc0":  # UTF-8 continues a character with bytes 80 to BF
+        if not b"\x80" <= text(place)[:1] < b"\xc0":
             return place
     return target
 
 
-# --------------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 
 
 def exact_number_match(text: str, number: str) -> bool:
     """Whether the first number in `text` is `number`, whole.
 
-    A number is a run of digits, with any '.' or ',' that stands between digits: "48213." and "It is 48213, I
-    think" match 48213; "482135", "048213", "48,213", "48213.5" and "1 48213" (its first number is 1) do not.
+    A number is a run of digits, with any '.' or ',' that stands between digits. Against 48213:
+
+        right    "48213."   "It is 48213, I think"
+        wrong    "482135"   "048213"   "48,213"   "48213.5"   "1 48213", whose first number is 1
     """
-    found = re.search(r"\d+(?:[.,]\d+)*", text)
-    return found is not None and found.group() == number
+    first = re.search(r"\d+(?:[.,]\d+)*", text)
+    return first is not None and first.group() == number
 
 
 def text_of(tokenizer: Encoding, tokens: list[int]) -> str:
@@ -176,45 +231,69 @@ def text_of(tokenizer: Encoding, tokens: list[int]) -> str:
 
 
 def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[bool, str]:
-    """(exact match, what the model said), from its argmax for each answer token and for the one after.
+    """(exact match, what the model said), from its argmax for each answer token and the one after.
 
-    Every answer token must be predicted, and the prediction after must not make the number longer. The answer
-    is split into tokens as the tokenizer does it, which is how the fact in the prompt and the training text
-    spell it too (Llama 3: 482|13). A model that would say the same digits in another split (48|213) counts as
-    wrong: the score may be too low for it, never too high.
+    For 48213, which Llama 3's tokenizer splits into 482|13:
+
+        482|13|.    right
+        482|13|5    wrong: each token of the answer is right, but the number does not end there
+        48|213|.    wrong: 213 was said after 482, which was fed; after 48 nobody has asked
+
+    The fact in the prompt is split as the answer is, so a model that copies gives 482|13. The score
+    may be too low for a model that would give 48|213, never too high.
     """
+    answer = prompt.tokens[prompt.answer_start:]
     given = text_of(tokenizer, predictions)
-    right = predictions[:-1] == prompt.tokens[prompt.answer_start:]
-    return right and exact_number_match(given, prompt.answer), given
+    correct = predictions[:-1] == answer and exact_number_match(given, prompt.answer)
+    return correct, given
 
 
 class Reader:
-    """Reads rows of tokens with a model and leaves what they share out: the tokens with which they begin like the rows
-    read before stay in the KV cache. `read` counts tokens of rows, `computed` those that went through the model. `more` is
-    how many tokens may be generated after a row.
+    """Reads rows of tokens with a model, and leaves out what they share with the rows before.
+
+    The tokens with which rows begin like those read last are still in the KV cache:
+
+        first row     h a y s t a c k F q      10 tokens read, 10 computed
+        second row    h a y s F t a c k q      10 tokens read, 6 computed: h a y s are there
+
+    `read` and `computed` count them. `more` tokens may be generated after a row.
     """
 
     def __init__(self, model: Llama, more: int = 0) -> None:
-        self.model, self.more = model, more
-        self.rows, self.cache = None, None  # what was read last
-        self.read, self.computed = 0, 0
+        self.model = model
+        self.more = more
+        self.rows = None  # what was read last,
+        self.cache = None  # and its keys and values
+        self.read = 0
+        self.computed = 0
 
     def begin(self, rows: torch.Tensor, most: int) -> KVCache:
         """The cache, truncated to what it shares with rows (B, S) int64: `most` tokens at most."""
-        grid, length = self.model.grid, rows.shape[1]
-        most_held = length if grid.cp == 1 else math.ceil(1.5 * length / grid.cp)  # by one rank of the ring
+        grid = self.model.grid
+        batch, length = rows.shape
+        # 1. A cache that is large enough. Where what was truncated lay on other ranks of the ring,
+        # a rank holds more than its share of what is left: up to 1.5 times.
+        most_held = length if grid.cp == 1 else math.ceil(1.5 * length / grid.cp)
         needed = most_held + grid.sequence_multiple + self.more
-        if self.rows is None or len(self.rows) != len(rows) or self.cache.capacity < needed:
-            self.rows, self.cache = rows, None  # given back before the next one is made
-            self.cache = self.model.new_cache(len(rows), needed + needed // 32)  # a little over, for rows a little longer
+        if self.rows is None or len(self.rows) != batch or self.cache.capacity < needed:
+            self.rows = rows
+            self.cache = None  # given back before the next one is made
+            room = needed + needed // 32  # a little over, for rows a little longer
+            self.cache = self.model.new_cache(batch, room)
+
+        # 2. Forget what follows the first place where any row differs from the one before.
         width = min(self.rows.shape[1], most, self.cache.length)
-        differ = (self.rows[:, :width] != rows[:, :width]).any(0).nonzero()  # places
-        self.cache.truncate(int(differ[0]) if len(differ) else width)
-        if self.cache.fullest() + (length - self.cache.length) / grid.cp > most_held:
-            self.cache.truncate(0)  # one rank would hold and do too much
+        differs = (self.rows[:, :width] != rows[:, :width]).any(0)  # (width,)
+        places = differs.nonzero()  # (n, 1)
+        self.cache.truncate(int(places[0]) if len(places) else width)
+
+        # 3. Begin anew if one rank would hold and do too much.
+        own = (length - self.cache.length) / grid.cp  # of the new tokens
+        if self.cache.fullest() + own > most_held:
+            self.cache.truncate(0)
         self.rows = rows
-        self.read += rows.numel()
-        self.computed += rows[:, self.cache.length:].numel()
+        self.read += batch * length
+        self.computed += batch * (length - self.cache.length)
         return self.cache
 
     def counts(self) -> list[int]:
@@ -225,95 +304,139 @@ class Reader:
 
 @torch.inference_mode()
 def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
-    """Argmax for each answer token and the one after, of prompts of equal length, in one forward a replica.
+    """Argmax for each answer token and the one after, of prompts of equal length.
 
-    Data-parallel replicas share the prompts; every rank returns all predictions.
+    One forward a replica: data-parallel replicas share the prompts, and every rank returns all
+    predictions. Position i predicts token i + 1: with an answer of 2 tokens in a prompt of 400, the
+    last 3 positions, 397 to 399, predict tokens 398 and 399, and what follows.
     """
-    model, grid, device = reader.model, reader.model.grid, reader.model.head_weight.device
+    model = reader.model
+    grid = model.grid
+    device = model.head_weight.device
     grid.restart_timer()
-    widths = [len(prompt.tokens) - prompt.answer_start + 1 for prompt in prompts]
-    best = torch.zeros(len(prompts), max(widths), dtype=torch.int64, device=device)
-    mine = prompts[grid.dp_rank::grid.dp]
-    if mine:
-        tokens = torch.tensor([prompt.tokens for prompt in mine], device=device)  # (B, S)
-        first = tokens.shape[1] - max(widths)  # the place that predicts the first answer token
+    counts = [len(prompt.tokens) - prompt.answer_start + 1 for prompt in prompts]
+    widest = max(counts)
+    best = torch.zeros(len(prompts), widest, dtype=torch.int64, device=device)
+    share = slice(grid.dp_rank, None, grid.dp)  # of the prompts, this replica's
+    rows = [prompt.tokens for prompt in prompts[share]]
+    if rows:
+        tokens = torch.tensor(rows, device=device)  # (B, S)
+        length = tokens.shape[1]
+        first = length - widest  # the position that predicts the first answer token
         cache = reader.begin(tokens, first)
-        places = torch.arange(first, tokens.shape[1], device=device) - cache.length  # (answer + 1,)
-        hidden = model.hidden_at(tokens[:, cache.length:], places.expand(len(tokens), -1), cache)
-        best[grid.dp_rank::grid.dp] = model.logits(hidden).argmax(dim=-1)  # the head never sees S rows
-    best = grid.all_reduce(best, "dp").tolist()
-    return [row[-width:] for row, width in zip(best, widths, strict=True)]
+        positions = torch.arange(first, length, device=device)  # (widest,)
+        places = positions - cache.length  # in what is computed
+        places = places.expand(len(rows), -1)  # (B, widest)
+        hidden = model.hidden_at(tokens[:, cache.length:], places, cache)  # (B, widest, hidden)
+        best[share] = model.logits(hidden).argmax(dim=-1)  # (B, widest); the head never sees S rows
+    best = grid.all_reduce(best, "dp").tolist()  # a replica has zeros in the others' rows
+    return [row[-count:] for row, count in zip(best, counts, strict=True)]
 
 
-def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *, seed: int = 1234,
-                task: str = "passkey", **options) -> Prompt:
-    """Prompt number `sample` of one cell; depends on no other cell. "mixed" alternates tasks by sample; `options` are those
-    of `build_prompt`.
+def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *,
+                seed: int = 1234, task: str = "passkey", **options) -> Prompt:
+    """Prompt number `sample` of one cell, see `build_prompt`; it depends on no other cell.
 
-    A sample's window of the haystack begins at the same place in all cells (of a haystack of OFFSETS tokens more than the
-    longest has; of a shorter one in most), so that their prompts begin alike.
+    "mixed" alternates tasks by sample. A sample's window of the haystack begins at the same place
+    in all cells, so that their prompts begin alike (if the haystack has OFFSETS tokens more than
+    the longest prompt; of a shorter one in most cells).
     """
-    task = list(WORDING)[sample % 2] if task == "mixed" else task
-    offset = random.Random(f"{seed} {sample}").randrange(max(1, min(OFFSETS, len(haystack_tokens) - length + 1)))
-    rng = random.Random(f"{seed} {length} {depth:.6f} {sample}")
-    return build_prompt(tokenizer, haystack_tokens[offset:], length, depth, rng, task, **options)
+    if task == "mixed":
+        task = ("passkey", "needle")[sample % 2]
+    places = min(OFFSETS, len(haystack_tokens) - length + 1)
+    rng = random.Random(f"{seed} {sample}")  # the same in every cell
+    start = rng.randrange(max(1, places))
+    window = haystack_tokens[start:]
+    rng = random.Random(f"{seed} {length} {depth:.6f} {sample}")  # of this prompt alone
+    return build_prompt(tokenizer, window, length, depth, rng, task, **options)
 
 
-def standard_error(right: np.ndarray) -> float:
-    """Standard error of the mean of `right` (depths, samples): over samples, since prompts of one share their text and fail
-    together; binomial for a single sample."""
-    if right.shape[1] == 1:
-        return float((right.mean() * (1 - right.mean()) / right.size) ** 0.5)
-    return float(right.mean(0).std(ddof=1) / right.shape[1] ** 0.5)
+def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int],
+             depths: list[float], samples: int, *, batch_tokens: int = 16384, **options) -> dict:
+    """Retrieval accuracy of every length x depth, a cell, `samples` prompts each.
 
+    Cells are computed from the last place of a fact to the first: so each prompt begins like the
+    one before, up to its own fact F, and only the rest is computed.
 
-def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int], depths: list[float], samples: int, *,
-             batch_tokens: int = 16384, **options) -> dict:
-    """Retrieval accuracy of every length x depth, `samples` prompts each; `options` are those of `cell_prompt`.
+        length 8, depth 1      h a y s t a c k F q      all
+        length 4, depth 1      h a y s F q              F q
+        length 8, depth 0.5    h a y s F t a c k q      F t a c k q: each cell has its own number
+        length 8, depth 0      F h a y s t a c k q      all
 
-    Returns {"lengths", "depths", "cells", "means", "read", "computed"}. A cell has its length, depth, accuracy in % and
-    every prompt's expected and given answer; a mean has a length's accuracy in % and standard error in points. Samples share
-    forwards of up to `batch_tokens` tokens a replica; that changes no result, but by rounding. Of `read` tokens, `computed`
-    went through the model.
+    Samples share forwards of up to `batch_tokens` tokens a replica: no result changes, but by
+    rounding. `options` are those of `cell_prompt`. Returns {"lengths", "depths", "means", "cells",
+    "read", "computed"}, see `summary` and `Reader`.
     """
     lengths = sorted(set(lengths))
+    records = {cell: [] for cell in itertools.product(lengths, depths)}
+    order = sorted(records, key=lambda cell: cell[0] * cell[1], reverse=True)  # by length x depth
     reader = Reader(model)
     size = max(1, batch_tokens // lengths[-1]) * model.grid.dp  # prompts read side by side
-    # from the last place of the fact to the first: each prompt begins like the one before, and only what follows is computed
-    cells = sorted(itertools.product(lengths, depths), key=lambda cell: -cell[0] * cell[1])
-    found = {(length, depth): [] for length in lengths for depth in depths}
-    bar = tqdm(total=len(found) * samples, unit="prompt", disable=None if model.grid.is_first else True)
+    disable = None if model.grid.is_first else True  # None: unless this is a terminal
+    bar = tqdm(total=len(records) * samples, unit="prompt", disable=disable)
     for start in range(0, samples, size):
         group = range(start, min(start + size, samples))
-        for length, depth in cells:
-            prompts = [cell_prompt(tokenizer, haystack_tokens, length, depth, sample, **options) for sample in group]
-            for sample, prompt, said in zip(group, prompts, predict(reader, prompts), strict=True):
-                match, given = score(tokenizer, prompt, said)
-                found[length, depth].append({
-                    "sample": sample, "task": prompt.task, "key": prompt.key, "expected": prompt.answer,
-                    "given": given, "correct": match, "needle_start": prompt.needle_start})
+        for length, depth in order:
+            prompts = [cell_prompt(tokenizer, haystack_tokens, length, depth, sample, **options)
+                       for sample in group]
+            predictions = predict(reader, prompts)
+            for sample, prompt, said in zip(group, prompts, predictions, strict=True):
+                correct, given = score(tokenizer, prompt, said)
+                records[length, depth].append({
+                    "sample": sample,
+                    "task": prompt.task,
+                    "key": prompt.key,
+                    "expected": prompt.answer,
+                    "given": given,
+                    "correct": correct,
+                    "needle_start": prompt.needle_start,
+                })
             bar.update(len(group))
     bar.close()
     read, computed = reader.counts()
-    return {"lengths": lengths, "depths": list(depths), **summary(found), "read": read, "computed": computed}
+    counts = {"read": read, "computed": computed}
+    return {"lengths": lengths, "depths": list(depths), **summary(records), **counts}
 
 
-def summary(found: dict[tuple[int, float], list[dict]]) -> dict:
-    """{"means": of every length, "cells": of every length and depth} from the prompts of each (length, depth)."""
-    cells, by_length = [], {}
-    for (length, depth), prompts in found.items():
+def summary(records: dict[tuple[int, float], list[dict]]) -> dict:
+    """{"means": of every length, "cells": of every length and depth}, accuracies in %.
+
+    records: of each (length, depth), what each prompt expected and was given.
+    """
+    cells = []
+    rows = {}  # of each length, a row for each depth: which samples are right
+    for (length, depth), prompts in records.items():
         right = [prompt["correct"] for prompt in prompts]
-        cells.append({"length": length, "depth": depth, "prompts": prompts, "accuracy": 100 * sum(right) / len(right)})
-        by_length.setdefault(length, []).append(right)
+        accuracy = 100 * sum(right) / len(right)
+        cells.append({"length": length, "depth": depth, "prompts": prompts, "accuracy": accuracy})
+        rows.setdefault(length, []).append(right)
     means = []
-    for length, rows in by_length.items():
-        right = np.array(rows)  # (depths, samples)
-        means.append({"length": length, "prompts": right.size, "accuracy": 100 * float(right.mean()),
-                      "standard_error": 100 * standard_error(right)})
+    for length in rows:
+        right = np.array(rows[length])  # (depths, samples)
+        means.append({
+            "length": length,
+            "prompts": right.size,
+            "accuracy": 100 * float(right.mean()),
+            "standard_error": 100 * standard_error(right),
+        })
     return {"means": means, "cells": cells}
 
 
-# ---------------------------------------------------------------------------------------------------- output
+def standard_error(right: np.ndarray) -> float:
+    """Standard error of the mean of `right` (depths, samples).
+
+    Over samples, since the prompts of one share their text and fail together. A single sample has
+    no spread: then binomial, as if every prompt were drawn alone.
+    """
+    mean = right.mean()
+    samples = right.shape[1]
+    if samples == 1:
+        return float((mean * (1 - mean) / right.size) ** 0.5)
+    spread = right.mean(0).std(ddof=1)
+    return float(spread / samples**0.5)
+
+
+# ------------------------------------------------------------------------------------------- output
 
 
 def short_length(length: int) -> str:
@@ -326,25 +449,33 @@ def short_length(length: int) -> str:
 
 def accuracy_grid(results: dict) -> list[list[float]]:
     """Accuracy in %, one row a depth, one column a length."""
-    found = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in results["cells"]}
-    return [[found[length, depth] for length in results["lengths"]] for depth in results["depths"]]
+    accuracy = {}
+    for cell in results["cells"]:
+        accuracy[cell["length"], cell["depth"]] = cell["accuracy"]
+    rows = []
+    for depth in results["depths"]:
+        rows.append([accuracy[length, depth] for length in results["lengths"]])
+    return rows
 
 
 def lengths_inside(results: dict) -> int:
-    """How many columns lie within the old window: 0 if there is no border to mark between two of them."""
-    inside = sum(length <= results["window"] for length in results["lengths"])
-    return inside if inside < len(results["lengths"]) else 0
+    """How many columns lie within the old window: 0 if there is no border between two of them."""
+    lengths = results["lengths"]
+    inside = sum(length <= results["window"] for length in lengths)
+    return inside if inside < len(lengths) else 0
 
 
 def terminal_map(results: dict, colour: bool) -> str:
     """The heat map as text: rows are depths, columns lengths, a bar where the old window ends."""
-    border, means = lengths_inside(results), results["means"]
+    border = lengths_inside(results)
+    tones = (208, 214, 222, 187, 115, 79, 36)  # of 256: orange for 0 %, sand, green for 100 %
 
     def line(name: str, texts: list[str], values: list[float] | None = None) -> str:
         parts = [f"{text:^7}" for text in texts]
-        if values and colour:  # of the 256 colours: 208 orange for 0 %, 187 sand, 36 bluish green for 100 %
-            tones = [(208, 214, 222, 187, 115, 79, 36)[round(value / 100 * 6)] for value in values]
-            parts = [f"\033[30;48;5;{tone}m{part}\033[0m" for tone, part in zip(tones, parts, strict=True)]
+        if values and colour:
+            for column, value in enumerate(values):
+                tone = tones[round(value / 100 * 6)]
+                parts[column] = f"\033[30;48;5;{tone}m{parts[column]}\033[0m"
         if border:
             parts.insert(border, " | ")
         return f"{name:>7} " + "".join(parts)
@@ -352,26 +483,29 @@ def terminal_map(results: dict, colour: bool) -> str:
     lines = [line("depth", [short_length(length) for length in results["lengths"]])]
     for depth, row in zip(results["depths"], accuracy_grid(results), strict=True):
         lines.append(line(f"{100 * depth:.0f} %", [f"{value:.0f}" for value in row], row))
-    values = [mean["accuracy"] for mean in means]
-    lines.append(line("mean", [f"{value:.1f}" for value in values], values))
-    lines.append(line("±", [f"{mean['standard_error']:.1f}" for mean in means]))
+    means = [mean["accuracy"] for mean in results["means"]]
+    errors = [mean["standard_error"] for mean in results["means"]]
+    lines.append(line("mean", [f"{value:.1f}" for value in means], means))
+    lines.append(line("±", [f"{value:.1f}" for value in errors]))
     return "\n".join(lines)
 
 
 def print_saved(read: int, computed: int) -> None:
     """How much of the prompts went through the model, the rest being shared."""
-    print_once(f"{computed:,} of the prompts' {read:,} tokens computed ({computed / read:.2f}), the others shared")
+    print_once(f"{computed:,} of the prompts' {read:,} tokens computed ({computed / read:.2f}), "
+               "the others shared")
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def read_checkpoint(options: Namespace) -> tuple[ModelConfig, data.Tokenizer]:
-    """Configuration, with the scaling that was asked for, and tokenizer of a model directory: all but its weights.
+    """All of a model directory but its weights: configuration and tokenizer, checked.
 
     options: those of `checkpoint_parser`. Raises ValueError or OSError naming what is wrong.
     """
-    config = rescale(read_config(options.model), scaling_from_options(vars(options)))
+    scaling = scaling_from_options(vars(options))
+    config = rescale(read_config(options.model), scaling)
     tokenizer = data.load_tokenizer(options.model, config.vocab_size)
     dtype = getattr(torch, compute_type(options.dtype, options.device))
     attention_kernel(options.device, dtype, config.head_dim)  # refuses what it cannot do
@@ -381,25 +515,31 @@ def read_checkpoint(options: Namespace) -> tuple[ModelConfig, data.Tokenizer]:
 def load_model(options: Namespace, grid: Grid) -> Llama:
     """The model of `read_checkpoint`, on this grid."""
     dtype = getattr(torch, compute_type(options.dtype, options.device))
-    return Llama.from_pretrained(options.model, grid, dtype, options.device, scaling_from_options(vars(options)))
+    scaling = scaling_from_options(vars(options))
+    return Llama.from_pretrained(options.model, grid, dtype, options.device, scaling)
 
 
 def window_to_mark(config: ModelConfig) -> int:
-    """The window before extension: Llama 3.1's own scaling is part of it, the other kinds extend one."""
+    """The window before extension: Llama 3.1's own scaling is no extension, other kinds are."""
     own = config.max_position_embeddings
-    return own if config.rope_scaling.kind == "llama3" else config.window_before() or own
+    if config.rope_scaling.kind == "llama3":
+        return own
+    return config.window_before() or own
 
 
 def results_header(options: Namespace, config: ModelConfig) -> dict:
     """What a file of results says first: the settings, and the window to mark in a figure."""
-    settings = vars(options) | {"dtype": compute_type(options.dtype, options.device)}
-    return {"settings": settings, "window": options.window or window_to_mark(config)}
+    dtype = compute_type(options.dtype, options.device)
+    settings = vars(options) | {"dtype": dtype}
+    window = options.window or window_to_mark(config)
+    return {"settings": settings, "window": window}
 
 
 def note_lengths(config: ModelConfig, longest: int) -> None:
     """Say so if prompts are longer than the window."""
-    if longest > config.max_position_embeddings:
-        print_once(f"note: lengths above {config.max_position_embeddings} lie beyond this model's window")
+    window = config.max_position_embeddings
+    if longest > window:
+        print_once(f"note: lengths above {window} lie beyond this model's window")
 
 
 def checkpoint_parser(description: str) -> Parser:
@@ -407,37 +547,47 @@ def checkpoint_parser(description: str) -> Parser:
     parser = Parser(description)
     parser.add_argument("model", type=existing, help="Hugging Face model directory")
     add_compute_arguments(parser)
-    add_scaling_arguments(parser, "context extension without training (replaces the checkpoint's scaling)")
+    title = "context extension without training (replaces the checkpoint's scaling)"
+    add_scaling_arguments(parser, title)
     return parser
 
 
 def as_json(results: dict) -> bytes:
     """Results as a file; a path among the settings as its text."""
-    return (json.dumps(results, indent=1, default=str) + "\n").encode()
+    text = json.dumps(results, indent=1, default=str)
+    return f"{text}\n".encode()
 
 
 def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
-    """The first `needed` tokens (int64; or all there are) of a corpus's held-out split, or of one text file.
+    """The first `needed` tokens (int64), or all, of a corpus's held-out split or of one file.
 
     Raises OSError, or ValueError if that is neither or states facts of its own in our wording.
     """
     if data.is_corpus(path):
-        split = data.PackedDataset(path, "valid", 1, seed=0, separator="none", tokenizer=tokenizer)
-        order = split.plan(0)  # of all documents, each once
-        enough = np.searchsorted(np.cumsum(split.lengths[order]), needed) + 1
-        tokens = np.concatenate([split.document(index)[0] for index in order[:enough]])[:needed].astype(np.int64)
+        split = data.PackedDataset(path, "valid", 1, 0, separator="none", tokenizer=tokenizer)
+        parts, filled = [], 0
+        for index in split.plan(0):  # all documents, each once
+            tokens, _ = split.document(index)
+            parts.append(tokens)
+            filled += len(tokens)
+            if filled >= needed:
+                break
+        tokens = np.concatenate(parts)[:needed].astype(np.int64)
     else:
         try:
             text = path.read_bytes().decode()
         except (IsADirectoryError, UnicodeDecodeError):
-            raise ValueError(f"--haystack {path}: neither a corpus nor one file of UTF-8 text; prepare a corpus from "
-                             "it (python -m tools.prepare)") from None
+            raise ValueError(f"--haystack {path}: neither a corpus nor one file of UTF-8 text; "
+                             "prepare a corpus from it (python -m tools.prepare)") from None
         tokens = np.array(tokenizer.encode_ordinary(text)[:needed], dtype=np.int64)
-    text = tokenizer.decode_bytes(tokens.tolist())
+
+    content = tokenizer.decode_bytes(tokens.tolist())
     for wording in WORDING.values():
-        fact = re.search(wording["lead"].replace("{key}", r"\S+").encode() + rb"\d+", text)
+        lead = wording["lead"].replace("{key}", r"\S+").encode()
+        fact = re.search(lead + rb"\d+", content)
         if fact:
-            raise ValueError(f"--haystack {path}: holds {fact.group()!r}, like the facts to be hidden")
+            raise ValueError(f"--haystack {path}: holds {fact.group()!r}, "
+                             "like the facts to be hidden")
     return tokens
 
 
@@ -449,16 +599,16 @@ def parser() -> Parser:
         help="text that was not trained on: a corpus (its held-out split is used) or a text file")
     add("--lengths", type=positive, nargs="+", required=True, help="tokens, the answer's included")
     add("--depths", type=positive, default=10, help="how many, evenly from 0 to 1")
-    add("--samples", type=positive, default=5, help="prompts a cell, shared by data-parallel replicas")
+    add("--samples", type=positive, default=5, help="prompts a cell, shared by the replicas")
     add("--task", choices=(*WORDING, "mixed"), default="passkey")
     add("--prompt", choices=("plain", "chat"), default="plain")
     add("--system", help="a system message before each chat prompt")
     add("--digits", type=positive, default=5, help="length of the numbers")
-    add("--batch-tokens", type=positive, default=16384, help="tokens a forward of a replica, or one prompt")
+    add("--batch-tokens", type=positive, default=16384, help="a forward of a replica (or a prompt)")
     add("--seed", type=nonnegative, default=1234)
     add = parser.add_argument_group("output").add_argument
     add("--out", type=writable, help="results, JSON")
-    add("--window", type=positive, help="old window to mark (if not given: the one before extension)")
+    add("--window", type=positive, help="old window to mark (if not given: before extension)")
     return parser
 
 
@@ -469,18 +619,24 @@ def main(argv: list[str] | None = None) -> None:
         if a.system is not None and a.prompt != "chat":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        longest = max(a.lengths)
         config, tokenizer = read_checkpoint(a)
+        longest = max(a.lengths)
         note_lengths(config, longest)
         haystack = load_haystack(a.haystack, tokenizer, OFFSETS + longest)
         if len(haystack) < longest:
-            raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; length {longest} needs as many")
-        depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)] if a.depths > 1 else [0.5]
-        options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "digits": a.digits, "system": a.system}
-        for depth, sample in itertools.product(depths, range(a.samples)):  # a length that is too small shows here
+            raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; "
+                             f"length {longest} needs as many")
+        depths = [0.5]
+        if a.depths > 1:
+            depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)]
+        options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "digits": a.digits,
+                   "system": a.system}
+        # a length that is too small shows here, before the weights are read
+        for depth, sample in itertools.product(depths, range(a.samples)):
             cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
+        model = load_model(a, grid)
         results = results_header(a, config)
-        results |= evaluate(load_model(a, grid), tokenizer, haystack, a.lengths, depths, a.samples,
+        results |= evaluate(model, tokenizer, haystack, a.lengths, depths, a.samples,
                             batch_tokens=a.batch_tokens, **options)
         if grid.is_first:
             print(terminal_map(results, sys.stdout.isatty()))

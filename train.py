@@ -1,15 +1,17 @@
-"""Stage 1: continued pretraining at the target length, and the one training loop both stages share.
+"""Stage 1: continued pretraining at the target length, and the training loop both stages share.
 
-    python train.py --config config.json --tokenizer DIR --data CORPUS --sequence-length 128 --steps 500 --out out/base
-    python train.py --model out/base/final --rope-kind yarn --rope-factor 16 --data CORPUS --sequence-length 2048 \
-                    --steps 300 --learning-rate 3e-5 --out out/stage1
-    torchrun --standalone --nproc-per-node 8 train.py --tp 2 --cp 4 ...      # the same on eight processes
+    python train.py --config config.json --tokenizer DIR --data CORPUS --sequence-length 128 \
+                    --steps 500 --out out/base
+    python train.py --model out/base/final --rope-kind yarn --rope-factor 16 --data CORPUS \
+                    --sequence-length 2048 --steps 300 --learning-rate 3e-5 --out out/stage1
+    torchrun --standalone --nproc-per-node 8 train.py --tp 2 --cp 4 ...     # on eight processes
 
-A run directory holds `metrics.jsonl`, the newest `checkpoint-STEP` directories (model, optimizer, data position: each
-is complete or absent) and, at the end, `final`, a Hugging Face model directory. `--resume` continues from the newest
-checkpoint to the last bit, and starts where there is none: with torchrun --max-restarts a failed job goes on by itself.
-SIGTERM or Ctrl-C writes a checkpoint and stops (under torchrun, if step and checkpoint fit into its --shutdown-timeout,
-30 s by default). `python -m tools.plan H100-80` and the same options say what a run takes.
+A run directory holds `metrics.jsonl`, the newest `checkpoint-STEP` directories (model, optimizer,
+data position: each is complete or absent) and, at the end, `final`, a Hugging Face model directory.
+`--resume` continues from the newest checkpoint to the last bit, and starts where there is none:
+with torchrun --max-restarts a failed job goes on by itself. SIGTERM or Ctrl-C writes a checkpoint
+and stops (under torchrun, if step and checkpoint fit into its --shutdown-timeout, 30 s by default).
+`python -m tools.plan H100-80` and the same options say what a run takes.
 """
 from __future__ import annotations
 
@@ -34,303 +36,392 @@ from tqdm import tqdm
 
 import data
 from model import RECOMPUTE, Llama, ModelConfig, read_config, rescale
-from parallel import Grid, ShardedAdamW, attention_kernel, launched, one_line_errors, print_once, whole_shape
+from parallel import Grid, ShardedAdamW, attention_kernel, launched, one_line_errors, print_once
 from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "chat_template.jinja", "generation_config.json")
-FREE_TO_CHANGE = ("out", "resume", "device", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_sequences",
-                  "validation_data", "micro_batch_size", "recompute", "offload", "offload_optimizer", "tile", "tp", "cp",
-                  "timeout", "config")  # at a resume; the checkpoint has the model
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}  # dense bfloat16 FLOP/s
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+FREE_TO_CHANGE = (  # at a resume
+    "out", "resume", "checkpoint_every", "keep_checkpoints",
+    "validate_every", "validation_sequences", "validation_data",
+    "device", "timeout", "tp", "cp", "micro_batch_size",
+    "recompute", "offload", "offload_optimizer", "tile",
+    "config")  # the checkpoint has the model
+PEAKS = {  # dense bfloat16 FLOP/s
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 CHECKPOINT_FORMAT = 2
 
 
-# --------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults, and whose usage errors `one_line_errors` tells like any other mistake."""
+    """argparse that shows defaults, and whose usage errors are one line, as other mistakes are."""
 
     def __init__(self, description: str, **more) -> None:
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+        shows_defaults = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=shows_defaults, **more)
 
     def print_help(self, file=None) -> None:
         if launched()[0] == 0:
             super().print_help(file)
 
     def error(self, message: str) -> None:
-        if message.startswith("argument "):  # "argument --steps: 0 must ..." -> "--steps 0 must ..."
+        # "argument --steps: 0 must be ..." -> "--steps 0 must be ..."
+        if message.startswith("argument "):
             message = message.removeprefix("argument ").replace(": ", " ", 1)
         raise ValueError(message)
 
 
 def option(kind: Callable, fits: Callable, right: str) -> Callable[[str], object]:
-    """A type for argparse: an option's text as a `kind` that `fits`; else the error says what would be `right`."""
+    """An option's type: its text as a `kind` that `fits`; else the error says what is `right`.
+
+    `positive` below makes 3 of "3"; of "0" it says "0 must be a whole number, 1 or more".
+    """
     def check(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = None
         if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {right}")  # argparse puts the option's name before it
+            raise argparse.ArgumentTypeError(f"{text} must be {right}")
         return value
 
     return check
+
+
+def can_be_written(path: Path) -> bool:
+    """Whether a file can be made there."""
+    directory = path.parent
+    return directory.is_dir() and not path.is_dir() and os.access(directory, os.W_OK)
+
+
+def is_here(device: str) -> bool:
+    """Whether this machine has the device."""
+    if device == "cpu":
+        return True
+    if not torch.cuda.is_available():
+        return False
+    # of several processes each takes a GPU of its own, so none names one
+    return device == "cuda" or (device.startswith("cuda:") and launched()[1] == 1)
 
 
 positive = option(int, lambda n: n >= 1, "a whole number, 1 or more")
 nonnegative = option(int, lambda n: n >= 0, "a whole number, 0 or more")
 nonnegative_number = option(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 fraction = option(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+below_one = option(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+positive_weight = option(float, lambda x: 0 < x < math.inf, "a weight above 0")
 seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0")
 existing = option(Path, Path.exists, "a file or directory that exists")
-
-
-def can_be_written(path: Path) -> bool:
-    """Whether a file can be made there."""
-    return path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK)
-
-
-def is_here(device: str) -> bool:
-    """Whether this machine has the device; of several processes each takes a GPU of its own, so none names one."""
-    if device == "cpu":
-        return True
-    if not torch.cuda.is_available():
-        return False
-    return device == "cuda" or device.startswith("cuda:") and launched()[1] == 1
-
-
-writable = option(Path, can_be_written, "a file in a directory that exists and can be written")
-device_here = option(str, is_here, "cpu, or cuda where there is a GPU (of several processes each takes its own)")
-below_one = option(float, lambda beta: 0 <= beta < 1, "a number from 0 to below 1")
-positive_weight = option(float, lambda weight: 0 < weight < math.inf, "a weight above 0")
 directory = option(Path, lambda path: not path.is_file(), "a directory, not a file")
-
-
-def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = device_here) -> None:
-    """How a model is computed: type, device (of option type `device`) and grid; what is left of the processes is data
-    parallel."""
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    group = parser.add_argument_group("compute; parallel under torchrun --standalone --nproc-per-node N (data: N / tp / cp)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="if not given: bfloat16 on a GPU, float32 on a CPU")
-    group.add_argument("--device", type=device, default=here, help="cpu or cuda")
-    group.add_argument("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
-    group.add_argument("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
-    group.add_argument("--timeout", type=seconds, default=600.0, help="seconds for a micro-batch, a validation "
-                       "sequence, a prompt or a file: a rank that takes longer prints where it stands and ends the job")
-
-
-def compute_type(dtype: str | None, device: str) -> str:
-    """The --dtype that was asked for, else bfloat16 on a GPU and float32 on a CPU: few of those have bfloat16 units."""
-    return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-
-
-def argument_parser(description: str, planned: bool = False) -> Parser:
-    """The options both stages have; a stage adds its data group. For a run that is only planned, what it would read and
-    where it would run need not be there, and --steps, --data and --out need not be given."""
-    parser, required, readable = Parser(description), not planned, Path if planned else existing
-    group = parser.add_argument_group("model")
-    start = group.add_mutually_exclusive_group(required=True)
-    start.add_argument("--model", type=existing, help="start from this Hugging Face model directory")
-    start.add_argument("--config", type=existing, help="start from random weights of this config.json")
-    add = group.add_argument
-    add("--tokenizer", type=readable, help="tokenizer directory or file (if not given: the model's own)")
-
-    add = parser.add_argument_group("memory").add_argument
-    add("--recompute", choices=RECOMPUTE, default="none",
-        help="what backward computes again: nothing, all but attention, blocks")
-    add("--offload", action="store_true", help="keep what recomputed blocks keep in host memory")
-    add("--offload-optimizer", action="store_true", help="keep master weights and moments in host memory")
-    add("--tile", type=positive, help="positions that go through a block or the loss at a time (if not given: as fit)")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=positive, required=required, help="optimizer steps in all")
-    add("--batch-size", type=positive, default=1, help="sequences a step, over all processes")
-    add("--micro-batch-size", type=positive, help="sequences a forward of a replica (if not given: its share of the batch)")
-    add("--learning-rate", type=nonnegative_number, default=3e-5, help="the peak")
-    add("--warmup-steps", type=nonnegative, default=10, help="linear warm-up")
-    add("--final-learning-rate", type=fraction, default=0.1, help="end of the cosine, as a share of the peak")
-    add("--weight-decay", type=nonnegative_number, default=0.1, help="of matrices; vectors do not decay")
-    add("--betas", type=below_one, nargs=2, default=(0.9, 0.95), help="of AdamW")
-    add("--clip", type=nonnegative_number, default=1.0, help="largest global gradient norm; 0: no clipping")
-    add("--seed", type=nonnegative, default=0, help="weights (with --config) and data order")
-
-    add_compute_arguments(parser, str if planned else device_here)
-    add = parser.add_argument_group("output").add_argument
-    add("--out", type=directory, required=required, help="run directory")
-    add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint, if there is one")
-    add("--checkpoint-every", type=nonnegative, default=0, help="steps; 0: at the end, and when a signal stops the run")
-    add("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
-    add("--validate-every", type=nonnegative, default=0, help="steps between validations; 0: only at the end")
-    add("--validation-sequences", type=nonnegative, default=8, help="held-out sequences a validation; 0: none")
-    return parser
-
-
-def stage1_parser(planned: bool = False) -> Parser:
-    """Stage 1's options: packed documents, length up-sampling, rope scaling."""
-    parser = argument_parser("Continued pretraining on packed documents (stage 1), or pretraining from scratch.", planned)
-    add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", action="extend", type=str if planned else weighted_path, required=not planned,
-        metavar="DIR[=WEIGHT]", help="corpora written by `python -m tools.prepare`; each sequence comes from one, by weight")
-    add("--sequence-length", type=positive, required=True, help="tokens")
-    add("--separator", choices=("<s>", "none", "bos_eos"), default="<s>", help="between documents")
-    add("--short-length", type=nonnegative, default=4096, help="documents below are short")
-    add("--long-length", type=nonnegative, default=8192, help="documents above are long")
-    add("--short-weight", type=nonnegative_number, default=1.0, help="how often short documents are used")
-    add("--long-weight", type=nonnegative_number, default=1.0, help="how often long documents are used")
-    add("--cross-document-mask", dest="document_mask", action="store_true", help="ablation: documents do not see each other")
-    add_scaling_arguments(parser, "context extension (replaces the checkpoint's own scaling)")
-    return parser
+writable = option(Path, can_be_written, "a file in a directory that exists and can be written")
+device_here = option(
+    str, is_here, "cpu, or cuda where there is a GPU (of several processes each takes its own)")
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
-    """An option's PATH or PATH=WEIGHT -> (path, weight), 1.0 without one."""
+    """An option's PATH or PATH=WEIGHT: "books=3" -> (books, 3.0), "books" -> (books, 1.0)."""
     path, _, weight = text.rpartition("=")
     if not path or "/" in weight:  # this '=' belongs to the path
         path, weight = text, "1"
     return existing(path), positive_weight(weight)
 
 
+def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = device_here) -> None:
+    """How a model is computed: type, device (an option's type) and grid.
+
+    Processes that tp and cp leave over are data parallel: of 16 with --tp 2 --cp 4, two replicas.
+    """
+    title = "compute; parallel under torchrun --standalone --nproc-per-node N (data: N / tp / cp)"
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument_group(title).add_argument
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="if not given: bfloat16 on a GPU, float32 on a CPU")
+    add("--device", type=device, default=here, help="cpu or cuda")
+    add("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
+    add("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
+    add("--timeout", type=seconds, default=600.0,
+        help="seconds for a micro-batch, a validation sequence, a prompt or a file: a rank that "
+        "takes longer prints where it stands and ends the job")
+
+
+def compute_type(dtype: str | None, device: str) -> str:
+    """The --dtype that was asked for; else bfloat16 on a GPU, and float32 on a CPU."""
+    usual = "bfloat16" if device.startswith("cuda") else "float32"  # few CPUs have bfloat16 units
+    return dtype or usual
+
+
+def argument_parser(description: str, planned: bool = False) -> Parser:
+    """The options of both stages; a stage adds its data group.
+
+    For a run that is only planned, what it would read and where it would run need not be there, and
+    --steps, --data and --out need not be given.
+    """
+    parser = Parser(description)
+    required = not planned
+    readable = Path if planned else existing
+
+    group = parser.add_argument_group("model")
+    start = group.add_mutually_exclusive_group(required=True)
+    add = start.add_argument
+    add("--model", type=existing, help="start from this Hugging Face model directory")
+    add("--config", type=existing, help="start from random weights of this config.json")
+    add = group.add_argument
+    add("--tokenizer", type=readable, help="directory or file (if not given: the model's own)")
+
+    add = parser.add_argument_group("memory").add_argument
+    add("--recompute", choices=RECOMPUTE, default="none",
+        help="what backward computes again: nothing, all but attention, blocks")
+    add("--offload", action="store_true", help="keep what recomputed blocks keep in host memory")
+    add("--offload-optimizer", action="store_true", help="keep the optimizer in host memory")
+    add("--tile", type=positive, help="positions a tile of block or loss (if not given: as fit)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=positive, required=required, help="optimizer steps in all")
+    add("--batch-size", type=positive, default=1, help="sequences a step, over all processes")
+    add("--micro-batch-size", type=positive, help="sequences a forward (if not given: all at once)")
+    add("--learning-rate", type=nonnegative_number, default=3e-5, help="the peak")
+    add("--warmup-steps", type=nonnegative, default=10, help="linear warm-up")
+    add("--final-learning-rate", type=fraction, default=0.1, help="a share of the peak")
+    add("--weight-decay", type=nonnegative_number, default=0.1, help="of matrices, not vectors")
+    add("--betas", type=below_one, nargs=2, default=(0.9, 0.95), help="of AdamW")
+    add("--clip", type=nonnegative_number, default=1.0, help="limit of the gradient norm; 0: none")
+    add("--seed", type=nonnegative, default=0, help="weights (with --config) and data order")
+
+    add_compute_arguments(parser, str if planned else device_here)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=directory, required=required, help="run directory")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    add("--checkpoint-every", type=nonnegative, default=0, help="steps; 0: at the end or a signal")
+    add("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
+    add("--validate-every", type=nonnegative, default=0, help="steps; 0: only at the end")
+    add("--validation-sequences", type=nonnegative, default=8, help="held-out; 0: no validation")
+    return parser
+
+
+def stage1_parser(planned: bool = False) -> Parser:
+    """Stage 1's options: packed documents, length up-sampling, rope scaling."""
+    title = "Continued pretraining on packed documents (stage 1), or pretraining from scratch."
+    parser = argument_parser(title, planned)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", action="extend", type=str if planned else weighted_path,
+        required=not planned, metavar="DIR[=WEIGHT]",
+        help="corpora that `python -m tools.prepare` wrote; a sequence comes from one, by weight")
+    add("--sequence-length", type=positive, required=True, help="tokens")
+    add("--separator", choices=("<s>", "none", "bos_eos"), default="<s>", help="between documents")
+    add("--short-length", type=nonnegative, default=4096, help="documents below are short")
+    add("--long-length", type=nonnegative, default=8192, help="documents above are long")
+    add("--short-weight", type=nonnegative_number, default=1.0, help="how often short ones occur")
+    add("--long-weight", type=nonnegative_number, default=1.0, help="how often long ones occur")
+    add("--cross-document-mask", dest="document_mask", action="store_true",
+        help="ablation: documents do not see each other")
+    add_scaling_arguments(parser, "context extension (replaces the checkpoint's own scaling)")
+    return parser
+
+
 def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
-    """Raise ValueError for options that cannot be trained on this grid, naming one and what would be right."""
+    """Raise ValueError for options that this grid cannot train, naming one and what is right."""
     config.check_tp(grid.tp)
-    length, multiple = options.sequence_length, grid.sequence_multiple
+    length = options.sequence_length
+    multiple = grid.sequence_multiple
     if length % multiple:
         near = length // multiple * multiple or multiple
-        raise ValueError(f"--sequence-length {length} is not a multiple of {multiple} (2 x cp x tp); {near} is")
+        raise ValueError(f"--sequence-length {length} is not a multiple of {multiple} "
+                         f"(2 x cp x tp); {near} is")
     if options.document_mask and grid.cp > 1:
-        raise ValueError("--cross-document-mask (and sft.py --pack) works on whole sequences: use --cp 1 (and --tp)")
+        raise ValueError("--cross-document-mask (and sft.py --pack) works on whole sequences: use "
+                         "--cp 1 (and --tp)")
     if options.batch_size % grid.dp:
-        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of the {grid.dp} data-parallel replicas")
+        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of the {grid.dp} "
+                         "data-parallel replicas")
     share = options.batch_size // grid.dp
-    if share % (options.micro_batch_size or share):
-        raise ValueError(f"--micro-batch-size {options.micro_batch_size} does not divide a replica's share of --batch-size, "
-                         f"{share}")
+    micro_batch_size = options.micro_batch_size or share
+    if share % micro_batch_size:
+        raise ValueError(f"--micro-batch-size {micro_batch_size} does not divide a replica's share "
+                         f"of --batch-size, {share}")
     if options.offload and options.recompute == "none":
-        raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or --recompute mlp")
+        raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or "
+                         "--recompute mlp")
 
 
-def stage1_datasets(sources: list[tuple[Path, float]], validation_sequences: int, seed: int, short_weight: float,
-                    long_weight: float, **options):
-    """(training, validation) datasets of packed documents, see PackedDataset, whose `options` these are.
+def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
+    """(training, validation) datasets of packed documents, see PackedDataset. Raises ValueError.
 
-    Training blends the (corpus, weight) sources; validation is the first one's held-out split, its documents as they come,
-    or None without `validation_sequences`. Raises ValueError.
+    Training blends the sources of --data by their weights. Validation is the first source's
+    held-out split, its documents as they come, or None with --validation-sequences 0.
     """
-    parts = [data.PackedDataset(path, "train", seed=seed, short_weight=short_weight, long_weight=long_weight, **options)
-             for path, _ in sources]
-    training = data.Blend(parts, [weight for _, weight in sources], seed)
-    if not validation_sequences:
+    def documents(path: Path, split: str, short_weight: float = 1.0, long_weight: float = 1.0):
+        return data.PackedDataset(
+            path, split, options.sequence_length, options.seed, options.separator,
+            options.short_length, options.long_length, short_weight, long_weight,
+            tokenizer, options.document_mask)
+
+    corpora, weights = [], []
+    for path, weight in options.data:
+        corpora.append(documents(path, "train", options.short_weight, options.long_weight))
+        weights.append(weight)
+    training = data.Blend(corpora, weights, options.seed)
+    count = options.validation_sequences
+    if not count:
         return training, None
-    corpus, needed = sources[0][0], validation_sequences * training.sequence_length + 1
-    validation = data.PackedDataset(corpus, "valid", seed=seed, **options)
-    if validation.lengths.sum() < needed:  # a document seen twice in one sequence would be copied
-        raise ValueError(f"--validation-sequences {validation_sequences} need {needed} tokens, but {corpus} holds out "
-                         f"{validation.lengths.sum()}; ask for fewer, or prepare it with a larger --holdout")
+    first, _ = options.data[0]
+    validation = documents(first, "valid")
+    needed = count * options.sequence_length + 1
+    held_out = validation.lengths.sum()
+    if held_out < needed:  # a document seen twice in one sequence would be copied
+        raise ValueError(f"--validation-sequences {count} need {needed} tokens, but {first} holds "
+                         f"out {held_out}; ask for fewer, or prepare it with a larger --holdout")
     return training, validation
 
 
-# ----------------------------------------------------------------------------------------------- model and schedule
+# ------------------------------------------------------------------------------- model and schedule
 
 
 def extension(config: ModelConfig, length: int) -> str:
     """The options that extend a model's window to `length`, for people."""
-    known, scaling = config.window_before(), config.rope_scaling
+    scaling = config.rope_scaling
+    known = config.window_before()
     original = known or round(config.max_position_embeddings / scaling.factor)
     options = f"train.py --rope-kind yarn --rope-factor {math.ceil(length / original)}"
     if scaling.kind == "default":
         return options
     which = "which" if known else "if that was its window before; it"
-    return f"{options} --original-length {original}, {which} replaces the model's own {scaling.kind} rule"
+    rule = f"the model's own {scaling.kind} rule"
+    return f"{options} --original-length {original}, {which} replaces {rule}"
 
 
-def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
-    """Configuration, with the rope scaling that was asked for, and tokenizer to start from, checked against each other and
-    the options. Raises ValueError, OSError."""
+def load_start(options: Namespace, grid: Grid,
+               scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
+    """Configuration, with the rope scaling that was asked for, and tokenizer to start from.
+
+    Checked against each other and the options. Raises ValueError, OSError.
+    """
     own = read_config(options.model or options.config)
     config = rescale(own, scaling)
-    length, window = options.sequence_length, config.max_position_embeddings
+    length = options.sequence_length
+    window = config.max_position_embeddings
     if length > window:
-        raise ValueError(f"--sequence-length {length} is beyond the model's window of {window}; extend it "
-                         f"({extension(own, length)}) or shorten the sequences")
+        raise ValueError(f"--sequence-length {length} is beyond the model's window of {window}; "
+                         f"extend it ({extension(own, length)}) or shorten the sequences")
     check_run(options, grid, config)
-    dtype = getattr(torch, compute_type(options.dtype, options.device))
-    attention_kernel(options.device, dtype, config.head_dim)  # refuses what it cannot do
-    if not (options.tokenizer or options.model):
-        raise ValueError("--tokenizer is needed with --config: the one that the corpus was prepared with")
-    tokenizer = data.load_tokenizer(options.tokenizer or options.model, config.vocab_size)
-    stops = data.stop_tokens(tokenizer, config.hf.get("eos_token_id"))  # where servers should stop
-    return replace(config, hf=config.hf | {"eos_token_id": stops}), tokenizer
+    source = options.tokenizer or options.model
+    if not source:
+        raise ValueError("--tokenizer is needed with --config: the one that the corpus was "
+                         "prepared with")
+    tokenizer = data.load_tokenizer(source, config.vocab_size)
+    stops = data.stop_tokens(tokenizer, config.hf.get("eos_token_id"))
+    exported = config.hf | {"eos_token_id": stops}  # where servers should stop
+    return replace(config, hf=exported), tokenizer
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, final_share: float) -> float:
-    """Linear warm-up to the peak, then a cosine to `final_share` of it; `step` counts from 1 to `steps`."""
+def learning_rate(step: int, steps: int, peak: float, warmup_steps: int,
+                  final_share: float) -> float:
+    """The rate of a step, counted from 1 to `steps`.
+
+    With a peak of 2.0, 10 of 110 steps of warm-up and a final share of 0.1:
+
+        step      1     5     10    35      60     85      110
+        rate      0.2   1.0   2.0   1.736   1.1    0.464   0.2
+                  warm-up     peak          half way       end
+    """
+    # 1. Warm-up, linear: AdamW's averages rest on a few batches only, so its steps are unsure yet.
     if step <= warmup_steps:
         return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress)))
+    # 2. Then half a cosine: slowly away from the peak, fast, and slowly into the end.
+    progress = (step - warmup_steps) / (steps - warmup_steps)  # above 0, 1 at the last step
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
+    return peak * (final_share + (1 - final_share) * cosine)
 
 
 def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
-    """FLOPs of one sequence's forward pass, of matrix products and of causal attention; backward takes twice as many.
+    """FLOPs of one sequence's forward pass: of matrix products, and of causal attention.
 
-    Causal: each query sees half of the keys on average. Counting all, as is common, doubles attention's share.
+    Backward takes twice as many. Causal: each query sees half of the keys on average. Counting all,
+    as is common, doubles attention's share.
     """
-    hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    hidden = config.hidden_size
+    width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
-    block = hidden * (width + 2 * kv_width) + width * hidden + 3 * hidden * config.intermediate_size
-    products = 2 * length * (config.num_hidden_layers * block + config.vocab_size * hidden)
-    return products, config.num_hidden_layers * 2 * length**2 * width  # Q K^T and P V: 2 x 2 S^2 / 2 each
+    layers = config.num_hidden_layers
+    attention_weights = hidden * (width + 2 * kv_width) + width * hidden
+    mlp_weights = 3 * hidden * config.intermediate_size
+    head_weights = config.vocab_size * hidden
+    weights = layers * (attention_weights + mlp_weights) + head_weights
+    products = 2 * length * weights  # a multiplication and an addition a weight
+    attention = layers * 2 * length**2 * width  # Q K^T and P V: 2 x 2 S^2 / 2 each
+    return products, attention
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def copy_tokenizer(source: Path, target: Path, config: ModelConfig) -> None:
-    """Put the tokenizer's files beside the weights, with the model's window and stop tokens: what a server reads."""
+    """Put the tokenizer's files beside the weights, with what a server reads of the new model."""
     if source.is_file():
         shutil.copyfile(source, target / f"tokenizer{source.suffix}")
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    for name, key, value in (("tokenizer_config.json", "model_max_length", config.max_position_embeddings),
-                             ("generation_config.json", "eos_token_id", config.hf["eos_token_id"])):
-        if (target / name).is_file():
-            content = json.loads((target / name).read_text()) | {key: value}
-            (target / name).write_text(json.dumps(content, indent=2) + "\n")
+    new = {
+        "tokenizer_config.json": {"model_max_length": config.max_position_embeddings},
+        "generation_config.json": {"eos_token_id": config.hf["eos_token_id"]},
+    }
+    for name, values in new.items():
+        file = target / name
+        if file.is_file():
+            content = json.loads(file.read_text()) | values
+            file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
 def written_once(path: Path, model: Llama, tokenizer: Path) -> Iterator[Path]:
-    """Write a model directory, and let the caller add to it: complete or absent. Every rank calls this, the first writes."""
-    with data.complete_or_absent(path) if model.grid.is_first else nullcontext(path) as aside:
+    """Write a model directory, complete or absent, and let the caller add to it.
+
+    Every rank calls this, the first writes.
+    """
+    is_first = model.grid.is_first
+    with data.complete_or_absent(path) if is_first else nullcontext(path) as aside:
         model.save_pretrained(aside)
-        if model.grid.is_first:
+        if is_first:
             copy_tokenizer(tokenizer, aside, model.config)
         yield aside
 
 
-def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW, tokenizer: Path, agreed: dict,
-                    keep: int) -> Path:
+def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW, tokenizer: Path,
+                    agreed: dict, keep: int) -> Path:
     """Write `run/checkpoint-STEP`, complete or absent, then drop all but the newest `keep`.
 
-    Every rank calls this; the first writes what one process would write, so any grid can continue from it.
+    Every rank calls this; the first writes what one process would write, so any grid can continue:
+
+        checkpoint-00000300/
+            config.json, model-*.safetensors, tokenizer     a Hugging Face model directory
+            optimizer/master-*, exp_avg-*, exp_avg_sq-*     whole tensors, float32
+            training.json                                   format, step, agreed settings
     """
-    path, grid = run / f"checkpoint-{step:08d}", model.grid
-    like = {name: parameter.grad for name, parameter in optimizer.parameters.items()}  # of a state's shapes and type
+    grid = model.grid
+    path = run / f"checkpoint-{step:08d}"
+    # 1. The model, in a directory aside.
     with written_once(path, model, tokenizer) as aside:
+        # 2. The optimizer: a gradient has the shape and the type of its parameter's state.
+        like = {name: parameter.grad for name, parameter in optimizer.parameters.items()}
+        target = aside / "optimizer"
         if grid.is_first:
-            (aside / "optimizer").mkdir()
+            target.mkdir()
         for kind in optimizer.KINDS:
-            data.write_weights(aside / "optimizer", kind, optimizer.state(kind), like, optimizer.dims, grid)
+            state = optimizer.state(kind)
+            data.write_weights(target, kind, state, like, optimizer.dims, grid)
+        # 3. The step, which is the data position too: step i takes the i-th batch of sequences.
         if grid.is_first:
             progress = {"format": CHECKPOINT_FORMAT, "step": step, "settings": agreed}
             (aside / "training.json").write_text(json.dumps(progress, indent=2) + "\n")
+    # 4. The new one is complete and has its name: now old ones may go.
     if grid.is_first:
         for old in checkpoints(run)[:-keep]:
-            old.rename(f"{old}.partial")  # no longer a checkpoint, should its deletion be cut short
+            old.rename(f"{old}.partial")  # no checkpoint any more, should deletion be cut short
         for leftover in run.glob("checkpoint-*.partial"):
             shutil.rmtree(leftover)
     grid.barrier()
@@ -338,10 +429,12 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
 
 
 def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, step: int) -> None:
-    """Restore the optimizer from a checkpoint of any grid."""
-    path, parameters = checkpoint / "optimizer", optimizer.parameters
-    for kind in optimizer.KINDS:  # one at a time, by way of the host: the device may have no room for more
-        shards = data.read_weights(path, kind, parameters, optimizer.dims, optimizer.grid, None, "cpu")
+    """Restore the optimizer from a checkpoint of any grid: each rank reads its own part."""
+    path = checkpoint / "optimizer"
+    like = optimizer.parameters
+    for kind in optimizer.KINDS:
+        # one at a time, by way of the host: the device may have no room for more
+        shards = data.read_weights(path, kind, like, optimizer.dims, optimizer.grid, None, "cpu")
         optimizer.load_state(kind, shards, step)
 
 
@@ -351,83 +444,124 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
-    """What a resumed run must share with the run it continues, as JSON; files by what is in them, not by their path."""
-    agreed = {name: value for name, value in sorted(vars(options).items()) if name not in FREE_TO_CHANGE}
-    agreed |= {"dtype": compute_type(options.dtype, options.device), "tokenizer": data.fingerprint(tokenizer),
-               "model": options.model and data.digest(options.model),
-               "data": [[data.digest(path), weight] for path, weight in options.data]}
-    return json.loads(json.dumps(agreed, default=str))
+    """What a resumed run must share with the run it continues, as JSON.
+
+    Files count by what is in them, not by their path: they may move, but not change.
+    """
+    agreed = {}
+    for name, value in sorted(vars(options).items()):
+        if name not in FREE_TO_CHANGE:
+            agreed[name] = value
+    agreed["dtype"] = compute_type(options.dtype, options.device)
+    agreed["tokenizer"] = data.fingerprint(tokenizer)
+    agreed["model"] = options.model and data.digest(options.model)
+    agreed["data"] = [[data.digest(path), weight] for path, weight in options.data]
+    return json.loads(json.dumps(agreed, default=str))  # as a checkpoint gives it back
 
 
 def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, int]:
-    """(newest checkpoint, its step) of the run in `out`, (None, 0) at the start. ValueError if it may not be continued."""
-    files = [path.name for path in out.iterdir()] if out.exists() else []
-    if any(not name.startswith(("checkpoint-", "final", "metrics")) for name in files) and "metrics.jsonl" not in files:
+    """(newest checkpoint, its step) of the run in `out`; (None, 0) at the start.
+
+    Raises ValueError if there is a run that may not be continued, or something else.
+    """
+    # 1. What is there: nothing, a run, or files of somebody else's?
+    names = [path.name for path in out.iterdir()] if out.exists() else []
+    ours = ("checkpoint-", "final", "metrics")
+    foreign = [name for name in names if not name.startswith(ours)]
+    if foreign and "metrics.jsonl" not in names:
         raise ValueError(f"--out {out}: holds files, but no run; choose another directory")
-    if files and not resume:
-        raise ValueError(f"--out {out}: holds an earlier run; add --resume to continue it, or choose another directory")
-    found = checkpoints(out)
-    if not found:
+    if names and not resume:
+        raise ValueError(f"--out {out}: holds an earlier run; add --resume to continue it, or "
+                         "choose another directory")
+    # 2. Where did the run stop?
+    complete = checkpoints(out)
+    if not complete:
         return None, 0
-    newest = found[-1]
+    newest = complete[-1]
     saved = data.read_object(newest / "training.json")
     if saved.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{newest}: a checkpoint of an earlier version, which this one cannot resume; start a new run from it "
-                         f"with --model {newest}")
+        raise ValueError(f"{newest}: a checkpoint of an earlier version, which this one cannot "
+                         f"resume; start a new run from it with --model {newest}")
+    # 3. Is this the same run? Other settings would make one that no command describes.
     for name, value in agreed.items():
-        if saved["settings"].get(name) != value:
+        before = saved["settings"].get(name)
+        if before != value:
             raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in {out} has "
-                             f"{saved['settings'].get(name)!r}; resume with the same settings or choose another --out")
+                             f"{before!r}; resume with the same settings or choose another --out")
     return newest, saved["step"]
 
 
 def open_metrics(path: Path, step: int):
-    """metrics.jsonl, open for one line a step or validation; a resumed run first drops what it will do again."""
-    kept = []
+    """metrics.jsonl, open for one line a step or validation.
+
+    A resumed run first drops what it will do again: lines after its step, and half a line.
+    """
+    past = []
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    data.write_complete(path, "".join(kept).encode())
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                past.append(line)
+    data.write_complete(path, "".join(past).encode())
     return path.open("a", buffering=1)  # a line is written when it ends
 
 
-# ------------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 @torch.no_grad()
 def validate(model: Llama, dataset, sequences: int) -> float:
     """Mean held-out loss."""
-    grid, device = model.grid, model.head_weight.device
+    grid = model.grid
+    device = model.head_weight.device
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, targets
     for index in range(grid.dp_rank, sequences, grid.dp):
         grid.restart_timer()
         batch = data.batch(dataset, index, 1).to(device)
-        total += torch.stack(model.loss(batch.tokens, batch.targets, batch.document_ids))
+        loss, targets = model.loss(batch.tokens, batch.targets, batch.document_ids)
+        total += torch.stack((loss, targets))
     grid.restart_timer()  # other replicas may have a sequence more
     loss, targets = grid.all_reduce(total, "dp").tolist()
     return loss / max(1, targets)
 
 
-def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch, micro_batch_size: int) -> tuple[float, int]:
+def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
+                  micro_batch_size: int) -> tuple[float, int]:
     """Accumulate one global batch's gradients in the optimizer, from this replica's rows of it.
 
-    Returns the mean loss over the whole batch's targets and the positions computed, the same on every rank.
+    Returns the mean loss over the whole batch's targets and the positions computed, the same on
+    every rank. A mean over all targets, so that every token counts alike: say that one rank has one
+    target of loss 4, and another has three of loss 2.
+
+        mean of all targets     (4 + 2 + 2 + 2) / 4 = 2.5     each weighs 1/4
+        mean of the two means   (4 / 1 + 6 / 3) / 2 = 3.0     the first one weighs 1/2: wrong
+
+    Both ranks divide by 4 before their backward, and their gradients need only be summed. So this 4
+    must be known before any backward, and neither rank can count it alone.
     """
-    grid, device = model.grid, model.head_weight.device
+    grid = model.grid
+    device = model.head_weight.device
     optimizer.zero_gradients()
+
+    # 1. Count the targets of the whole global batch.
     targets = torch.tensor(int((batch.targets != -100).sum()), device=device)
-    targets = max(1, grid.all_reduce(targets, "dp").item())  # of the whole batch, before any backward
+    targets = grid.all_reduce(targets, "dp").item()
+    targets = max(1, targets)  # a batch without one has loss 0, not NaN
+
+    # 2. Forward and backward of a micro-batch at a time: gradients add up in the optimizer.
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, positions
     for rows in torch.arange(len(batch.tokens)).split(micro_batch_size):
         grid.restart_timer()
         has_target = (batch.targets[rows] != -100).any(0)  # (S,)
-        ends = torch.arange(1, len(has_target) + 1)
-        length = max(1, int((has_target * ends).max()))  # what follows the last target, padding say, changes nothing
+        places = has_target.nonzero()  # (n, 1), ascending
+        # what follows the last target, padding say, changes nothing
+        length = int(places[-1]) + 1 if len(places) else 1
         part = batch.part(rows, length).to(device)
         loss, _ = model.loss(part.tokens, part.targets, part.document_ids)
         (loss / targets).backward()
         total[0] += loss.detach()
         total[1] += part.tokens.numel()
+
+    # 3. Sum what is reported. The gradients are summed once, in the optimizer's step.
     loss, positions = grid.all_reduce(total, "dp").tolist()
     return loss / targets, int(positions)
 
@@ -436,12 +570,14 @@ def peak_memory_gib(device: torch.device | str) -> float:
     """Largest memory this process has used: allocated on the GPU, resident on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gib = 2**30 if sys.platform == "darwin" else 2**20  # in bytes on macOS, in KiB on Linux
+    return largest / gib
 
 
 @contextmanager
 def signals_received() -> Iterator[list[int]]:
-    """Yield a list that collects the SIGTERM and SIGINT (Ctrl-C) of this block, which then do nothing else."""
+    """Yield a list of this block's SIGTERM and SIGINT (Ctrl-C), which then do nothing else."""
     received, previous = [], {}
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, lambda number, _: received.append(number))
@@ -452,18 +588,33 @@ def signals_received() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace, save: Callable[[int], Path],
-          first_step: int, stop: list[int]) -> int:
-    """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made: a signal in `stop` ends early."""
-    grid, device, steps = model.grid, model.head_weight.device, options.steps
-    share, length = options.batch_size // grid.dp, training.sequence_length
-    products, attention = forward_flops(model.config, length)  # of a whole sequence; shorter ones take a little less
-    flops = 3 * (products + (0 if training.document_mask else attention))  # masked documents: their products alone
-    peak = PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None  # what an MFU of 100 % means
+def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace,
+          save: Callable[[int], Path], first_step: int, stop: list[int]) -> int:
+    """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made.
+
+    training, validation: datasets, see `data.batch`; without the second there is no validation. A
+    signal in `stop` ends the run early, with a checkpoint after the step in which it came.
+    """
+    grid = model.grid
+    device = model.head_weight.device
+    steps = options.steps
+    share = options.batch_size // grid.dp  # sequences a step of this replica
+    micro_batch_size = options.micro_batch_size or share
+
+    # FLOPs of a whole sequence, forward and backward; shorter ones take a little less
+    length = training.sequence_length
+    flops, attention = forward_flops(model.config, length)
+    if not training.document_mask:  # masked documents: their matrix products alone
+        flops += attention
+    flops *= 3
+    peak = None  # what an MFU of 100 % means
+    if device.type == "cuda":
+        peak = PEAKS.get(torch.cuda.get_device_name(device))
+
     step = first_step
     log = open_metrics(options.out / "metrics.jsonl", first_step) if grid.is_first else None
-    bar = tqdm(range(first_step + 1, steps + 1), initial=first_step, total=steps, desc=options.out.name, mininterval=1.0,
-               disable=not grid.is_first)
+    bar = tqdm(range(first_step + 1, steps + 1), initial=first_step, total=steps,
+               desc=options.out.name, mininterval=1.0, disable=not grid.is_first)
 
     def note(**values) -> None:
         if log:
@@ -471,97 +622,143 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
 
     def is_due(every: int) -> bool:
         """Every so many steps, and at the end."""
-        return step == steps or every > 0 and step % every == 0
+        return step == steps or (every > 0 and step % every == 0)
 
     for step in bar:
+        # 1. Batch: a step takes the next --batch-size sequences of the data, a replica its share.
         start = time.perf_counter()
-        batch = data.batch(training, (step - 1) * options.batch_size + grid.dp_rank * share, share)
+        first = (step - 1) * options.batch_size + grid.dp_rank * share
+        batch = data.batch(training, first, share)
         waited = time.perf_counter() - start
-        loss, positions = training_step(model, optimizer, batch, options.micro_batch_size or share)
-        rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, options.final_learning_rate)
+
+        # 2. Step: gradients, then the update, unless it would make every weight NaN.
+        loss, positions = training_step(model, optimizer, batch, micro_batch_size)
+        rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps,
+                             options.final_learning_rate)
         try:
             if not math.isfinite(loss):
                 raise ArithmeticError(f"the loss is {loss}")
             norm = optimizer.step(rate, options.clip)
         except ArithmeticError as error:
             good = checkpoints(options.out)
-            raise ArithmeticError(f"step {step}: {error}; nothing was updated. The last good checkpoint is "
-                                  f"{good[-1] if good else 'none'}; try a lower --learning-rate") from None
-        seconds, gib = time.perf_counter() - start, peak_memory_gib(device)
-        speed = positions / seconds / grid.size("all")  # tokens a second and process
+            raise ArithmeticError(
+                f"step {step}: {error}; nothing was updated. The last good checkpoint is "
+                f"{good[-1] if good else 'none'}; try a lower --learning-rate") from None
+
+        # 3. Log: a line of metrics.jsonl, and the progress bar.
+        duration = time.perf_counter() - start
+        gib = peak_memory_gib(device)
+        speed = positions / duration / grid.size("all")  # tokens a second and process
         mfu = speed * flops / length / peak if peak else None
         note(loss=loss, learning_rate=rate, gradient_norm=norm, tokens=positions,
-             tokens_per_second=round(speed * grid.size("all")), tokens_per_second_per_gpu=round(speed),
-             mfu=mfu and round(mfu, 4), data_wait=round(waited / seconds, 4), peak_memory_gib=round(gib, 3))
-        used = f"MFU {mfu:.0%}, " if mfu else ""
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {used}{gib:.1f} GiB, data {waited / seconds:.0%}",
-                            refresh=False)
+             tokens_per_second=round(speed * grid.size("all")),
+             tokens_per_second_per_gpu=round(speed),
+             mfu=mfu and round(mfu, 4),
+             data_wait=round(waited / duration, 4),
+             peak_memory_gib=round(gib, 3))
+        utilisation = f"MFU {mfu:.0%}, " if mfu else ""
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {utilisation}{gib:.1f} GiB, "
+            f"data {waited / duration:.0%}", refresh=False)
+
+        # 4. Validate.
         if validation and is_due(options.validate_every):
             held_out = validate(model, validation, options.validation_sequences)
             note(validation_loss=held_out)
             if grid.is_first:
                 bar.write(f"step {step}: held-out loss {held_out:.3f}")
-        stopping = grid.all_reduce(torch.tensor(len(stop), device=device), "all").item() > 0  # all stop after the same step
-        if stopping or is_due(options.checkpoint_every):
+
+        # 5. Save. A signal reaches one rank before this line and another after it. If each obeyed
+        # alone, the first would wait in its save, the second in its next step, each for the other.
+        # The sum of all signals is the same on all ranks: they stop after the same step.
+        signals = torch.tensor(len(stop), device=device)
+        is_last = grid.all_reduce(signals, "all").item() > 0
+        if is_last or is_due(options.checkpoint_every):
             path = save(step)
-        if stopping:
+        if is_last:
             if grid.is_first:
-                bar.write(f"stopped by a signal after step {step}; continue with --resume from {path}")
+                bar.write(f"stopped by a signal after step {step}; "
+                          f"continue with --resume from {path}")
             break
     return step
 
 
-def build_model(config: ModelConfig, checkpoint: Path | None, grid: Grid, options: Namespace) -> Llama:
-    """The model of a checkpoint, as it is; else the one that `config` describes, with --model's weights or random ones."""
-    dtype = getattr(torch, compute_type(options.dtype, options.device))
-    source = checkpoint or options.model
-    if source:
-        model = Llama.from_pretrained(source, grid, dtype, options.device)
-    else:
-        model = Llama(config, grid).initialise(options.seed).to(options.device, dtype)
-    if not checkpoint:
+def build_model(config: ModelConfig, checkpoint: Path | None, grid: Grid, dtype: torch.dtype,
+                options: Namespace) -> Llama:
+    """The model that a run starts with, or continues."""
+    if checkpoint:  # as it is, whatever has become of --model and --config
+        model = Llama.from_pretrained(checkpoint, grid, dtype, options.device)
+    elif options.model:  # its weights, under the window and rule that were asked for
+        model = Llama.from_pretrained(options.model, grid, dtype, options.device)
         model.config = config
-    model.recompute, model.offload, model.tile = options.recompute, options.offload, options.tile
+    else:  # random weights, the same on every grid
+        model = Llama(config, grid).initialise(options.seed)
+        model = model.to(options.device, dtype)
+    model.recompute = options.recompute
+    model.offload = options.offload
+    model.tile = options.tile
     return model
 
 
-def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: data.Tokenizer, training, validation) -> None:
-    """Build everything, train, and leave `final`: what is the same in both stages.
+def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: data.Tokenizer,
+              training, validation) -> None:
+    """Check, build, train, export: what is the same in both stages.
+
+    Checks come first: a large model takes minutes to load, on every GPU of a job, and a mistake in
+    the options should cost seconds. Nor is a directory made for a run that cannot be.
 
     options: those of `argument_parser`. Raises ValueError, OSError, ArithmeticError.
     """
-    out, length, dtype = options.out, training.sequence_length, compute_type(options.dtype, options.device)
-    tokenizer_files = options.tokenizer or options.model
-    kernel = attention_kernel(options.device, getattr(torch, dtype), config.head_dim)
+    # 1. Check that the kernel takes this model, and that --out holds no other run.
+    out = options.out
     agreed = agreed_settings(options, tokenizer)
+    dtype = getattr(torch, agreed["dtype"])
+    kernel = attention_kernel(options.device, dtype, config.head_dim)
     checkpoint, step = load_progress(out, options.resume, agreed)
     is_done = (out / "final" / "config.json").exists()
-    found = torch.tensor([step, zlib.crc32(json.dumps(agreed).encode()), is_done], device=options.device)
-    if (grid.all_gather(found, "all") != found).any():
-        raise ValueError(f"the ranks have found different checkpoints in {out}, options or data; --out and --data must be the "
-                         "same for all of them")
+
+    # 2. Check that all ranks see the same files: on machines with disks of their own they may not.
+    settings = zlib.crc32(json.dumps(agreed).encode())
+    seen = torch.tensor([step, settings, is_done], device=options.device)
+    if (grid.all_gather(seen, "all") != seen).any():
+        raise ValueError(f"the ranks have found different checkpoints in {out}, options or data; "
+                         "--out and --data must be the same for all of them")
     if is_done:
         print_once(f"{out}/final is already there; nothing to do")
         return
-    model = build_model(config, checkpoint, grid, options)
-    optimizer = ShardedAdamW(model, grid, options.betas, weight_decay=options.weight_decay, on_host=options.offload_optimizer)
+
+    # 3. Build: the model first, since the optimizer's master weights begin as its weights.
+    model = build_model(config, checkpoint, grid, dtype, options)
+    optimizer = ShardedAdamW(model, grid, options.betas, options.weight_decay,
+                             options.offload_optimizer)
     if checkpoint:
         load_optimizer(checkpoint, optimizer, step)
     if grid.is_first:
         out.mkdir(parents=True, exist_ok=True)
+
+    # 4. Say what is trained.
     parameters = 0
     for name, parameter in model.named_parameters():
-        parameters += math.prod(whole_shape(parameter.shape, optimizer.dims[name], grid))
-    config, begun = model.config, f"resumed after step {step}" if checkpoint else "from the first step on"
-    print_once(f"{parameters / 1e6:.2f}M parameters, {dtype} on {options.device}, window {config.max_position_embeddings}, "
-               f"rope {config.rope_scaling.kind}, {options.batch_size} x {length} tokens a step, {begun}")
+        is_cut = optimizer.dims[name] is not None
+        parameters += parameter.numel() * (grid.tp if is_cut else 1)
+    begun = f"resumed after step {step}" if checkpoint else "from the first step on"
+    print_once(
+        f"{parameters / 1e6:.2f}M parameters, {agreed['dtype']} on {options.device}, "
+        f"window {model.config.max_position_embeddings}, rope {model.config.rope_scaling.kind}, "
+        f"{options.batch_size} x {training.sequence_length} tokens a step, {begun}")
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
 
+    # 5. Train. The last step too leaves a checkpoint, so a failing export loses nothing.
+    tokenizer_files = options.tokenizer or options.model
+
     def save(step: int) -> Path:
-        return save_checkpoint(out, step, model, optimizer, tokenizer_files, agreed, options.keep_checkpoints)
+        return save_checkpoint(out, step, model, optimizer, tokenizer_files, agreed,
+                               options.keep_checkpoints)
 
     with signals_received() as stop:
         step = train(model, optimizer, training, validation, options, save, step, stop)
+
+    # 6. Export, unless a signal has stopped the run.
     if step == options.steps:
         with written_once(out / "final", model, tokenizer_files):
             pass
@@ -574,10 +771,7 @@ def main(argv: list[str] | None = None) -> None:
         a = stage1_parser().parse_args(argv)
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         config, tokenizer = load_start(a, grid, scaling_from_options(vars(a)))
-        training, validation = stage1_datasets(
-            a.data, a.validation_sequences, a.seed, a.short_weight, a.long_weight, sequence_length=a.sequence_length,
-            separator=a.separator, tokenizer=tokenizer, short=a.short_length, long=a.long_length,
-            document_mask=a.document_mask)
+        training, validation = stage1_datasets(a, tokenizer)
         run_stage(a, grid, config, tokenizer, training, validation)
         grid.close()
 
