@@ -1,7 +1,7 @@
 """Where everything happens: the process grid, tensor parallelism, ring attention, the optimizer.
 
-Eight or 256 processes hold one sequence of S tokens together. A grid of dp x cp x tp splits the
-work three ways:
+Many processes hold one sequence of S tokens together. A grid of dp x cp x tp splits the work three
+ways:
 
     tp  tensor parallel    every matrix is cut into tp pieces; between the matrices each rank keeps
                            1 / tp of the positions
@@ -10,13 +10,14 @@ work three ways:
 
     what a rank holds                             shape
     activations between blocks                    (B, S / (cp tp), hidden)
-    q, k, v inside attention                      (B, H / tp, S / cp, D); k and v: Hkv / tp heads
+    q inside attention                            (B, H / tp, S / cp, D)
+    k and v                                       (B, Hkv / tp, S / cp, D)
     weights and their float32 gradients           1 / tp
     float32 master weights, AdamW's two moments   1 / (tp dp cp)
 
-One process is the grid 1 x 1 x 1 and runs the same code: a collective over one rank returns its
-argument. Read in order: `Grid` (who is who, and every communication there is), the tensor-parallel
-layers, `ring_attention`, `ShardedAdamW`.
+One process is the grid 1 x 1 x 1 and runs the same code, without communication. Read in order:
+`Grid` (who is who, and every communication there is), the tensor-parallel layers, `ring_attention`,
+`ShardedAdamW`.
 """
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 AXES = ("dp", "cp", "tp")  # slowest first: neighbouring ranks differ in tp
-GROUPS = {  # which ranks talk to each other: those that differ in these axes only
+# a process group is a set of ranks that communicate: here, those that differ in these axes only
+GROUPS = {
     "tp": ("tp",), "cp": ("cp",), "dp": ("dp",),
     "cp_tp": ("cp", "tp"), "dp_cp": ("dp", "cp"), "all": AXES,
 }
@@ -61,8 +63,17 @@ class Grid:
                                                    cp_tp   0 1 2 3 | 4 5 6 7       are a replica
                                                    dp_cp   0 2 4 6 | 1 3 5 7       share masters
 
-    `groups` holds this rank's process group for each entry of GROUPS with more than one rank: a
-    collective over another has nothing to do. `timeout` is in seconds, see `restart_timer`.
+    What a group's ranks do together, if the first has x = [1, 2] and the second [3, 4]:
+
+                            the first gets      the second gets
+        all_reduce          [4, 6]              [4, 6]                the sum
+        all_gather          [[1, 2], [3, 4]]    [[1, 2], [3, 4]]      everybody's x
+        reduce_scatter      4                   6                     its own part of the sum
+        broadcast           [1, 2]              [1, 2]                the first one's x
+        send_around         [3, 4]              [1, 2]                the previous one's x
+
+    `groups` holds this rank's process group for each entry of GROUPS with more than one rank: over
+    another there is nothing to do. `timeout` is in seconds, see `restart_timer`.
     """
 
     dp: int = 1
@@ -77,7 +88,7 @@ class Grid:
         self.cp_rank = self.rank // self.tp % self.cp
         self.dp_rank = self.rank // (self.tp * self.cp)
         self.is_first = self.rank == 0  # the process that prints and writes files
-        # of sequence lengths: 2 chunks a ring rank, each in tp pieces; alone, nothing is cut
+        # of sequence lengths: 2 cp equal chunks (zigzag), and cp tp equal pieces; alone, any length
         self.sequence_multiple = 2 * self.cp * self.tp if self.cp * self.tp > 1 else 1
 
     @classmethod
@@ -96,7 +107,7 @@ class Grid:
         grid = cls(world // (cp * tp), cp, tp, rank, timeout=timeout)
         if world == 1:
             return grid
-        # torch's own timeout: more stretches than any `restart_timer` is given
+        # torch's own timeout, long enough that `restart_timer` always ends a hanging job first
         patience = timedelta(seconds=10 * timeout)
         if not dist.is_initialized():
             default_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,11 +116,13 @@ class Grid:
         for name, axes in GROUPS.items():
             if grid.size(name) == 1:
                 continue
-            # put the axes that differ within a group last: then each row is a group
+            # put the axes that differ within a group last: then each row is a group, as for tp
+            # in the example 0 1 | 2 3 | 4 5 | 6 7
             outside = [number for number, axis in enumerate(AXES) if axis not in axes]
             inside = [number for number, axis in enumerate(AXES) if axis in axes]
             members = ranks.permute(outside + inside).reshape(-1, grid.size(name)).tolist()
-            grid.groups[name], _ = dist.new_subgroups_by_enumeration(members, timeout=patience)
+            ours, _ = dist.new_subgroups_by_enumeration(members, timeout=patience)
+            grid.groups[name] = ours
         return grid
 
     def size(self, group: str) -> int:
@@ -117,7 +130,7 @@ class Grid:
         return math.prod(getattr(self, axis) for axis in GROUPS[group])
 
     def all_reduce(self, x: Tensor, group: str, operation=dist.ReduceOp.SUM) -> Tensor:
-        """Sum (or maximum) of every rank's x, in place."""
+        """The sum (or maximum) of every rank's x, in place."""
         if group in self.groups:
             dist.all_reduce(x, op=operation, group=self.groups[group])
         return x
@@ -128,7 +141,7 @@ class Grid:
             return x[None]
         out = x.new_empty(self.size(group), *x.shape)
         flat = x.contiguous().view(-1)
-        # the second is its name before torch 2.13
+        # its name since torch 2.13, and before
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(out.view(-1), flat, group=self.groups[group])
         return out
@@ -139,7 +152,6 @@ class Grid:
             return x[0]
         out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
         flat = x.contiguous().view(-1)
-        # the second is its name before torch 2.13
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         scatter(out.view(-1), flat, group=self.groups[group])
         return out
@@ -153,8 +165,8 @@ class Grid:
     def send_around(self, *leaving: Tensor, tag: int = 0) -> Hop:
         """Start to send tensors to the next rank of the ring and to receive the previous one's.
 
-        `.wait()` gives those; the caller leaves its own alone until then. One rank's ring is
-        itself. `tag` tells apart hops that are under way at once.
+        `.wait()` gives those; until then, do not change what is sent. `tag`, 0 or 1, tells apart
+        two hops of equally many tensors that are under way at once.
         """
         if "cp" not in self.groups:
             return Hop(leaving, [])
@@ -177,11 +189,10 @@ class Grid:
             dist.barrier(group=self.groups["all"])
 
     def restart_timer(self, stretches: int = 1) -> None:
-        """Give this rank `timeout` seconds from now for each of so many stretches of work.
+        """End the job unless this is called again, or `close`, within stretches x timeout seconds.
 
-        Then it prints where it stands and ends, and torchrun ends the others. A rank that hangs
-        keeps all others waiting, so each of them says where. Call it wherever a stretch begins: a
-        micro-batch, a validation sequence, a prompt, a token, a file. `close` stops the timer.
+        A rank that hangs keeps all others waiting: each prints where it stands and ends. So call it
+        wherever a stretch of work begins: a micro-batch, a validation sequence, a prompt, a file.
         """
         if self.groups:  # alone, a process keeps nobody waiting
             faulthandler.dump_traceback_later(stretches * self.timeout, exit=True)
@@ -189,7 +200,7 @@ class Grid:
     def close(self) -> None:
         """Stop the timer, and return once every rank has come here. A program may also just end."""
         self.barrier()
-        if self.groups:  # as in `restart_timer`: alone, the timer is somebody else's
+        if self.groups:  # alone, `restart_timer` has set none
             faulthandler.cancel_dump_traceback_later()
 
 
@@ -221,19 +232,20 @@ def start_processes(device: str, patience: timedelta) -> None:
         gpu = torch.device("cuda", local_rank)
         backend = "nccl"
         torch.cuda.set_device(gpu)
-    # each attempt its own names: a restarted job must not find its dead ranks' addresses
+    # ranks find each other's addresses in a store, a dictionary that they share; with a name for
+    # each attempt in it a restarted job does not find those of its dead ranks
     store, _, _ = next(dist.rendezvous("env://", timeout=patience))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=gpu)
     atexit.register(end_processes)
-    # torchrun sends it when another rank has failed; train.py's loop puts its own handler there
+    # torchrun sends SIGTERM when another rank has failed: say where this one stood
     faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
 
 
 def end_processes() -> None:
-    """End torch.distributed, unless the program has: gloo's threads abort one that does not."""
+    """End torch.distributed, unless the program has: else gloo's threads abort its end."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -241,15 +253,17 @@ def end_processes() -> None:
 # --------------------------------------------------------- tensor parallel with sequence parallel
 #
 # Megatron's layers (arXiv 1909.08053, 2205.05198). A pair of matrices is cut so that one
-# communication before it and one after it suffice. Between pairs, norms and residuals hold only
-# this rank's share of the positions, m = S / (cp tp):
+# communication before it and one after it suffice. Between two such pairs, norms and residuals hold
+# only this rank's share of the positions, m = S / (cp tp):
 #
-#     (B, m, hidden) --all-gather--> (B, tp, m, hidden) --columns--> (B, tp, m, wide / tp)
-#     (B, m, hidden) <-reduce-scatter- (B, tp, m, hidden) <---rows--- (B, tp, m, wide / tp)
+#     (B, m, hidden)            a rank's positions
+#       all-gather           -> (B, tp, m, hidden)        those of all tp ranks
+#       columns of matrix 1  -> (B, tp, m, width / tp)
+#       rows of matrix 2     -> (B, tp, m, hidden)        a part of the sum
+#       reduce-scatter       -> (B, m, hidden)            the sum, of a rank's positions
 #
 # In backward the two communications swap places. (tp, m), flattened, are the S / cp positions that
-# this rank of the ring holds, in order. Each position is worked on alone, so a pair can run on a
-# tile of the m positions at a time, and does.
+# this rank of the ring holds, in order.
 
 
 class GatherSequence(torch.autograd.Function):
@@ -287,7 +301,10 @@ def scattered(x: Tensor, grid: Grid) -> Tensor:
 
 
 class ColumnParallelLinear(nn.Linear):
-    """The rank's 1 / tp of the outputs: (..., in) -> (..., out / tp). Arguments: whole sizes."""
+    """The rank's 1 / tp of the outputs: (..., in) -> (..., out / tp). Arguments: whole sizes.
+
+    Its input's gradient is a part of a sum over tp: GatherSequence's backward adds it up.
+    """
 
     shard_dims = {"weight": 0, "bias": 0}
 
@@ -315,7 +332,7 @@ class VocabParallelEmbedding(nn.Embedding):
     """The rank's V / tp rows of the table: tokens (B, tp, m) int64 -> (B, m, hidden).
 
     A token of another rank's rows gives zeros here, so that the sum over tp ranks is its row.
-    `tile` of the m positions are looked up at a time: no tensor of tp m x hidden is made.
+    `tile` of the m positions are looked up at a time: (B, tp, m, hidden) never exists whole.
     """
 
     shard_dims = {"weight": 0}
@@ -366,8 +383,8 @@ class Lookup(torch.autograd.Function):
 def local_rows(tokens: Tensor, rows: int, grid: Grid) -> tuple[Tensor, Tensor]:
     """Where tokens stand in this rank's `rows` rows of the vocabulary, and which do not.
 
-    V = 8, tp = 2, on tp_rank 1, with rows 4 ... 7: tokens 5, 2 -> rows 1, 0 (any row would do for
-    the second) and elsewhere False, True.
+    V = 8, tp = 2, on tp_rank 1, with rows 4 ... 7: tokens 5, 2 -> rows 1, 0 and elsewhere False,
+    True. (Row 0 only stands in: what it gives is masked.)
     """
     row = tokens - grid.tp_rank * rows
     elsewhere = (row < 0) | (row >= rows)
@@ -378,31 +395,32 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor,
                                  grid: Grid) -> tuple[Tensor, Tensor]:
     """Each row's loss and its gradient in one pass, the vocabulary spread over tp ranks.
 
-    For logits x of a row, m the largest of them and Z = sum of exp(x - m), the normaliser:
+    For logits x of a row and Z = sum of exp(x - max x), the normaliser:
 
-        softmax(x)   = exp(x - m) / Z
-        loss         = -log softmax(x)[target] = log Z + m - x[target]
+        softmax(x)   = exp(x - max x) / Z
+        loss         = -log softmax(x)[target] = log Z + max x - x[target]
         d loss / dx  = softmax(x) - onehot(target)
 
     Example, V = 4, tp = 2: rank 0 has x = [1, 3], rank 1 has [2, 0], the target is 2. Two small
-    all-reduces tell both m = 3, Z = e^-2 + e^0 + e^-1 + e^-3 = 1.55 and x[target] = 2 (rank 0 adds
-    0 to it): loss = log 1.55 + 3 - 2 = 1.44. No rank ever sees another's logits.
+    all-reduces tell both max x = 3, Z = e^-2 + e^0 + e^-1 + e^-3 = 1.55 and x[target] = 2 (rank 0
+    adds 0): loss = log 1.55 + 3 - 2 = 1.44. No rank ever sees another's logits.
 
     logits (N, V / tp) float32 or float64, targets (N,) int64 in [0, V). Returns losses (N,) and
-    normalisers (N, 1), the same on every tp rank. `logits` is overwritten by
-    (softmax - onehot) Z: divided by Z, this rank's part of the gradient of the summed losses.
+    normalisers (N, 1), the same on every tp rank. `logits` becomes this rank's part of the gradient
+    times Z: dividing it would be one more pass over (N, V), so the caller divides what it makes of
+    it, (N, hidden).
     """
     row, elsewhere = local_rows(targets[:, None], logits.shape[1], grid)  # (N, 1) each
-    # 1. m, so that no exponential overflows
+    # 1. the largest, so that no exponential overflows
     largest = logits.amax(1, keepdim=True)  # (N, 1)
     largest = grid.all_reduce(largest, "tp", dist.ReduceOp.MAX)
     # 2. x[target], before the logits are overwritten
     target_logit = logits.gather(1, row).masked_fill(elsewhere, 0.0)  # (N, 1)
-    # 3. exp(x - m), and the sums over ranks of Z and x[target] in one message
+    # 3. exp(x - max x), and the sums over ranks of Z and x[target] in one message
     logits.sub_(largest).exp_()
     sums = torch.stack([logits.sum(1, keepdim=True), target_logit])  # (2, N, 1)
     normaliser, target_logit = grid.all_reduce(sums, "tp")
-    # 4. (softmax - onehot) Z = exp(x - m) - onehot Z
+    # 4. (softmax - onehot) Z = exp(x - max x) - onehot Z; ranks without the target subtract 0
     logits.scatter_add_(1, row, -normaliser.masked_fill(elsewhere, 0.0))
     loss = normaliser.log() + largest - target_logit  # (N, 1)
     return loss[:, 0], normaliser
@@ -441,10 +459,12 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
                    segments: Segments | None = None) -> Tensor:
     """Causal attention over the whole sequence.
 
-    q (B, H, S / cp, D), k and v (B, Hkv, S / cp, D), zigzag -> as q. The sequence is cut into 2 cp
-    chunks; rank r holds chunks r and 2 cp - 1 - r (zigzag), an early and a late one, so that causal
-    attention costs every rank the same at every hop. Keys and values (K V) go around the ring
-    (arXiv 2310.01889), queries stay. Who computes what with whose K V, cp = 4, chunks 0 ... 7:
+    q (B, H, S / cp, D), k and v (B, Hkv, S / cp, D) -> as q; H and Hkv are this tp rank's. The
+    sequence is cut into 2 cp chunks; rank r holds chunks r and 2 cp - 1 - r (zigzag), an early and
+    a late one, so that causal attention costs every rank the same at every hop. (In plain order the
+    first rank would be done after hop 0, and the last would work at every hop.) Keys and values (K
+    V) go around the ring (arXiv 2310.01889), queries stay. Who computes what with whose K V, cp =
+    4, chunks 0 ... 7:
 
         rank  its chunks   hop 0: own K V    hop 1             hop 2             hop 3
          0      0, 7       0: causal         3: 7 x (3, 4)     2: 7 x (2, 5)     1: 7 x (1, 6)
@@ -456,8 +476,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
     and 4, all of them. What is not listed lies in the future. Every hop is two chunk products (hop
     0: two half ones and a whole one).
 
-    A hop moves 2 B Hkv (S / cp) D elements of K V, and in backward as many of dK dV, in float32
-    once there is a sum. S = 1M, cp = 4, Hkv / tp = 2, D = 128 in bfloat16: 256 and 256 + 512 MiB.
+    A hop moves 2 B Hkv (S / cp) D elements of K V. In backward it also moves as many of dK dV, in
+    float32 once there is a sum. S = 1M, cp = 4, Hkv = 2, D = 128, bfloat16: 256 and 256 + 512 MiB.
 
     `segments` (from `document_segments`) is the cross-document mask of the ablation: each document
     attends to itself only, a causal block each, so no S x S mask is ever built. It works on a ring
@@ -507,7 +527,7 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
             v[:, :, k_rows],
             causal=hop == 0)  # only our own block has keys that come after a query
         # 3. merge into the float32 result
-        if hop == 0:
+        if hop == 0:  # it has all our queries
             out, lse = part, part_lse
         else:
             out = out.to(wide)  # a copy at the first merge only
@@ -537,7 +557,7 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     for hop in range(grid.cp):
         source = (grid.cp_rank - hop) % grid.cp
         is_last = hop == grid.cp - 1
-        # 1. post the K V at hand; nobody waits
+        # 1. post the K V at hand
         if not is_last:
             next_keys_values = grid.send_around(k, v)
         # 2. compute this block's parts of the gradients
@@ -571,7 +591,7 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 def by_document(attention: Callable, segments: Segments, grid: Grid,
                 *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`attention(..., grid)` of each document alone: `inputs` and results are (B, H, S, ...)."""
+    """`attention(..., grid)` of each document alone: inputs and results are (B, H, S, ...)."""
     assert grid.cp == 1, f"the document mask works on whole sequences, not on a ring of {grid.cp}"
     rows = []
     for row, borders in enumerate(segments):
@@ -632,8 +652,9 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
     """softmax(q k^T / sqrt(D)) v of one block, and its rows' log-sum-exp in float32 (or float64).
 
     q (B, H, S, D), k and v (B, Hkv, N, D) -> (B, H, S, D), (B, H, S). K and V keep their own number
-    of heads: grouped-query attention never repeats them in memory. Together with `block_backward`
-    the one place that knows a kernel.
+    of heads: grouped-query attention never repeats them in memory. These are the operators behind
+    F.scaled_dot_product_attention, which does not return the log-sum-exp; 0.0 is dropout. Here and
+    in `block_backward` is all that knows a kernel.
     """
     if q.is_cuda:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
@@ -644,7 +665,7 @@ def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
                    causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one block, given `out` and `lse` of the queries' whole rows."""
     if q.is_cuda:
-        # the random state of dropout, which there is none of
+        # the random state of dropout: there is none
         unused = torch.empty(0, dtype=torch.int64, device=q.device)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
             d_out, q, k, v, out, lse.contiguous(),
@@ -693,12 +714,12 @@ def document_segments(document_ids: Tensor) -> Segments:
 
 
 def attend_earlier(q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
-    """Add to causal attention among new tokens what they find in earlier ones, which they all see.
+    """New tokens attend to the cached ones, too, which come before all of them -> out.
 
-    q, out (B, H, s, D) and lse (B, H, s), as from `ring_forward`; k and v (B, Hkv, N, D), this
-    rank's N >= 0 earlier tokens, in any order -> out. Ranks may hold unequal numbers of keys, so
-    queries go around the ring and keys stay (the pass-Q of arXiv 2411.01783); with them goes what
-    they have found, and the last hop brings it home.
+    q, out (B, H, s, D) and lse (B, H, s): of the new tokens among themselves, by `ring_forward`. k
+    and v (B, Hkv, N, D): this rank's N >= 0 cached tokens, in any order. Ranks may hold unequal
+    numbers, so keys stay and queries go around the ring (the pass-Q of arXiv 2411.01783), with out
+    and lse so far; the last hop brings them home.
     """
     dtype = q.dtype
     out = out.to(lse.dtype)
@@ -721,14 +742,14 @@ class ShardedAdamW:
     zeros to twelve:
 
         rank        0          1          2          3
-        gradients   g0 ... g9  g0 ... g9  g0 ... g9  g0 ... g9    float32; of a rank's tokens only
+        gradients   g0 ... g9  g0 ... g9  g0 ... g9  g0 ... g9    float32, each of its own tokens
         pieces      G0 G1 G2   G3 G4 G5   G6 G7 G8   G9 0  0      1. reduce-scatter: sums over ranks
                                                                   2. norm of all pieces, and clip
         masters     m0 m1 m2   m3 m4 m5   m6 m7 m8   m9 0  0      3. AdamW: float32, updated
         weights     m0 ... m9  m0 ... m9  m0 ... m9  m0 ... m9    4. all-gather: rounded
 
-    `on_host` keeps the float32 state in host memory, where the update then runs: 12 bytes a
-    parameter less on the GPU, two more copies a step.
+    `on_host` keeps masters and moments in host memory, where the update then runs: 12 bytes an
+    element of a piece less on the GPU, two more copies a step.
     """
 
     KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -745,9 +766,10 @@ class ShardedAdamW:
         for name, parameter in self.parameters.items():
             # gradients of micro-batches add up in float32, whatever the parameter's type
             wide = torch.promote_types(parameter.dtype, torch.float32)  # float64 stays (tests)
-            parameter.grad_dtype = wide
+            parameter.grad_dtype = wide  # tells autograd that .grad has another type
             parameter.grad = torch.zeros_like(parameter, dtype=wide)
-            # float32 weights are their own master: a view, if it is none of a padded copy
+            # a float32 parameter is its own master: a view of it, nothing is copied. But where
+            # `cut` had to pad it has made a copy, of all pieces: keep a copy of the own one alone
             own = self.cut(parameter.detach())[self.piece]
             is_padded = parameter.numel() % self.pieces > 0
             device = "cpu" if on_host else parameter.device
@@ -760,7 +782,7 @@ class ShardedAdamW:
         groups = [{"params": matrices, "weight_decay": weight_decay},
                   {"params": vectors, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        # torch makes the state in the first step; made now, a checkpoint has a place to go
+        # torch would make the state in the first step; `load_state` fills it before that
         for master in self.masters.values():
             self.adamw.state[master] = {
                 "step": torch.zeros((), device=master.device), "master": master,
@@ -795,7 +817,8 @@ class ShardedAdamW:
         gradients = {}
         for name, parameter in self.parameters.items():
             # what every tp rank holds whole (norms) has seen only that rank's positions
-            if self.dims[name] is None:
+            is_whole = self.dims[name] is None
+            if is_whole:
                 self.grid.all_reduce(parameter.grad, "tp")
             gradients[name] = self.grid.reduce_scatter(self.cut(parameter.grad), "dp_cp")
 
@@ -861,8 +884,8 @@ def one_line_errors() -> Iterator[None]:
     """Around a whole command: a mistake of its user, or Ctrl-C, becomes one line and exit code 1.
 
     A mistake is met by every rank alike: the first one tells of it, and torchrun then ends the
-    others before they speak. An error of one rank alone is told by that one. Of many ranks one ends
-    by os._exit: NCCL's groups are given up together only, and the others may wait elsewhere.
+    others before they speak. An error of one rank alone is told by that one. One rank of several
+    ends by os._exit: at an orderly end NCCL would wait for the others, which wait for this one.
     """
     rank, world = launched()
     try:

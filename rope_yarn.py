@@ -1,30 +1,31 @@
 """Rotary position embedding (RoPE), and every rule that stretches it to a longer window.
 
-RoPE (arXiv 2104.09864) splits a head's D numbers into D/2 pairs and, at position m, turns pair i by
-m f_i:
+RoPE (arXiv 2104.09864) splits a head's D numbers into D/2 pairs and, at position m, rotates pair i
+by the angle m f_i:
 
     f_i = theta^(-2i/D)                  radians a token; wavelength 2 pi / f_i tokens
 
 so a query at m and a key at n meet at the angle (m - n) f_i: attention sees distances. The first
 pairs turn once every few tokens; the last do not finish one turn in the training window L. Beyond L
-the slow pairs come to angles that training never showed, and the model loses its way. To reach a
-window of s L without that:
+the slow pairs come to angles that training never showed, and the model loses its way. Rules that
+reach a window of s L:
 
-    linear  f_i / s                      position interpolation (2306.15595): neighbours blur
-    ntk     theta' = theta s^(D/(D-2))   larger base: the slowest pair / s, the fastest as it was
-    yarn    g_i f_i + (1 - g_i) f_i / s  "NTK by parts" (2309.00071): count turns r_i = L f_i / 2 pi
-                                         in L; keep pairs above beta_fast turns (g = 1), interpolate
-                                         those below beta_slow (g = 0), blend between. And multiply
-                                         cos and sin by 0.1 ln s + 1: long context flattens the
-                                         softmax, this sharpens
-    llama3  the same, g linear in r_i,   Llama-3.1's rule: high_freq_factor is beta_fast and
-            cos and sin not sharpened    low_freq_factor is beta_slow
+    linear  f_i / s                      position interpolation (2306.15595)
+    ntk     theta' = theta s^(D/(D-2))   a larger base: the slowest pair / s, the fastest as it was
+    yarn    g_i f_i + (1 - g_i) f_i / s  "NTK by parts" (2309.00071)
+    llama3  the same with another g_i    Llama-3.1's
+
+linear slows the fast pairs too, so that neighbouring tokens look alike. yarn counts turns, r_i = L
+f_i / 2 pi in the old window: pairs above beta_fast turns are kept (g = 1), those below beta_slow
+interpolated (g = 0), those between blended. And it multiplies cos and sin by 0.1 ln s + 1: a long
+context flattens the softmax, this sharpens it. llama3 does not, and calls beta_fast
+high_freq_factor, beta_slow low_freq_factor.
 
 yarn's g is linear in the pair's index i, as in its published code and transformers. The equation in
-YaRN's paper is linear in the turns r_i: that is Llama-3.1's rule, and the frequencies of the two
-differ by up to 1.83 times. The ultra-long recipe (2504.06214) is yarn with beta_slow 1, beta_fast
-4, L = 8,192 and s = 128, 256 or 512. It replaces Llama-3.1's own scaling: every rule here starts
-from theta, so two never stack. (Exported, a model with ntk is one with a larger theta: keep that.)
+YaRN's paper is linear in the turns r_i: that is llama3's g, and the frequencies of the two differ
+by up to 1.83 times at s = 128. The ultra-long recipe (2504.06214) is yarn with beta_slow 1,
+beta_fast 4, L = 8,192 and s = 128, 256 or 512. It replaces Llama-3.1's own scaling: every rule here
+starts from theta, so two never stack.
 
 Angles are formed in float64. The float32 product m * f_i is off by 0.05 rad at 1M tokens and 0.2
 rad at 4M (half as much again if f_i was computed in float32 too), worst in the fast pairs, which
@@ -45,8 +46,8 @@ from torch import Tensor
 KINDS = ("default", "linear", "ntk", "llama3", "yarn")
 CHUNK = 65536  # positions whose float64 angles exist at once in rotary_tables
 
-# the keys of each rope_type in a config.json: our fields, and what transformers takes if left out
-ORIGINAL = "original_max_position_embeddings"
+ORIGINAL = "original_max_position_embeddings"  # L, in a config.json
+# of each rope_type: key in a config.json -> our field; and what transformers takes if left out
 WINDOW = {"factor": "factor", ORIGINAL: "original_max_position"}
 TURNS = {"low_freq_factor": "beta_slow", "high_freq_factor": "beta_fast"}
 YARN = {key: key for key in ("beta_slow", "beta_fast", "truncate", "attention_factor")}
@@ -62,7 +63,7 @@ class RopeScaling:
     kind: str = "default"  # one of KINDS
     factor: float = 1.0  # s, new window / old window; llama3's is no such ratio (3.1: 8, not 16)
     original_max_position: int | None = None  # L, the old window in tokens: llama3 and yarn need it
-    beta_fast: float = 4.0  # pairs with more turns in L are kept
+    beta_fast: float = 4.0  # pairs with more turns in L are kept (the recipe's; YaRN's own is 32)
     beta_slow: float = 1.0  # pairs with fewer turns in L are interpolated
     attention_temperature: bool = True  # yarn: multiply cos and sin by 0.1 ln s + 1
     attention_factor: float | None = None  # yarn: multiply them by this instead
@@ -76,13 +77,13 @@ class RopeScaling:
         need("kind", self.kind in KINDS, f"in {KINDS}")
         need("factor", is_number(self.factor) and self.factor >= 1, "a number >= 1")
         need("factor", self.kind != "default" or self.factor == 1, "1 (kind default)")
-        need("original_max_position", length is None or type(length) is int and length > 0,
+        need("original_max_position", length is None or (type(length) is int and length > 0),
              "a whole number of tokens above 0")
         need("beta_slow", is_number(self.beta_slow) and self.beta_slow > 0, "a number above 0")
         need("beta_fast", is_number(self.beta_fast) and self.beta_fast > self.beta_slow,
              f"a number above beta_slow, {self.beta_slow}")
         need("attention_temperature", isinstance(self.attention_temperature, bool), "True or False")
-        need("attention_factor", attention is None or is_number(attention) and attention > 0,
+        need("attention_factor", attention is None or (is_number(attention) and attention > 0),
              "a number above 0")
         need("attention_factor", attention is None or self.kind == "yarn",
              f"left out (kind {self.kind} has none, only yarn)")
@@ -115,7 +116,7 @@ class RopeScaling:
         share = stated_value(config, "partial_rotary_factor", 1)
         if share != 1:  # every pair of a Llama's head is turned
             raise ValueError(f"config.json: partial_rotary_factor is {share!r}; it must be 1")
-        # two different old windows are refused: transformers 4 takes the scaling's, 5 the other
+        # L; where it is not stated, transformers takes the window
         window = stated_value(config, ORIGINAL, config.get("max_position_embeddings"))
         places = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)]
         if "rope_type" in config or "type" in config:  # it is the scaling itself
@@ -187,7 +188,8 @@ def kept_share(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
         low = math.floor(low)
         high = math.ceil(high)
     low = max(low, 0)
-    high = min(high, head_dim - 1)  # not D/2 - 1: as published
+    # D - 1 counts numbers, not pairs: a slip of the published code, kept so that all agree
+    high = min(high, head_dim - 1)
     ramp = (pair - low) / ((high - low) or 0.001)  # both ends in one pair: a step, not 0 / 0
     return 1 - ramp.clamp(0, 1)
 
@@ -260,9 +262,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """(first, second) -> (first cos - second sin, second cos + first sin); -1 turns back."""
     halves = x.unflatten(-1, (2, -1))  # (..., S, 2, D/2)
     first, second = halves.unbind(-2)  # (..., S, D/2) each
-    turned = halves * cos[..., None, :]  # float32 by promotion, without a float32 copy of x
-    turned[..., 0, :].addcmul_(second, sin, value=-direction)
-    turned[..., 1, :].addcmul_(first, sin, value=direction)
+    turned = halves * cos[..., None, :]  # bfloat16 x float32 is float32, without a copy of x in it
+    turned[..., 0, :].addcmul_(second, sin, value=-direction)  # - second sin
+    turned[..., 1, :].addcmul_(first, sin, value=direction)  # + first sin
     return turned.flatten(-2).to(x.dtype)  # (..., S, D)
 
 
@@ -296,14 +298,14 @@ def fields_from_hf(stated: dict, window: int | None) -> dict:
     kind = stated.get("rope_type", stated.get("type", "default"))
     if stated.get("type", kind) != kind:
         raise ValueError(f"rope scaling: rope_type {kind!r} and type {stated['type']!r} differ")
-    if kind not in list(HF_FIELDS):  # a list: a file may state what has no hash, such as []
+    if not isinstance(kind, str) or kind not in HF_FIELDS:
         raise ValueError(f"rope scaling: rope_type {kind!r} is unknown; known are "
                          f"{', '.join(HF_FIELDS)}; in place of dynamic or longrope use yarn")
     known = [*HF_FIELDS[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor"]
     for key in stated:
         if key not in known:
             raise ValueError(f"rope scaling: {kind} with key {key!r} is unknown; known are {known}")
-    stated = HF_DEFAULTS | stated | {ORIGINAL: window}
+    stated = HF_DEFAULTS | stated | {ORIGINAL: window}  # `window` is this key's, wherever it stood
     fields = {"kind": kind}
     for key, field in HF_FIELDS[kind].items():
         if key not in stated:
