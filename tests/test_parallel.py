@@ -25,7 +25,8 @@ def test_grid_of_one_process_and_refusal_of_more():
 def test_attention_equals_the_formula_with_grouped_heads(kv_heads):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, 8, 17, 16, dtype=torch.float64, generator=generator)
-    k, v = (torch.randn(3, kv_heads, 17, 16, dtype=torch.float64, generator=generator) for _ in range(2))
+    k, v = (torch.randn(3, kv_heads, 17, 16, dtype=torch.float64, generator=generator)
+            for _ in range(2))
     scores = q @ k.repeat_interleave(8 // kv_heads, 1).transpose(2, 3) / 4
     scores = scores.masked_fill(torch.ones(17, 17, dtype=torch.bool).triu(1), float("-inf"))
     expected = scores.softmax(-1) @ v.repeat_interleave(8 // kv_heads, 1)
@@ -33,31 +34,42 @@ def test_attention_equals_the_formula_with_grouped_heads(kv_heads):
 
 
 @pytest.mark.parametrize("device, dtype, limit", [
-    ("cpu", torch.float64, 1e-12), ("cpu", torch.bfloat16, 1e-2),
-    pytest.param("cuda", torch.bfloat16, 1e-2, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+    ("cpu", torch.float64, 1e-12),
+    ("cpu", torch.bfloat16, 1e-2),
+    pytest.param("cuda", torch.bfloat16, 1e-2,
+                 marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+])
 @pytest.mark.parametrize("cp", [2, 3])
 def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
-    """The kernels as the ring calls them, on strided halves, for all ranks in one process: the check of a new backend."""
+    """The kernels as the ring calls them, on strided halves, for all ranks in one process: the
+    check of a new backend."""
     generator = torch.Generator().manual_seed(0)
-    whole = [torch.randn(2, heads, 96, 32, generator=generator).to(device, dtype) for heads in (8, 2, 2, 8)]
+    whole = [torch.randn(2, heads, 96, 32, generator=generator).to(device, dtype)
+             for heads in (8, 2, 2, 8)]
     leaves = [x.to(torch.float64, copy=True).requires_grad_() for x in whole[:3]]
-    expected = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True,
+                                                                enable_gqa=True)
     gradients = torch.autograd.grad(expected, leaves, whole[3].double())
     shards = [[zigzag_shard(x, Grid(cp=cp, rank=rank), 2) for x in whole] for rank in range(cp)]
-    d_keys = [torch.zeros(2, *shards[0][1].shape, dtype=torch.float64, device=device) for _ in range(cp)]
+    d_keys = [torch.zeros(2, *shards[0][1].shape, dtype=torch.float64, device=device)
+              for _ in range(cp)]
     for rank, (q, _, _, d_out) in enumerate(shards):
         order = [(rank - hop) % cp for hop in range(cp)]
         blocks = [(*zigzag_block(rank, source, q.shape[2]), source) for source in order]
         for rows, keys, source in blocks:
-            part, part_lse = block_forward(q[:, :, rows], *(x[:, :, keys] for x in shards[source][1:3]), source == rank)
+            part, part_lse = block_forward(q[:, :, rows],
+                                           *(x[:, :, keys] for x in shards[source][1:3]),
+                                           source == rank)
             if source == rank:
-                out, lse = part.to(torch.promote_types(dtype, torch.float32)), part_lse
+                out = part.to(torch.promote_types(dtype, torch.float32))
+                lse = part_lse
             else:
                 merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
         out, dq = out.to(dtype), torch.zeros(q.shape, dtype=torch.float64, device=device)
         for rows, keys, source in blocks:
-            parts = block_backward(d_out[:, :, rows], q[:, :, rows], *(x[:, :, keys] for x in shards[source][1:3]),
-                                   out[:, :, rows], lse[:, :, rows], source == rank)
+            parts = block_backward(d_out[:, :, rows], q[:, :, rows],
+                                   *(x[:, :, keys] for x in shards[source][1:3]), out[:, :, rows],
+                                   lse[:, :, rows], source == rank)
             dq[:, :, rows] += parts[0]
             d_keys[source][0][:, :, keys] += parts[1]
             d_keys[source][1][:, :, keys] += parts[2]
@@ -71,8 +83,10 @@ def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
 
 
 def test_optimizer_equals_torch_adamw(tiny_model):
-    """Five clipped steps in float64: the update gives torch's own AdamW, with decay on matrices only."""
-    ours, theirs = tiny_model(torch.float64), tiny_model(torch.float64)
+    """Five clipped steps in float64: the update gives torch's own AdamW, with decay on matrices
+    only."""
+    ours = tiny_model(torch.float64)
+    theirs = tiny_model(torch.float64)
     sharded = ShardedAdamW(ours, Grid(), weight_decay=0.1)
     groups = [{"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
               {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0}]
@@ -120,7 +134,8 @@ def test_state_restores_to_the_last_bit(tiny_model):
     model = tiny_model(torch.bfloat16)
     optimizer = ShardedAdamW(model, Grid())
     step(model, optimizer)
-    state = {kind: {name: tensor.clone() for name, tensor in optimizer.state(kind)} for kind in optimizer.KINDS}
+    state = {kind: {name: tensor.clone() for name, tensor in optimizer.state(kind)}
+             for kind in optimizer.KINDS}
     expected = [step(model, optimizer) for _ in range(3)]
     fresh = tiny_model(torch.bfloat16, seed=5)
     restored = ShardedAdamW(fresh, Grid())

@@ -3,12 +3,17 @@ import pytest
 
 import data
 
-SCRIPTS = ["Plain English, don't I'LL we'Ve 1234 5", "Ελληνικό κείμενο 12", "Русский текст 3,4", "العربية ١٢٣ نص",
-           "עברית טקסט", "हिन्दी पाठ १२३", "中文文本一二三", "日本語のテキスト", "한국어 텍스트", "ภาษาไทย ๑๒๓", "தமிழ் உரை", "ქართული",
-           "🙂👩‍👩‍👧‍👦🇫🇷👍🏽 emoji", "½²Ⅷ③", "   \n\n\t  x  \r\n  12  3", "\u3000\xa0 x \u2028", "def f(x):\n    return x\n"]
-TRAINING_TEXT = " ".join(SCRIPTS) + "the cat sat on the mat; the dog sat on the log. for i in range(10):\n    print(i)\n" * 20
-TEXT = "".join(f"{a} {b} went home\n    and said: {b}, {a}!\n" for a in ("Anna", "Bo", "Cyd", "Dee", "Émile")
-               for b in ("quickly", "the old way", "naïvely", "again", "日本 style") for _ in range(6))
+SCRIPTS = ["Plain English, don't I'LL we'Ve 1234 5", "Ελληνικό κείμενο 12", "Русский текст 3,4",
+           "العربية ١٢٣ نص", "עברית טקסט", "हिन्दी पाठ १२३", "中文文本一二三", "日本語のテキスト", "한국어 텍스트",
+           "ภาษาไทย ๑๒๓", "தமிழ் உரை", "ქართული", "🙂👩‍👩‍👧‍👦🇫🇷👍🏽 emoji", "½²Ⅷ③",
+           "   \n\n\t  x  \r\n  12  3", "\u3000\xa0 x \u2028", "def f(x):\n    return x\n"]
+TRAINING_TEXT = (
+    " ".join(SCRIPTS)
+    + "the cat sat on the mat; the dog sat on the log. for i in range(10):\n    print(i)\n" * 20)
+TEXT = "".join(f"{a} {b} went home\n    and said: {b}, {a}!\n"
+               for a in ("Anna", "Bo", "Cyd", "Dee", "Émile")
+               for b in ("quickly", "the old way", "naïvely", "again", "日本 style")
+               for _ in range(6))
 
 
 def ranks(digit_group: int) -> dict[bytes, int]:
@@ -28,7 +33,8 @@ def make_tokenizer(digit_group: int) -> data.Tokenizer:
 
 
 def hugging_face_tokenizer(kind, path, vocab_size=500):
-    """A tokenizer.json as Llama 3, Qwen2, GPT-2 or SmolLM2 have it, trained on TRAINING_TEXT, and its own library's view."""
+    """A tokenizer.json as Llama 3, Qwen2, GPT-2 or SmolLM2 have it, trained on TRAINING_TEXT, and
+    its own library's view."""
     tokenizers = pytest.importorskip("tokenizers")
     pre = tokenizers.pre_tokenizers
     byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt2", "smollm2"))
@@ -39,8 +45,12 @@ def hugging_face_tokenizer(kind, path, vocab_size=500):
     library.pre_tokenizer = pre.Sequence([first, byte_level]) if first else byte_level
     library.normalizer = tokenizers.normalizers.NFC() if kind == "qwen2" else None
     alphabet = sorted(pre.ByteLevel.alphabet())
-    library.train_from_iterator([TRAINING_TEXT], tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=alphabet if kind != "smollm2" else [c for c in alphabet if c not in "ĄĆñò"]))
+    library.train_from_iterator([TRAINING_TEXT],
+                                tokenizers.trainers.BpeTrainer(
+                                    vocab_size=vocab_size,
+                                    special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                                    show_progress=False,
+                                    initial_alphabet=alphabet if kind != "smollm2"
+                                    else [c for c in alphabet if c not in "ĄĆñò"]))
     library.save(str(path / "tokenizer.json"))
     return library

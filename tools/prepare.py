@@ -66,7 +66,7 @@ SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_module
 OURS = re.compile(r"parts|lock|train-\d+\..*|valid-\d+\..*|meta\.json\.\d+\.partial")
 
 
-# ---------------------------------------------------------------------------------------- documents
+# -------------------------------------------------------------------------------------- documents
 
 
 def held_out_split(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -164,7 +164,7 @@ def encode_document(document: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, n
     return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
 
 
-# ------------------------------------------------------------------------------------ held-out text
+# ---------------------------------------------------------------------------------- held-out text
 
 
 def content_hash(document: dict, seed: int) -> int:
@@ -221,7 +221,7 @@ def cut_shared_windows(tokens: np.ndarray, mask: np.ndarray, window: int,
             yield tokens[start:end], mask[start:end]
 
 
-# ------------------------------------------------------------------------------------------- shards
+# ----------------------------------------------------------------------------------------- shards
 
 
 def write_shard(directory: Path, name: str, source: str,
@@ -309,7 +309,7 @@ def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[b
         return write_meta(aside, tokenizer, shards, **notes)
 
 
-# ------------------------------------------------------------------------------------------ workers
+# ---------------------------------------------------------------------------------------- workers
 
 
 class Job(NamedTuple):
@@ -443,7 +443,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------------- preparing
+# -------------------------------------------------------------------------------------- preparing
 
 
 def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer,
@@ -549,7 +549,7 @@ def unfinished(out_dir: Path) -> Iterator[None]:
         shutil.rmtree(parts)
 
 
-# ------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------- command line
 
 
 def print_corpus(directory: Path, meta: dict) -> None:

@@ -1,4 +1,5 @@
-"""Worker: train a model on a grid and in one process from the same weights and batches, and report how far apart they are.
+"""Worker: train a model on a grid and in one process from the same weights and batches, and report
+how far apart they are.
 
     torchrun --standalone --nproc-per-node 4 tests/distributed/grids.py results.json 2,1 1,2 ...      # tp,cp pairs
 """
@@ -15,9 +16,9 @@ from parallel import Grid, ShardedAdamW, shard_dims, unshard, zigzag_positions
 from train import training_step
 
 SEQUENCE, ROWS, STEPS = 48, 4, 3
-CONFIG = {"model_type": "llama", "vocab_size": 96, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2,
-          "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 64,
-          "attention_bias": True, "initializer_range": 0.1}
+CONFIG = {"model_type": "llama", "vocab_size": 96, "hidden_size": 40, "intermediate_size": 72,
+          "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
+          "max_position_embeddings": 64, "attention_bias": True, "initializer_range": 0.1}
 
 
 def own(whole: torch.Tensor, dim: int | None, grid: Grid) -> torch.Tensor:
@@ -31,14 +32,15 @@ def make_model(tied: bool, dtype: torch.dtype, grid: Grid) -> Llama:
     dims = shard_dims(model)
     for i, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.ndim == 1:
-            whole = torch.randn(unshard(parameter.detach(), dims[name], grid).shape, generator=torch.Generator().manual_seed(i))
+            whole = torch.randn(unshard(parameter.detach(), dims[name], grid).shape,
+                                generator=torch.Generator().manual_seed(i))
             parameter.data += 0.3 * own(whole, dims[name], grid)
     return model.to(dtype)
 
 
 def make_batch(step: int, grid: Grid) -> Batch:
-    """Random tokens; a third of the targets masked, rows of very different weight, and in the first step all targets of the
-    last replica and all at the places of the ring's rank 0."""
+    """Random tokens; a third of the targets masked, rows of very different weight, and in the first
+    step all targets of the last replica and all at the places of the ring's rank 0."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(96, (ROWS, SEQUENCE + 1), generator=generator)
     targets = tokens[:, 1:].clone()
@@ -60,9 +62,11 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
     """Relative errors against one process; of a tensor: norm of the difference / norm."""
     alone = Grid()
     models = [make_model(tied, dtype, g) for g in (grid, alone)]
-    models[0].recompute = "block" if tied else "mlp" if dtype == torch.float64 else "none"  # with communication inside
+    # with communication inside
+    models[0].recompute = "block" if tied else "mlp" if dtype == torch.float64 else "none"
     m = SEQUENCE // (grid.cp * grid.tp)
-    models[0].tile = (m // 2 + 1) * micro_batch * grid.tp  # two uneven tiles of a block; each more is a round of messages
+    # two uneven tiles of a block; each more is a round of messages
+    models[0].tile = (m // 2 + 1) * micro_batch * grid.tp
     models[0].offload = tied and dtype == torch.float64
     optimizers = [ShardedAdamW(m, g) for m, g in zip(models, (grid, alone))]
     dims = optimizers[0].dims
@@ -74,7 +78,8 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
 
     for step in range(STEPS):
         batch = make_batch(step, grid)
-        losses, norms = [], []
+        losses = []
+        norms = []
         for model, optimizer, part in zip(models, optimizers, (rows(batch, grid), batch)):
             losses.append(training_step(model, optimizer, part, micro_batch)[0])
         for name, theirs in optimizers[1].parameters.items():
@@ -86,21 +91,26 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
         note("loss", *torch.tensor(losses, dtype=torch.float64))
         note("norm", *torch.tensor(norms, dtype=torch.float64))
     for name, theirs in optimizers[1].parameters.items():
-        note("weights", optimizers[0].parameters[name].detach(), own(theirs.detach(), dims[name], grid))
-    return {what: grid.all_reduce(torch.tensor(error, dtype=torch.float64), "all", dist.ReduceOp.MAX).item() for what, error in errors.items()}
+        note("weights", optimizers[0].parameters[name].detach(),
+             own(theirs.detach(), dims[name], grid))
+    return {what: grid.all_reduce(torch.tensor(error, dtype=torch.float64), "all",
+                                  dist.ReduceOp.MAX).item() for what, error in errors.items()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found, grids = {}, []
+    found = {}
+    grids = []
     for text in sys.argv[2:]:
         grid = Grid.create(*map(int, text.split(",")))
         grids.append(grid)
         for dtype in (torch.float32, torch.float64):
             for tied in (False, True):
-                parts = 2 if tied and dtype == torch.float64 else 1  # gradients add up over two micro-batches
+                # gradients add up over two micro-batches
+                parts = 2 if tied and dtype == torch.float64 else 1
                 errors = run(grid, tied, dtype, micro_batch=ROWS // grid.dp // parts)
-                key = f"{grid.tp},{grid.cp},{grid.dp} {str(dtype).removeprefix('torch.')} {'tied' if tied else 'untied'}"
+                key = (f"{grid.tp},{grid.cp},{grid.dp} {str(dtype).removeprefix('torch.')} "
+                       f"{'tied' if tied else 'untied'}")
                 found[key] = errors
     if grid.is_first:
         Path(sys.argv[1]).write_text(json.dumps(found))

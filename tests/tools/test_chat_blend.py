@@ -18,7 +18,8 @@ from tools import chat_blend
 from tools.train_tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(3000)]
+WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7))
+         for i in range(3000)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def prose(seed, words=60):
 
 
 def chat(*contents, system=None):
-    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i,
+             content in enumerate(contents)]
     return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
 
 
@@ -48,18 +50,22 @@ def read_lines(path):
 
 def blend(tokenizer, out, sources, *options):
     """(train, dropped, report) of a run."""
-    chat_blend.main(["--source", *sources, "--tokenizer", str(tokenizer), "--out", str(out), *map(str, options)])
-    return read_lines(out / "train.jsonl"), read_lines(out / "dropped.jsonl"), json.loads((out / "report.json").read_text())
+    chat_blend.main(["--source", *sources, "--tokenizer", str(tokenizer), "--out", str(out),
+                     *map(str, options)])
+    return read_lines(out / "train.jsonl"), read_lines(out / "dropped.jsonl"), json.loads(
+        (out / "report.json").read_text())
 
 
 def kept_and_dropped(tmp_path, tokenizer, records, *options):
-    """Line numbers from 1 of the records that stay, and {line number: what dropped.jsonl says} of the others."""
+    """Line numbers from 1 of the records that stay, and {line number: what dropped.jsonl says} of
+    the others."""
     path = write_lines(tmp_path / "samples.jsonl", records)
     train, dropped, _ = blend(tokenizer, tmp_path / "out", [f"general={path}"], *options)
     left = [row["messages"] for row in train]
     reasons = {row["record"]: row for row in dropped}
     kept = [i for i, record in enumerate(records, 1) if i not in reasons]
-    assert sorted(map(json.dumps, left)) == sorted(json.dumps(records[i - 1]["messages"]) for i in kept)
+    assert sorted(map(json.dumps, left)) == sorted(json.dumps(records[i - 1]["messages"])
+                                                   for i in kept)
     return kept, reasons
 
 
@@ -70,24 +76,29 @@ def failure(*arguments):
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------- reading and cleaning
+# --------------------------------------------------------------------------- reading and cleaning
 
 
 @pytest.mark.parametrize("record, expected", [
     (chat("q", "a", system="s"), [("system", "s"), ("user", "q"), ("assistant", "a")]),
-    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"},
-                        {"from": "user", "value": "q2"}, {"from": "chatgpt", "value": "a2"}]},
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"},
+                        {"from": "gpt", "value": "a"}, {"from": "user", "value": "q2"},
+                        {"from": "chatgpt", "value": "a2"}]},
      [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "q2"), ("assistant", "a2")]),
     ({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
      [("user", "q"), ("assistant", "a")]),
-    ({"instruction": "do", "input": "this", "output": "done"}, [("user", "do\n\nthis"), ("assistant", "done")]),
+    ({"instruction": "do", "input": "this", "output": "done"},
+     [("user", "do\n\nthis"), ("assistant", "done")]),
     ({"instruction": "do", "input": "", "output": "done"}, [("user", "do"), ("assistant", "done")]),
     ({"instruction": "do", "output": "done"}, [("user", "do"), ("assistant", "done")]),
-    ({"type": "MATH_AnsAug", "query": "q", "original_question": "o", "response": "r"}, [("user", "q"), ("assistant", "r")]),
+    ({"type": "MATH_AnsAug", "query": "q", "original_question": "o", "response": "r"},
+     [("user", "q"), ("assistant", "r")]),
     ({"prompt": "p", "completion": "c"}, [("user", "p"), ("assistant", "c")]),
     ({"question": "q", "answer": "a"}, [("user", "q"), ("assistant", "a")]),
-    ({"problem": "q", "solution": "a", "input": "not an Alpaca input"}, [("user", "q"), ("assistant", "a")]),
-    ({"messages": None, "query": "q", "response": "r"}, [("user", "q"), ("assistant", "r")])])
+    ({"problem": "q", "solution": "a", "input": "not an Alpaca input"},
+     [("user", "q"), ("assistant", "a")]),
+    ({"messages": None, "query": "q", "response": "r"}, [("user", "q"), ("assistant", "r")]),
+])
 def test_each_kind_of_record_is_read(tmp_path, tokenizer, record, expected):
     path = write_lines(tmp_path / "s.jsonl", [record])
     (row,), dropped, _ = blend(tokenizer, tmp_path / "out", [f"general={path}"])
@@ -96,11 +107,24 @@ def test_each_kind_of_record_is_read(tmp_path, tokenizer, record, expected):
 
 
 @pytest.mark.parametrize("turns, expected", [
-    ("s:s u:1 a:2", "s:s u:1 a:2"), ("a:0 u:1 a:2", "u:1 a:2"), ("s:s a:0 a:0 u:1 a:2", "s:s u:1 a:2"),
-    ("u:1 a:2 u:3", "u:1 a:2"), ("a:0 u:1 a:2 u:3 u:4", "u:1 a:2"), ("s: u:1 a:2", "u:1 a:2"), ("u:1 a:2 u:", "u:1 a:2"),
-    ("u:1 a:", "empty turn"), ("u:1 a:2 u: a:4", "empty turn"), ("u:1 u:2 a:3", "roles do not alternate"),
-    ("u:1 a:2 a:3", "roles do not alternate"), ("u:1 s:s a:2", "roles do not alternate"), ("u:1", "no answer to a user"),
-    ("a:1", "no answer to a user"), ("s:s", "no answer to a user"), ("", "no answer to a user"), ("u:1 t:2 a:3", "unknown role")])
+    ("s:s u:1 a:2", "s:s u:1 a:2"),
+    ("a:0 u:1 a:2", "u:1 a:2"),
+    ("s:s a:0 a:0 u:1 a:2", "s:s u:1 a:2"),
+    ("u:1 a:2 u:3", "u:1 a:2"),
+    ("a:0 u:1 a:2 u:3 u:4", "u:1 a:2"),
+    ("s: u:1 a:2", "u:1 a:2"),
+    ("u:1 a:2 u:", "u:1 a:2"),
+    ("u:1 a:", "empty turn"),
+    ("u:1 a:2 u: a:4", "empty turn"),
+    ("u:1 u:2 a:3", "roles do not alternate"),
+    ("u:1 a:2 a:3", "roles do not alternate"),
+    ("u:1 s:s a:2", "roles do not alternate"),
+    ("u:1", "no answer to a user"),
+    ("a:1", "no answer to a user"),
+    ("s:s", "no answer to a user"),
+    ("", "no answer to a user"),
+    ("u:1 t:2 a:3", "unknown role"),
+])
 def test_turns_are_cleaned_or_the_sample_dropped(turns, expected):
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     result = chat_blend.clean([(names[turn[0]], turn[2:]) for turn in turns.split()], None)
@@ -110,29 +134,33 @@ def test_turns_are_cleaned_or_the_sample_dropped(turns, expected):
 
 
 def test_unusable_records_are_counted_with_their_reason_and_never_a_crash(tmp_path, tokenizer):
-    records = [chat("q", "a"), 7, None, ["x"], {}, {"messages": "x"}, {"messages": [7]}, {"messages": []},
-               chat("q", None), chat("q", ["x"]),
-               {"messages": [{"role": None, "content": "x"}]}, {"messages": [{"role": ["user"], "content": "x"}]},
-               {"messages": [{}]}, {"instruction": 5, "input": "x", "output": "y"}, {"query": "q", "response": None},
+    records = [chat("q", "a"), 7, None, ["x"], {}, {"messages": "x"}, {"messages": [7]},
+               {"messages": []}, chat("q", None), chat("q", ["x"]),
+               {"messages": [{"role": None, "content": "x"}]},
+               {"messages": [{"role": ["user"], "content": "x"}]}, {"messages": [{}]},
+               {"instruction": 5, "input": "x", "output": "y"}, {"query": "q", "response": None},
                chat("q \ud800", "lone surrogate")]
     path = write_lines(tmp_path / "s.jsonl", records)
     train, dropped, report = blend(tokenizer, tmp_path / "out", [f"general={path}"])
     assert len(train) == 2 and [row["record"] for row in dropped] == list(range(2, 16))
     assert Counter(row["reason"] for row in dropped) == report["files"][str(path)]["dropped"] == {
-        "not a chat record": 6, "no answer to a user": 1, "content is not text": 4, "unknown role": 3}
+        "not a chat record": 6, "no answer to a user": 1, "content is not text": 4,
+        "unknown role": 3}
 
 
 def test_kinds_of_files_and_directories(tmp_path, tokenizer):
     folder = tmp_path / "folder"
     (folder / "deep").mkdir(parents=True)
     (folder / "a.json").write_text(json.dumps([chat("in a list", "yes")], indent=2))
-    write_lines(folder / "b.jsonl", [chat("first", "line")]).open("a").write("\n\n" + json.dumps(chat("fourth", "line")))
+    write_lines(folder / "b.jsonl", [chat("first", "line")]).open("a").write(
+        "\n\n" + json.dumps(chat("fourth", "line")))
     with gzip.open(folder / "deep" / "c.jsonl.gz", "wt") as file:
         file.write(json.dumps(chat("gzip", "yes")))
     (folder / "README.md").write_text("not data")
     train, _, report = blend(tokenizer, tmp_path / "out", [f"general={folder}"])
     assert {(row["messages"][0]["content"], row["source"]) for row in train} == {
-        ("in a list", "a.json"), ("first", "b.jsonl"), ("fourth", "b.jsonl"), ("gzip", "c.jsonl.gz")}
+        ("in a list", "a.json"), ("first", "b.jsonl"), ("fourth", "b.jsonl"),
+        ("gzip", "c.jsonl.gz")}
     assert [entry["read"] for entry in report["files"].values()] == [1, 2, 1]
     assert [number for number, _ in chat_blend.read_records(folder / "b.jsonl")] == [1, 4]
 
@@ -150,22 +178,26 @@ def test_samples_at_the_limit_stay_and_those_above_it_go(tmp_path, tokenizer):
     lengths = [len(encode_chat(r["messages"], data.load_tokenizer(tokenizer))[0]) for r in records]
     limit = sorted(lengths)[10]
     kept, reasons = kept_and_dropped(tmp_path, tokenizer, records, "--max-tokens", limit)
-    assert kept == [i for i, n in enumerate(lengths, 1) if n <= limit] and 0 < len(reasons) < 20
-    assert all(row["reason"] == "too long" and row["tokens"] == lengths[i - 1] for i, row in reasons.items())
+    assert kept == [i for i, n in enumerate(lengths, 1) if n <= limit]
+    assert 0 < len(reasons) < 20
+    assert all(row["reason"] == "too long" and row["tokens"] == lengths[i - 1] for i,
+               row in reasons.items())
 
 
-# ----------------------------------------------------------------------------------------------------------- duplicates
+# ------------------------------------------------------------------------------------- duplicates
 
 
-def test_copies_are_dropped_whatever_their_case_spaces_punctuation_and_system_message(tmp_path, tokenizer):
+def test_copies_are_dropped_whatever_their_case_spaces_punctuation_and_system_message(tmp_path,
+                                                                                      tokenizer):
     records = [chat("What is it?", "A ﬁsh, of course"), chat("what is it", "a FISH of course!"),
                chat("W hat\nis it?", "Afish, ofcourse"),
-               chat("What is it?", "A ﬁsh, of course", system="s"), chat("What is it?", "A fish, of course not"),
+               chat("What is it?", "A ﬁsh, of course", system="s"),
+               chat("What is it?", "A fish, of course not"),
                chat("What is", "it? A fish, of course"), chat("1 + 1", "+"), chat("1 + 1", "-")]
     kept, reasons = kept_and_dropped(tmp_path, tokenizer, records)
     assert kept == [1, 5, 6, 7, 8]
-    assert {(row["reason"], row["repeats_record"], Path(row["repeats_file"]).name) for row in reasons.values()} == {
-        ("copy", 1, "samples.jsonl")}
+    assert {(row["reason"], row["repeats_record"], Path(row["repeats_file"]).name)
+            for row in reasons.values()} == {("copy", 1, "samples.jsonl")}
 
 
 def changed(text, rng, words):
@@ -176,26 +208,32 @@ def changed(text, rng, words):
 
 
 def test_near_copies_are_exactly_those_of_a_comparison_of_all_pairs(tmp_path, tokenizer):
-    """From one changed word to half of them: what banding misses or verification lets through differs from all pairs."""
-    rng, records = random.Random(0), []
+    """From one changed word to half of them: what banding misses or verification lets through
+    differs from all pairs."""
+    rng = random.Random(0)
+    records = []
     for i in range(40):
         text = prose(i, 200)
-        records += [chat(f"question {i}", text)] + [chat(f"question {i}", changed(text, rng, n)) for n in (1, 2, 3, 5, 9, 50)]
+        records += [chat(f"question {i}", text)] + [chat(f"question {i}", changed(text, rng, n))
+                                                    for n in (1, 2, 3, 5, 9, 50)]
     rng.shuffle(records)
 
     def shingles(record):
         lines = [re.sub("[^a-z0-9]", "", m["content"]) for m in record["messages"]]
         return {line[k:k + 20] for line in lines for k in range(len(line) - 19)}
 
-    sets, stay = list(map(shingles, records)), []
+    sets = list(map(shingles, records))
+    stay = []
     for i, own in enumerate(sets):
         if not any(len(own & sets[j]) / len(own | sets[j]) >= 0.8 for j in stay):
             stay.append(i)
     kept, reasons = kept_and_dropped(tmp_path, tokenizer, records)
     assert kept == [i + 1 for i in stay] and 80 < len(reasons) < 180
     for i, row in reasons.items():
-        own, other = sets[i - 1], sets[row["repeats_record"] - 1]
-        assert row["reason"] == "near copy" and row["similarity"] == round(len(own & other) / len(own | other), 3) >= 0.8
+        own = sets[i - 1]
+        other = sets[row["repeats_record"] - 1]
+        assert row["reason"] == "near copy"
+        assert row["similarity"] == round(len(own & other) / len(own | other), 3) >= 0.8
 
 
 def test_one_changed_word_is_found_at_any_threshold_and_0_is_off(tmp_path, tokenizer):
@@ -204,16 +242,20 @@ def test_one_changed_word_is_found_at_any_threshold_and_0_is_off(tmp_path, token
                *(chat(f"q{i}", prose(100 + i, 300)) for i in range(5))]
     for i, threshold in enumerate((0.5, 0.8, 0.9)):
         (tmp_path / str(i)).mkdir()
-        assert kept_and_dropped(tmp_path / str(i), tokenizer, records, "--near-duplicate", threshold)[0] == [1, 3, 4, 5, 6, 7]
+        assert kept_and_dropped(tmp_path / str(i), tokenizer, records,
+                                "--near-duplicate", threshold)[0] == [1, 3, 4, 5, 6, 7]
     (tmp_path / "off").mkdir()
-    assert len(kept_and_dropped(tmp_path / "off", tokenizer, records, "--near-duplicate", 0)[0]) == 7
+    assert len(kept_and_dropped(tmp_path / "off", tokenizer, records, "--near-duplicate", 0)[
+                   0]) == 7
 
 
 def test_near_copies_are_found_among_hundreds_that_share_a_long_instruction(tmp_path, tokenizer):
-    """Buckets are full of them, and the similarity of all pairs is just below the threshold's margin."""
+    """Buckets are full of them, and the similarity of all pairs is just below the threshold's
+    margin."""
     lead = prose("instruction", 150)
     records = [chat(lead, prose(f"own {i}", 50)) for i in range(300)]
-    copies = [chat(lead, changed(records[i]["messages"][1]["content"], random.Random(i), 1)) for i in range(0, 300, 10)]
+    copies = [chat(lead, changed(records[i]["messages"][1]["content"], random.Random(i), 1))
+              for i in range(0, 300, 10)]
     kept, reasons = kept_and_dropped(tmp_path, tokenizer, records + copies)
     assert kept == list(range(1, 301))
     assert [row["repeats_record"] for row in reasons.values()] == list(range(1, 301, 10))
@@ -223,22 +265,25 @@ def test_without_datasketch_one_line_says_what_to_install(tmp_path, tokenizer, m
     monkeypatch.setattr(chat_blend.importlib.util, "find_spec", lambda name: None)
     path = write_lines(tmp_path / "samples.jsonl", [chat("q", "a")])
     options = ("--source", f"a={path}", "--tokenizer", tokenizer, "--out", tmp_path / "out")
-    assert "--near-duplicate needs datasketch: pip install -r requirements-dev.txt" in failure(*options)
+    assert "--near-duplicate needs datasketch: pip install -r requirements-dev.txt" in failure(
+        *options)
     chat_blend.main([*map(str, options), "--near-duplicate", "0"])
 
 
 def test_minhash_values_agree_as_often_as_the_similarity():
-    rng, pairs = random.Random(1), []
+    rng = random.Random(1)
+    pairs = []
     for n in (1, 4, 12):
         text = prose(n, 150)
         pairs.append([chat_blend.normalise(t) for t in (text, changed(text, rng, n))])
     for pair in pairs:
-        first, second = chat_blend.minhash([chat_blend.Sample(None, None, 0, [], text) for text in pair], 4000)
+        first, second = chat_blend.minhash([chat_blend.Sample(None, None, 0, [], text)
+                                            for text in pair], 4000)
         similarity = chat_blend.jaccard(*map(chat_blend.shingles, pair))
         assert abs((first == second).mean() - similarity) < 0.03
 
 
-# ------------------------------------------------------------------------------------------------------ decontamination
+# -------------------------------------------------------------------------------- decontamination
 
 
 def item(i):
@@ -251,21 +296,25 @@ def respaced(text, rng):
     return "".join(c + rng.choice(["", "", "", " ", "\n", "  ", "-"]) for c in text)
 
 
-DISGUISES = {
-    "verbatim": lambda text, rng: text, "upper case": lambda text, rng: text.upper(), "title": lambda text, rng: text.title(),
-    "doubled spaces": lambda text, rng: text.replace(" ", "  "), "new lines": lambda text, rng: text.replace(" ", "\n"),
-    "spaces inside words": respaced, "no spaces": lambda text, rng: text.replace(" ", ""),
-    "punctuation": lambda text, rng: text.replace(" ", ", ") + "!!", "full width": lambda text, rng: "".join(
-        chr(ord(c) + 0xfee0) if c.isalnum() else c for c in text),
-    "bold letters": lambda text, rng: f"**{text}**",
-    "inside a longer message": lambda text, rng: f"{prose(rng.random())} {text} {prose(rng.random())}"}
+DISGUISES = {"verbatim": lambda text, rng: text, "upper case": lambda text, rng: text.upper(),
+             "title": lambda text, rng: text.title(), "doubled spaces": lambda text,
+             rng: text.replace(" ", "  "), "new lines": lambda text, rng: text.replace(" ", "\n"),
+             "spaces inside words": respaced, "no spaces": lambda text, rng: text.replace(" ", ""),
+             "punctuation": lambda text, rng: text.replace(" ", ", ") + "!!",
+             "full width": lambda text,
+             rng: "".join(chr(ord(c) + 0xfee0) if c.isalnum() else c for c in text),
+             "bold letters": lambda text, rng: f"**{text}**",
+             "inside a longer message": lambda text,
+             rng: f"{prose(rng.random())} {text} {prose(rng.random())}"}
 
 
 def test_every_planted_item_is_found_and_every_clean_sample_stays(tmp_path, tokenizer):
-    """Hard negatives: on the topic of an item, with half of its words in order, and with all of its words in another."""
+    """Hard negatives: on the topic of an item, with half of its words in order, and with all of its
+    words in another."""
     rng = random.Random(0)
     bench = write_lines(tmp_path / "bench.jsonl", [item(i) for i in range(40)])
-    planted, clean = [], [chat(prose(f"clean {i}", 40), prose(f"clean answer {i}", 40)) for i in range(100)]
+    planted = []
+    clean = [chat(prose(f"clean {i}", 40), prose(f"clean answer {i}", 40)) for i in range(100)]
     for i, (name, disguise) in enumerate(DISGUISES.items()):
         for part in (item(i)["question"], item(i)["more"]["choices"][2]):
             copy = disguise(part, rng)
@@ -282,16 +331,20 @@ def test_every_planted_item_is_found_and_every_clean_sample_stays(tmp_path, toke
     assert len(planted) == 66 and len(clean) == 158
     assert {order[i - 1] for i in reasons} == set(range(66)) and len(kept) == 158
     for i, row in reasons.items():
-        assert row["reason"] == "contaminated" and row["benchmark"] == str(bench) and len(row["excerpt"]) == 50
+        assert row["reason"] == "contaminated"
+        assert row["benchmark"] == str(bench)
+        assert len(row["excerpt"]) == 50
         assert row["item"] == order[i - 1] // 6 + 1
-        assert row["excerpt"] in "\n".join(map(chat_blend.normalise, chat_blend.strings(item(row["item"] - 1))))
+        assert row["excerpt"] in "\n".join(map(chat_blend.normalise,
+                                               chat_blend.strings(item(row["item"] - 1))))
 
 
 def test_a_window_to_the_letter_is_too_much_and_one_letter_less_is_not(tmp_path, tokenizer):
     text = prose("item", 40).replace(" ", "")
     bench = write_lines(tmp_path / "bench.jsonl", [{"text": text}])
     records = [chat(f"9 {text[7:7 + n]} 9", f"answer {n}") for n in (47, 48, 49, 50, 51)]
-    records += [chat(text[:45] + "9", "9" + text[45:90]), chat(text[:30], text[30:60]),  # cut in two
+    records += [chat(text[:45] + "9", "9" + text[45:90]),
+                chat(text[:30], text[30:60]),  # cut in two
                 chat("hello", "again", system=text)]
     options = ("--benchmark", bench, "--near-duplicate", 0)
     assert kept_and_dropped(tmp_path, tokenizer, records, *options)[0] == [1, 2, 3, 6, 7, 8]
@@ -300,32 +353,40 @@ def test_a_window_to_the_letter_is_too_much_and_one_letter_less_is_not(tmp_path,
 
 
 def test_boilerplate_of_many_records_is_ignored_but_not_what_follows_it(tmp_path, tokenizer):
-    lead = "Answer the following multiple choice question with the letter of the right choice, and say why you chose it: "
+    lead = ("Answer the following multiple choice question with the letter of the right choice, "
+            "and say why you chose it: ")
     for count, expected in ((10, [5]), (11, [1, 2, 5])):
         folder = tmp_path / str(count)
         folder.mkdir()
         brief = prose("brief", 30).replace(" ", "")[:35]  # less than a window, but most of one
-        items = [{"prompt": lead + (prose(f"item {i}", 30) if i else brief), "again": lead} for i in range(count)]
+        items = [{"prompt": lead + (prose(f"item {i}", 30) if i else brief), "again": lead}
+                 for i in range(count)]
         bench = write_lines(folder / "bench.jsonl", items)
-        few = prose("item 3", 30).replace(" ", "")[:20]  # the start of an item by chance: with the lead more than a window
-        records = [chat(lead + prose("other", 30), "a"), chat(lead + few + " 999 " + prose("another", 20), "b"),
-                   chat(lead + prose("item 3", 30), "c"), chat(prose("item 4", 30), "d"), chat(prose("clean"), "e"),
-                   chat(lead + brief, "f")]
+        # the start of an item by chance: with the lead more than a window
+        few = prose("item 3", 30).replace(" ", "")[:20]
+        records = [chat(lead + prose("other", 30), "a"),
+                   chat(lead + few + " 999 " + prose("another", 20), "b"),
+                   chat(lead + prose("item 3", 30), "c"), chat(prose("item 4", 30), "d"),
+                   chat(prose("clean"), "e"), chat(lead + brief, "f")]
         kept, reasons = kept_and_dropped(folder, tokenizer, records, "--benchmark", bench)
         assert kept == expected
         assert reasons[4]["item"] == 5 and (count == 10 or reasons[3]["item"] == 4)
         report = json.loads((folder / "out" / "report.json").read_text())["benchmarks"]
-        assert report["records"] == count and (report["boilerplate"] > 0) == (count == 11)
+        assert report["records"] == count
+        assert (report["boilerplate"] > 0) == (count == 11)
 
 
 def test_short_items_match_whole_messages_and_lines_only(tmp_path, tokenizer):
-    (tmp_path / "bench.txt").write_text("Who wrote the Iliad, and when?\nall of the above\n\nName the largest moon of Saturn.\n")
-    (tmp_path / "many.json").write_text(json.dumps([{"choice": "It cannot be told from this.", "n": i} for i in range(11)]))
+    (tmp_path / "bench.txt").write_text("Who wrote the Iliad, and when?\nall of the above\n\nName "
+                                        "the largest moon of Saturn.\n")
+    (tmp_path / "many.json").write_text(json.dumps([{"choice": "It cannot be told from this.",
+                                                     "n": i} for i in range(11)]))
     records = [chat("who wrote the iliad and WHEN", "Homer"),
                chat("Tell me,\n  Name the largest moon of Saturn!\nplease", "Titan"),
-               chat("Who wrote the\nIliad, and when?", "Homer, long ago"), chat("all of the above", "x"),
-               chat("It cannot be told from this.", "y"),
-               chat("Do you know who wrote the Iliad, and when?", "z"), chat("Hm", "Name the largest moon of Saturn.")]
+               chat("Who wrote the\nIliad, and when?", "Homer, long ago"),
+               chat("all of the above", "x"), chat("It cannot be told from this.", "y"),
+               chat("Do you know who wrote the Iliad, and when?", "z"),
+               chat("Hm", "Name the largest moon of Saturn.")]
     options = ("--benchmark", tmp_path / "bench.txt", tmp_path / "many.json", "--near-duplicate", 0)
     kept, reasons = kept_and_dropped(tmp_path, tokenizer, records, *options)
     assert kept == [4, 5, 6]
@@ -346,7 +407,7 @@ def test_equal_hashes_of_other_texts_are_no_match(tmp_path, tokenizer, monkeypat
     assert len(kept_and_dropped(tmp_path, tokenizer, records, *options)[0]) == 30
 
 
-# -------------------------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------------------- drawing
 
 
 def three_sources(folder, sizes=(50, 30, 40)):
@@ -369,7 +430,8 @@ def test_apportion_is_by_largest_remainder_and_exact():
         weights = {i: rng.randrange(1, 1000) for i in range(rng.randrange(1, 6))}
         counts = chat_blend.apportion(total := rng.randrange(500), weights)
         assert sum(counts.values()) == total
-        assert all(abs(n - total * weights[i] / sum(weights.values())) < 1 for i, n in counts.items())
+        assert all(abs(n - total * weights[i] / sum(weights.values())) < 1 for i,
+                   n in counts.items())
 
 
 def test_category_counts_are_exact_and_the_holdout_is_proportional(tmp_path, tokenizer, capsys):
@@ -383,22 +445,28 @@ def test_category_counts_are_exact_and_the_holdout_is_proportional(tmp_path, tok
     assert [row["category"] for row in train] != sorted(row["category"] for row in train)  # mixed
     by_survivors, _, _ = blend(tokenizer, tmp_path / "default", sources, "--count", 24)
     assert categories(by_survivors) == {"general": 10, "math": 6, "code": 8}
-    assert len(blend(tokenizer, tmp_path / "all", sources)[0]) == 120 and not (tmp_path / "all" / "valid.jsonl").exists()
+    assert len(blend(tokenizer, tmp_path / "all", sources)[0]) == 120
+    assert not (tmp_path / "all" / "valid.jsonl").exists()
     tokens = [encode_chat(row["messages"], data.load_tokenizer(tokenizer)) for row in train + valid]
-    assert sum(entry["tokens"] for entry in report["categories"].values()) == sum(len(t) for t, _ in tokens)
-    assert sum(entry["loss_tokens"] for entry in report["categories"].values()) == sum(sum(mask) for _, mask in tokens)
+    assert sum(entry["tokens"] for entry in report["categories"].values()) == sum(len(t) for t,
+                                                                                  _ in tokens)
+    assert sum(entry["loss_tokens"] for entry in report["categories"].values()) == sum(
+        sum(mask) for _, mask in tokens)
     assert sum(report["lengths"].values()) == 80
     assert re.search(r"math +18 +6 ", capsys.readouterr().out)
 
 
 def test_files_of_a_category_share_its_samples_by_weight(tmp_path, tokenizer):
     first = write_lines(tmp_path / "a.jsonl", [chat(f"a {i}", prose(i, 20)) for i in range(40)])
-    second = write_lines(tmp_path / "b.jsonl", [chat(f"b {i}", prose(-i - 1, 20)) for i in range(40)])
-    third = write_lines(tmp_path / "c.jsonl", [chat(f"c {i}", prose(f"c{i}", 20)) for i in range(40)])
+    second = write_lines(tmp_path / "b.jsonl",
+                         [chat(f"b {i}", prose(-i - 1, 20)) for i in range(40)])
+    third = write_lines(tmp_path / "c.jsonl",
+                        [chat(f"c {i}", prose(f"c{i}", 20)) for i in range(40)])
     sources = [f"math={first}=3", f"math={second}=1", f"code={third}=4"]
     train, _, _ = blend(tokenizer, tmp_path / "out", sources, "--count", 40)
     assert Counter(row["source"] for row in train) == {"a.jsonl": 15, "b.jsonl": 5, "c.jsonl": 20}
-    most, _, _ = blend(tokenizer, tmp_path / "most", sources)  # c has 40: that is all that the weights allow
+    # c has 40: that is all that the weights allow
+    most, _, _ = blend(tokenizer, tmp_path / "most", sources)
     assert Counter(row["source"] for row in most) == {"a.jsonl": 30, "b.jsonl": 10, "c.jsonl": 40}
 
 
@@ -406,36 +474,43 @@ def test_too_few_of_a_category_is_named_with_the_count_that_works(tmp_path, toke
     sources = [f"{source}=1" for source in three_sources(tmp_path)]
     common = ["--source", *sources, "--tokenizer", tokenizer]
     line = failure(*common, "--count", 120, "--out", tmp_path / "out")
-    assert "category math has too few samples: 30 are left" in line and "40 are needed" in line
+    assert "category math has too few samples: 30 are left" in line
+    assert "40 are needed" in line
     works = int(re.search(r"--count (\d+) would work", line)[1])
     assert len(blend(tokenizer, tmp_path / "out", sources, "--count", works)[0]) == works >= 90
-    assert f"--count {works} would" in failure(*common, "--count", works + 1, "--out", tmp_path / "more")
+    assert f"--count {works} would" in failure(*common, "--count", works + 1,
+                                               "--out", tmp_path / "more")
     assert not (tmp_path / "more").exists() and not (tmp_path / "more.partial").exists()
 
 
 def test_same_samples_and_seed_same_bytes_in_whatever_order_sources_are_named(tmp_path, tokenizer):
-    sources, files = three_sources(tmp_path), ("train.jsonl", "valid.jsonl", "dropped.jsonl", "report.json")
+    sources = three_sources(tmp_path)
+    files = ("train.jsonl", "valid.jsonl", "dropped.jsonl", "report.json")
     def contents(name, order, seed):
-        blend(tokenizer, tmp_path / name, [sources[i] for i in order], "--count", 60, "--holdout", 7, "--seed", seed)
+        blend(tokenizer, tmp_path / name, [sources[i] for i in order], "--count", 60,
+              "--holdout", 7, "--seed", seed)
         return [(tmp_path / name / file).read_bytes() for file in files]
     first = contents("a", (0, 1, 2), 0)
     assert first == contents("b", (0, 1, 2), 0) == contents("c", (2, 0, 1), 0)
     path = Path(sources[0].split("=")[1])
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))  # nor does the order in a file matter
+    # nor does the order in a file matter
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     assert first == contents("d", (1, 0, 2), 0)
     other = contents("e", (0, 1, 2), 1)
     assert all(x != y for x, y in zip(first[:2], other[:2]))
 
 
 def test_the_output_trains(tmp_path, tokenizer):
-    blend(tokenizer, tmp_path / "out", three_sources(tmp_path), "--count", 50, "--holdout", 10, "--max-tokens", 512)
+    blend(tokenizer, tmp_path / "out", three_sources(tmp_path), "--count", 50, "--holdout", 10,
+          "--max-tokens", 512)
     for split, size in (("train", 40), ("valid", 10)):
-        dataset = ChatDataset(tmp_path / "out" / f"{split}.jsonl", data.load_tokenizer(tokenizer), 512, seed=0)
+        dataset = ChatDataset(tmp_path / "out" / f"{split}.jsonl", data.load_tokenizer(tokenizer),
+                              512, seed=0)
         assert (len(dataset.rows), dataset.dropped) == (size, 0)
         assert dataset.sequence(0)[1].any()
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------- command line
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -444,32 +519,41 @@ def test_the_output_trains(tmp_path, tokenizer):
     ("--source a=text.md", "--source text.md must be a .json, .jsonl"),
     ("--source a=empty", "--source empty must be .* or a directory of them"),
     ("--source a=good.jsonl=x", "--source a=good.jsonl=x: weight 'x' must be a number above 0"),
-    ("--source a=good.jsonl=0", "weight '0'"), ("--source a=good.jsonl=nan", "'nan'"),
+    ("--source a=good.jsonl=0", "weight '0'"),
+    ("--source a=good.jsonl=nan", "'nan'"),
     ("--source a=good.jsonl=1 b=other.jsonl", "a weight to every source or to none"),
     ("--source a=broken.jsonl", "broken.jsonl, line 2: not valid JSON"),
     ("--source a=latin.jsonl", "latin.jsonl, line 1:.*utf-8"),
     ("--source a=object.json", "object.json: needs a list of records, not dict"),
     ("--source a=broken.json", "broken.json: not valid JSON"),
-    ("--source a=cut.jsonl.gz", "cut.jsonl.gz: damaged gzip"), ("--source a=deep.jsonl", "deep.jsonl, line 1: not valid JSON"),
-    ("--source a=keys.jsonl", "keys.jsonl: has no chat records, its keys are: title, body; needs messages, conv"),
+    ("--source a=cut.jsonl.gz", "cut.jsonl.gz: damaged gzip"),
+    ("--source a=deep.jsonl", "deep.jsonl, line 1: not valid JSON"),
+    ("--source a=keys.jsonl",
+     "keys.jsonl: has no chat records, its keys are: title, body; needs messages, conv"),
     ("--source a=nothing.jsonl", "nothing.jsonl: has no chat records, its keys are: none"),
     ("--source a=good.jsonl --benchmark gone.jsonl", "--benchmark gone.jsonl: no such file"),
     ("--source a=good.jsonl --benchmark text.md", "--benchmark text.md must be"),
     ("--source a=good.jsonl --benchmark broken.jsonl", "broken.jsonl, line 2: not valid JSON"),
-    ("--source a=good.jsonl --benchmark nothing.jsonl", "--benchmark nothing.jsonl: has no text of 20 letters"),
+    ("--source a=good.jsonl --benchmark nothing.jsonl",
+     "--benchmark nothing.jsonl: has no text of 20 letters"),
     ("--source a=good.jsonl --count 0", "--count 0 must be a whole number, 1 or more"),
     ("--source a=good.jsonl --window 19", "--window 19 must be a whole number, 20 or more"),
     ("--source a=good.jsonl --near-duplicate 1", "--near-duplicate 1 must be 0"),
     ("--source a=good.jsonl --near-duplicate nan", "--near-duplicate nan must be 0"),
     ("--source a=good.jsonl --count 2 --holdout 2", "--holdout 2 must be below --count 2"),
     ("--source a=good.jsonl --holdout 9", "--holdout 9 must be below the 2"),
-    ("--source a=good.jsonl --count 3",
-     "category a has too few samples: 2 are left of good.jsonl, 3 are needed; --count 2 would work"),
-    ("--source a=good.jsonl=1 b=good.jsonl=1", "category b has too few samples: none is left of good.jsonl"),
+    (
+        "--source a=good.jsonl --count 3",
+        "category a has too few samples: 2 are left of good.jsonl, 3 are needed; --count 2 would "
+        "work"),
+    ("--source a=good.jsonl=1 b=good.jsonl=1",
+     "category b has too few samples: none is left of good.jsonl"),
     ("--source a=good.jsonl --max-tokens 3", "no sample is left"),
     ("--source a=good.jsonl --tokenizer gone", "gone/tokenizer.json|gone: no such"),
-    ("--source a=good.jsonl --out text.md", "text.md: already exists")])
-def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, tokenizer, arguments, message):
+    ("--source a=good.jsonl --out text.md", "text.md: already exists"),
+])
+def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, tokenizer, arguments,
+                                                        message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     write_lines(tmp_path / "good.jsonl", [chat("one", "a"), chat("two", "b")])
@@ -477,8 +561,10 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, t
     write_lines(tmp_path / "keys.jsonl", [{"title": "t", "body": "b"}] * 3)
     good = json.dumps(chat("long enough to be an item", "a")).encode()
     for name, content in {"text.md": b"text", "broken.jsonl": good + b'\n{"messages": [',
-                          "latin.jsonl": b'"\xff"', "object.json": b'{"a": 1}', "broken.json": b"[1,", "nothing.jsonl": b"\n",
-                          "deep.jsonl": b"[" * 100_000, "cut.jsonl.gz": gzip.compress(good * 99)[:-9]}.items():
+                          "latin.jsonl": b'"\xff"', "object.json": b'{"a": 1}',
+                          "broken.json": b"[1,", "nothing.jsonl": b"\n",
+                          "deep.jsonl": b"[" * 100_000,
+                          "cut.jsonl.gz": gzip.compress(good * 99)[:-9]}.items():
         (tmp_path / name).write_bytes(content)
     before = sorted(path.name for path in tmp_path.iterdir())
     assert re.search(message, failure("--tokenizer", tokenizer, "--out", "out", *arguments.split()))
@@ -486,8 +572,13 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, t
 
 
 def test_the_script_runs_by_itself(tmp_path, tokenizer):
-    command = [sys.executable, "-m", "tools.chat_blend", "--tokenizer", tokenizer, "--out", tmp_path / "out", "--source"]
-    good = subprocess.run([*command, *three_sources(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert good.returncode == 0 and "wrote" in good.stdout and "nothing is decontaminated" in good.stdout
+    command = [sys.executable, "-m", "tools.chat_blend", "--tokenizer", tokenizer,
+               "--out", tmp_path / "out", "--source"]
+    good = subprocess.run([*command, *three_sources(tmp_path)], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert good.returncode == 0
+    assert "wrote" in good.stdout
+    assert "nothing is decontaminated" in good.stdout
     again = subprocess.run([*command, "a=gone.jsonl"], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr == "error: --source gone.jsonl: no such file or directory\n"
+    assert again.returncode == 1
+    assert again.stderr == "error: --source gone.jsonl: no such file or directory\n"
