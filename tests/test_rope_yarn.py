@@ -59,6 +59,7 @@ def test_each_rule_is_its_formula_and_a_factor_of_1_changes_nothing(kind):
         want = [obvious(kind, i, D, theta, s, 8192) for i in range(D // 2)]
         torch.testing.assert_close(new, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0)
         assert attention == (0.1 * math.log(s) + 1 if kind == "yarn" else 1)
+
         plain, one = inverse_frequencies(D, theta, RopeScaling())
         same, attention = inverse_frequencies(D, theta, RopeScaling(kind, 1.0, 8192))
         torch.testing.assert_close(same, plain, rtol=1e-15, atol=0)
@@ -113,11 +114,13 @@ def test_angles_are_right_to_1e_6_rad_at_four_million_tokens_and_float32_angles_
         exact[row] = torch.tensor(angles, dtype=torch.float64)
 
     def error(angles):  # round the circle
-        return (torch.remainder(angles - exact + math.pi, 2 * math.pi) - math.pi).abs().max()
+        difference = torch.remainder(angles - exact + math.pi, 2 * math.pi) - math.pi
+        return difference.abs().max()
 
     inv_freq = inverse_frequencies(128, 500000.0, RopeScaling())[0][pairs]
     cos, sin = rotary_tables(m, inv_freq, 1.0)
-    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (len(m), len(pairs))
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos.shape == (len(m), len(pairs))
     assert error(torch.atan2(sin.double(), cos.double())) < 1e-6
     assert error(torch.outer(m.float(), inv_freq.float()).double()) > 0.1
 
@@ -217,11 +220,20 @@ def random_scaling(draw: random.Random, kind: str) -> dict:
     original = draw.choice([128, 8192, 32768])
     low = draw.uniform(0.25, 2)
     turns = {"low_freq_factor": low, "high_freq_factor": low + draw.uniform(0.5, 30)}
-    optional = {"beta_fast": draw.uniform(3, 40), "beta_slow": low, "truncate": draw.random() < 0.5,
-                "attention_factor": draw.uniform(0.5, 2), ORIGINAL: original}
+    optional = {
+        "beta_fast": draw.uniform(3, 40),
+        "beta_slow": low,
+        "truncate": draw.random() < 0.5,
+        "attention_factor": draw.uniform(0.5, 2),
+        ORIGINAL: original,
+    }
     stated = {key: value for key, value in optional.items() if draw.random() < 0.5}
-    more = {"default": {}, "linear": {"factor": factor}, "yarn": {"factor": factor} | stated,
-            "llama3": {"factor": factor, ORIGINAL: original} | turns}
+    more = {
+        "default": {},
+        "linear": {"factor": factor},
+        "yarn": {"factor": factor} | stated,
+        "llama3": {"factor": factor, ORIGINAL: original} | turns,
+    }
     return {"rope_type": kind} | more[kind]
 
 
@@ -234,6 +246,7 @@ def test_200_random_configurations_match_transformers(monkeypatch):
     monkeypatch.setattr(transformers.modeling_rope_utils, "torch", Float64Torch())
     draw = random.Random(0)
     for trial in range(200):
+        # 1. A rule, and what transformers makes of it.
         kind = ("default", "linear", "llama3", "yarn", "ntk")[trial % 5]
         D = draw.choice([16, 32, 64, 80, 128, 256])
         theta = draw.choice([1e4, 5e5, 1e6])
@@ -246,12 +259,15 @@ def test_200_random_configurations_match_transformers(monkeypatch):
             want = in_transformers(config | {"rope_parameters": dynamic}, length)
         else:
             stated = random_scaling(draw, kind)
-            files = ({"rope_parameters": stated | {"rope_theta": theta}},
-                     {"rope_theta": theta, "rope_scaling": stated})
-            config |= files[trial % 2]
+            if trial % 2 == 0:  # as transformers 5 writes it
+                config |= {"rope_parameters": stated | {"rope_theta": theta}}
+            else:
+                config |= {"rope_theta": theta, "rope_scaling": stated}
             scaling = RopeScaling.from_hf(config)
             want = in_transformers(config)
             assert stated_value(config, "rope_theta", 10000.0) == theta
+
+        # 2. The same here.
         ours, attention = inverse_frequencies(D, theta, scaling)
         tolerance = 1e-6 if kind == "default" else 1e-12  # default's code stays in float32
         torch.testing.assert_close(ours, want[0].double(), rtol=tolerance, atol=0, msg=str(config))
@@ -278,9 +294,10 @@ def test_what_is_written_computes_the_same_here_and_in_transformers(scaling):
     for rope in ({"rope_theta": 500000.0, "rope_scaling": written},
                  {"rope_parameters": written | {"rope_theta": 500000.0}}):
         read = RopeScaling.from_hf(base | rope)
-        again, again_attention = inverse_frequencies(128, stated_value(rope, "rope_theta", 10000.0),
-                                                     read)
-        assert torch.equal(again, want) and again_attention == attention
+        theta = stated_value(rope, "rope_theta", 10000.0)
+        again, again_attention = inverse_frequencies(128, theta, read)
+        assert torch.equal(again, want)
+        assert again_attention == attention
         theirs, their_attention = in_transformers(base | rope)
         torch.testing.assert_close(theirs.double(), want, rtol=1e-5, atol=0)
         assert their_attention == pytest.approx(attention, rel=1e-12)
@@ -304,8 +321,12 @@ def test_what_a_file_leaves_out_takes_transformers_defaults_not_the_papers():
     for absent in ({}, {"rope_scaling": None}, {"rope_scaling": {}, "rope_parameters": None}):
         assert RopeScaling.from_hf(absent) == RopeScaling()
         assert stated_value(absent, "rope_theta", 10000.0) == 1e4
-    both = {"rope_scaling": YARN | {"type": "yarn"}, "rope_parameters": YARN | {"rope_theta": 5e5},
-            "rope_theta": 5e5, "partial_rotary_factor": 1.0}
+    both = {
+        "rope_scaling": YARN | {"type": "yarn"},
+        "rope_parameters": YARN | {"rope_theta": 5e5},
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 1.0,
+    }
     assert RopeScaling.from_hf(both) == ultralong(beta_fast=32.0)
     assert stated_value(both, "rope_theta", 10000.0) == 5e5
 
@@ -361,8 +382,8 @@ def test_a_config_not_understood_in_full_is_refused_in_one_line(config, message)
 
 
 def test_two_values_of_theta_are_refused_in_one_line():
-    one_line("several values", stated_value,
-             {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta")
+    two = {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}
+    one_line("several values", stated_value, two, "rope_theta")
 
 
 NO_NUMBER = [None, "4", math.nan, math.inf, -math.inf, True, -1.0, 0, [4.0], {}, 10**400, 4j]
