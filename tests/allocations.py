@@ -8,6 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def tensors(tree) -> list[torch.Tensor]:
+    """All tensors in lists and dictionaries of whatever."""
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
 class Allocations(TorchDispatchMode):
     """Inside `with`: `elements` of the largest tensor made, `live` bytes of storages made here and
     not freed, their `peak`.
@@ -21,12 +26,10 @@ class Allocations(TorchDispatchMode):
         self.seen = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs))
-                 if isinstance(x, torch.Tensor)}
+        given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
         out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            # neither a view nor in place
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+        for x in tensors(out):
+            if x.untyped_storage()._cdata not in given:  # neither a view nor in place
                 self.note(x)
         return out
 
