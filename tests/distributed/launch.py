@@ -43,11 +43,10 @@ class Job:
         fork_context()  # before the launcher starts the server
         self.logs = logs
         self.arguments = list(map(str, arguments))
-        self.config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-                                   rdzv_endpoint="localhost:0", max_restarts=restarts,
-                                   start_method="forkserver",
-                                   logs_specs=DefaultLogsSpecs(log_dir=str(logs),
-                                                               redirects=Std.ALL))
+        self.config = LaunchConfig(
+            1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0", max_restarts=restarts, start_method="forkserver",
+            logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL))
 
     def __enter__(self):
         # in a thread, the launcher leaves this process's signals alone
@@ -86,9 +85,9 @@ class Job:
 
 def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
     """Run a job to its end."""
-    with tempfile.TemporaryDirectory() as place, Job(processes, *arguments,
-                                                     logs=Path(place)) as job:
-        return job.result()
+    with tempfile.TemporaryDirectory() as place:
+        with Job(processes, *arguments, logs=Path(place)) as job:
+            return job.result()
 
 
 def be_rank(logs: str, *arguments: str) -> None:

@@ -15,10 +15,9 @@ def tokenizer(tmp_path_factory):
 def test_the_most_frequent_pair_is_merged_first(tmp_path):
     """bc stands 7 times, abc 4, and xy 3 times."""
     tokenizer = train_bpe(["abc\nabc\nabc\nabc\nbc\nbc\nbc\nxy\nxy\nxy"], 259, tmp_path)
-    assert [tokenizer.decode_single_token_bytes(i) for i in range(256)] == [bytes([b])
-                                                                            for b in range(256)]
-    assert [tokenizer.decode_single_token_bytes(i) for i in (256, 257, 258)] == [b"bc", b"abc",
-                                                                                 b"xy"]
+    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(259)]
+    assert tokens[:256] == [bytes([byte]) for byte in range(256)]
+    assert tokens[256:] == [b"bc", b"abc", b"xy"]
 
 
 def test_one_token_is_one_digit(tmp_path):
@@ -51,8 +50,8 @@ def test_texts_end_after_so_many_bytes(tmp_path):
 def test_command_line_writes_a_tokenizer_that_loads(tmp_path, capsys):
     (tmp_path / "text").mkdir()
     for i in range(40):
-        (tmp_path / "text" / f"{i}.py").write_text(" ".join(f"name{7 ** i % 10**5 + j}"
-                                                            for j in range(80)))
+        names = [f"name{7 ** i % 10**5 + j}" for j in range(80)]
+        (tmp_path / "text" / f"{i}.py").write_text(" ".join(names))
     train_tokenizer.main(["--source", str(tmp_path / "text"), "--vocab-size", "259",
                           "--out", str(tmp_path / "t")])
     assert "259 tokens, 256 special" in capsys.readouterr().out
