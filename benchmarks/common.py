@@ -14,12 +14,23 @@ LEARNING_RATE = 1e-4
 def small_llama(hidden_size: int, layers: int, vocab_size: int, length: int) -> dict:
     """A config.json with heads of 64, four to a key-value head, and tied embeddings; hidden_size is
     a multiple of 256."""
-    return {"model_type": "llama", "vocab_size": vocab_size, "hidden_size": hidden_size,
-            "hidden_act": "silu", "intermediate_size": 3 * hidden_size, "num_hidden_layers": layers,
-            "num_attention_heads": hidden_size // 64,
-            "num_key_value_heads": max(1, hidden_size // 256), "head_dim": 64,
-            "max_position_embeddings": length, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "hidden_act": "silu",
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 64,
+        "num_key_value_heads": max(1, hidden_size // 256),
+        "head_dim": 64,
+        "max_position_embeddings": length,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
 
 
 def random_batch(vocab_size: int, length: int, rows: int = 1) -> Batch:

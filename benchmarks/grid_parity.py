@@ -42,12 +42,13 @@ def run(path: Path, tp: int, cp: int, timeout: float) -> None:
             exact = expected if exact is None else exact
             difference = (logits - expected).abs().max()
             good *= same and difference <= limit
-            share = sum(p.numel() for p in model.parameters()) / sum(p.numel()
-                                                                     for p in alone.parameters())
+            whole = sum(parameter.numel() for parameter in alone.parameters())
+            share = sum(parameter.numel() for parameter in model.parameters()) / whole
             print(f"dp {grid.dp} x cp {grid.cp} x tp {grid.tp}, "
-                  f"{str(dtype).removeprefix('torch.')}: logits differ by at most "
-                  f"{difference:.1e} (they reach {expected.abs().max():.0f}), 64 greedy tokens "
-                  f"{'equal' if same else 'differ'}, "
+                  f"{str(dtype).removeprefix('torch.')}: "
+                  f"logits differ by at most {difference:.1e} "
+                  f"(they reach {expected.abs().max():.0f}), "
+                  f"64 greedy tokens {'equal' if same else 'differ'}, "
                   f"a rank holds {share:.3f} of the weights; one process is "
                   f"{(expected - exact).abs().max():.1e} from float64")
     grid.broadcast(good)

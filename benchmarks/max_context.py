@@ -1,8 +1,11 @@
 """How far a shape trains on this device: peak memory against sequence length, its slope in bytes a
 token, the largest length.
 
-    python -m benchmarks.max_context                                                        # CPU: 2K ... 64K, a small Llama
-    python -m benchmarks.max_context --config runs/llama32_1b.json --lengths 32768 131072 524288 --recompute mlp --offload --largest
+    python -m benchmarks.max_context
+    python -m benchmarks.max_context --config runs/llama32_1b.json \\
+        --lengths 32768 131072 524288 --recompute mlp --offload --largest
+
+The first is for a CPU: 2K to 64K tokens, a small Llama.
 
 Every length is a whole training step with its optimizer in a fresh process: peak is its largest
 resident size on a CPU, the most torch had allocated on a GPU. The slope is a least-squares line's;
@@ -48,8 +51,10 @@ class Step:
                     itemsize=getattr(torch, self.dtype).itemsize, recompute=self.recompute,
                     offload=self.offload, offload_optimizer=self.offload_optimizer, tile=self.tile,
                     cuda=self.device == "cuda")
-        return (sum(plan.memory().values())
-                + (plan.on_host() if self.device == "cpu" else 0.0)) / 2**30
+        total = sum(plan.memory().values())
+        if self.device == "cpu":
+            total += plan.on_host()
+        return total / 2**30
 
     def serve(self, pipe, length: int) -> None:
         """Child process: one step; answers (peak GiB, seconds), or None if the GPU's memory does
@@ -95,10 +100,11 @@ def largest(step: Step, memory_gib: float) -> tuple[int, float, float]:
     best = measure(step, fits[-1], memory_gib)
     direction = 1 if best else -1
     while length + direction * stride > 0:
-        found = measure(step, length + direction * stride, memory_gib)
+        next_length = length + direction * stride
+        found = measure(step, next_length, memory_gib)
         if direction > 0 and found is None:
             break
-        length, best = length + direction * stride, found
+        length, best = next_length, found
         if direction < 0 and found:
             break
     if best is None:
@@ -130,8 +136,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/max_context.json"))
     a = parser.parse_args()
     cuda = a.device == "cuda"
-    config = read_config(a.config) if a.config else ModelConfig.from_hf(
-        common.small_llama(a.hidden_size, a.layers, 1024, 2**22))
+    if a.config:
+        config = read_config(a.config)
+    else:
+        small = common.small_llama(a.hidden_size, a.layers, 1024, 2**22)
+        config = ModelConfig.from_hf(small)
     step = Step(config, a.recompute, a.offload, a.offload_optimizer, a.tile, a.dtype, a.device,
                 a.threads)
     memory_gib = a.memory_gib or float("inf")
@@ -151,18 +160,21 @@ def main() -> None:
         if not found:
             print(f"{length:>9}   does not fit", flush=True)
             continue
-        rows.append({"length": length, "peak_gib": found[0], "seconds": found[1],
-                     "predicted_gib": step.predicted_gib(length)})
-        print(f"{length:>9} {found[0]:>9.3f} {rows[-1]['predicted_gib']:>14.3f} {found[1]:>9.2f} "
-              f"{length / found[1]:>9,.0f}", flush=True)
+        peak, seconds = found
+        predicted = step.predicted_gib(length)
+        rows.append({"length": length, "peak_gib": peak, "seconds": seconds,
+                     "predicted_gib": predicted})
+        print(f"{length:>9} {peak:>9.3f} {predicted:>14.3f} {seconds:>9.2f} "
+              f"{length / seconds:>9,.0f}", flush=True)
     result = {"device": name, "torch": torch.__version__, "arguments": vars(a), "rows": rows}
     if len(rows) > 1:
         lengths = np.array([row["length"] for row in rows])
-        lines = {key: np.polyfit(lengths, [row[key] for row in rows], 1)
-                 for key in ("peak_gib", "predicted_gib")}
-        slope, predicted = (line[0] * 2**30 for line in lines.values())
-        straight = max(abs(np.polyval(lines["peak_gib"], row["length"]) - row["peak_gib"])
-                       for row in rows)
+        peaks = np.array([row["peak_gib"] for row in rows])
+        line = np.polyfit(lengths, peaks, 1)
+        slope = line[0] * 2**30
+        straight = abs(np.polyval(line, lengths) - peaks).max()
+        predicted_line = np.polyfit(lengths, [row["predicted_gib"] for row in rows], 1)
+        predicted = predicted_line[0] * 2**30
         result |= {"bytes_per_token": slope, "predicted_bytes_per_token": predicted,
                    "off_the_line_gib": straight}
         print(f"slope: {slope:,.0f} bytes a token, predicted {predicted:,.0f} "

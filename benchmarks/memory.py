@@ -85,11 +85,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/memory.json"))
     a = parser.parse_args()
     rows = []
-    for title, lengths in (("fixed S", [a.length] * len(a.rings)),
-                           ("fixed S / cp", [a.length // 4 * cp for cp in a.rings])):
+    series = {
+        "fixed S": [a.length] * len(a.rings),
+        "fixed S / cp": [a.length // 4 * cp for cp in a.rings],
+    }
+    for title, lengths in series.items():
         print(f"{title}\n{'cp':>4} {'S':>8} {'S / cp':>8} {'peak GiB':>9} {'above the model':>16} "
               f"{'of the first':>13} {'loss':>8}")
-        for cp, length in zip(a.rings, lengths):
+        for cp, length in zip(a.rings, lengths, strict=True):
             config = common.small_llama(a.hidden_size, a.layers, VOCABULARY, length)
             row = measure(cp, length, config, a.recompute, a.dtype, a.device) | {"series": title}
             rows.append(row)

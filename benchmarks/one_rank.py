@@ -1,9 +1,13 @@
 """One rank of a tp x cp grid on a single device: compute and memory of a training step, with
 stand-ins for the other ranks.
 
-    python -m benchmarks.one_rank --config runs/llama31_8b.json --length 1048576 --tp 8 --recompute mlp --offload     # a GPU
+    python -m benchmarks.one_rank --config runs/llama31_8b.json --length 1048576 --tp 8 \\
+        --recompute mlp --offload
     python -m benchmarks.one_rank --config runs/llama32_1b.json --length 131072 --recompute mlp
-    python -m benchmarks.one_rank --hidden-size 256 --layers 2 --length 4096 --tp 2 --cp 2 --device cpu               # a try
+    python -m benchmarks.one_rank --hidden-size 256 --layers 2 --length 4096 --tp 2 --cp 2 \\
+        --device cpu
+
+The first two need a GPU, the last is a try.
 
 NOT a distributed run: a gather repeats this rank's part, a reduce-scatter keeps it, a ring hop
 hands the own keys back. So shapes, kernels and memory are one rank's of the grid; the loss means
@@ -38,40 +42,53 @@ class StandInGrid(Grid):
     meaning."""
 
     def all_gather(self, x: Tensor, group: str) -> Tensor:
-        return x[None] if self.size(group) == 1 else x.expand(self.size(group), *x.shape).clone()
+        if self.size(group) == 1:
+            return x[None]
+        return x.expand(self.size(group), *x.shape).clone()
 
     def reduce_scatter(self, x: Tensor, group: str) -> Tensor:
-        return x[0] if self.size(group) == 1 else x[0].clone(memory_format=torch.contiguous_format)
+        if self.size(group) == 1:
+            return x[0]
+        return x[0].clone(memory_format=torch.contiguous_format)
 
     def send_around(self, *leaving: Tensor, tag: int = 0) -> Hop:
-        arriving = tuple(x.clone(memory_format=torch.contiguous_format)
-                         for x in leaving) if self.cp > 1 else leaving
-        return Hop(arriving, [])
+        if self.cp == 1:
+            return Hop(leaving, [])
+        arriving = [x.clone(memory_format=torch.contiguous_format) for x in leaving]
+        return Hop(tuple(arriving), [])
 
 
 def configuration(path: Path | None, layers: int | None, hidden_size: int,
                   length: int) -> ModelConfig:
     """A config.json's, with fewer layers if asked, or a small Llama for a try."""
     if path:
-        return ModelConfig.from_hf(read_config(path).hf
-                                   | ({"num_hidden_layers": layers} if layers else {}))
-    return ModelConfig.from_hf({"vocab_size": 8192, "hidden_size": hidden_size,
-                                "intermediate_size": 4 * hidden_size,
-                                "num_hidden_layers": layers or 2,
-                                "num_attention_heads": hidden_size // 32,
-                                "num_key_value_heads": hidden_size // 128, "head_dim": 32,
-                                "max_position_embeddings": length, "rope_theta": 500000.0,
-                                "tie_word_embeddings": True})
+        config = read_config(path).hf
+        if layers:
+            config = config | {"num_hidden_layers": layers}
+        return ModelConfig.from_hf(config)
+    return ModelConfig.from_hf({
+        "vocab_size": 8192,
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": layers or 2,
+        "num_attention_heads": hidden_size // 32,
+        "num_key_value_heads": hidden_size // 128,
+        "head_dim": 32,
+        "max_position_embeddings": length,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    })
 
 
 def kernel_seconds(step, cuda: bool) -> float:
     """Time of one step's matrix products and attention kernels, from the profiler."""
     with torch.profiler.profile() as profile:
         step()
-    events = [event for event in profile.key_averages()
-              if any(name in event.key for name in KERNELS)]
-    return sum(event.self_device_time_total if cuda else event.self_cpu_time_total
-               for event in events) / 1e6
+    microseconds = 0
+    for event in profile.key_averages():
+        if any(name in event.key for name in KERNELS):
+            microseconds += event.self_device_time_total if cuda else event.self_cpu_time_total
+    return microseconds / 1e6
 
 
 def main() -> None:
@@ -119,24 +136,38 @@ def main() -> None:
     peak = peak_memory_gib(a.device)
     kernels = kernel_seconds(step, cuda)
     share = a.tp * a.cp
-    known = next((key for part,
-                  key in NAMES.items() if cuda and part in torch.cuda.get_device_name()), None)
-    device = DEVICES[known] if known else measured_device(a.device, dtype, config.head_dim)
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    known = [key for part, key in NAMES.items() if part in name]
+    if known:
+        device = DEVICES[known[0]]
+    else:
+        device = measured_device(a.device, dtype, config.head_dim)
     plan = Plan(config, a.length, batch=1, micro_batch=1, tp=a.tp, cp=a.cp, dp=1,
                 itemsize=dtype.itemsize, recompute=a.recompute, offload=a.offload,
                 offload_optimizer=a.offload_optimizer, tile=a.tile, cuda=cuda)
-    times = {name: value for name,
-             value in plan.times(device).items()
-             if "communication" not in name and "ring" not in name}
-    peak_flops = PEAKS.get(torch.cuda.get_device_name()) if cuda else None
-    mfu = 3 * sum(forward_flops(config,
-                                a.length)) / share / seconds / peak_flops if peak_flops else None
-    row = {"length": a.length, "tp": a.tp, "cp": a.cp, "recompute": a.recompute,
-           "offload": a.offload, "seconds": seconds,
-           "tokens_per_second_per_gpu": a.length / share / seconds, "peak_gib": peak, "mfu": mfu,
-           "kernel_seconds": kernels, "planned_gib": sum(plan.memory().values()) / 2**30,
-           "planned_seconds": sum(times.values())}
-    name = torch.cuda.get_device_name() if cuda else "CPU"
+    planned_seconds = 0  # of what this rank does alone
+    for what, value in plan.times(device).items():
+        if "communication" not in what and "ring" not in what:
+            planned_seconds += value
+    peak_flops = PEAKS.get(name) if cuda else None
+    mfu = None
+    if peak_flops:
+        flops = 3 * sum(forward_flops(config, a.length)) / share
+        mfu = flops / seconds / peak_flops
+    row = {
+        "length": a.length,
+        "tp": a.tp,
+        "cp": a.cp,
+        "recompute": a.recompute,
+        "offload": a.offload,
+        "seconds": seconds,
+        "tokens_per_second_per_gpu": a.length / share / seconds,
+        "peak_gib": peak,
+        "mfu": mfu,
+        "kernel_seconds": kernels,
+        "planned_gib": sum(plan.memory().values()) / 2**30,
+        "planned_seconds": planned_seconds,
+    }
     print(f"one rank of tp {a.tp} x cp {a.cp}, collectives replaced by local stand-ins; {name}, "
           f"torch {torch.__version__}, {a.dtype}")
     print("MFU: causal, no recomputation, of the data sheet's dense bfloat16" if mfu

@@ -1,11 +1,12 @@
 """Ours against transformers and tokenizers on one real checkpoint: tokens, logits, greedy text,
 save and load.
 
-    python -m benchmarks.parity MODEL_DIR        # any Llama or Qwen2 directory with a tokenizer.json
+    python -m benchmarks.parity MODEL_DIR
 
-Logits are compared in float32 on 512 tokens of the standard library. transformers forms its rotary
-angles in float32; to show that this is what remains of the difference, both models are run in
-float64, with our angles and with its own. Exits 1 if a check fails.
+MODEL_DIR is any Llama or Qwen2 directory with a tokenizer.json. Logits are compared in float32 on
+512 tokens of the standard library. transformers forms its rotary angles in float32; to show that
+this is what remains of the difference, both models are run in float64, with our angles and with its
+own. Exits 1 if a check fails.
 """
 from __future__ import annotations
 
@@ -23,14 +24,13 @@ import model as model_module
 from model import Llama
 from tools.prepare import read_documents, source_path
 
-SCRIPTS = ("Hello world, don't stop: 123 4  5 | Привет, мир | 你好，世界 | こんにちは世界 | 안녕하세요 세계 | مرحبا "
-           "بالعالم ١٢٣ | שלום עולם | "
-           "नमस्ते दुनिया ४५ | สวัสดีชาวโลก | Γειά σου Κόσμε | გამარჯობა მსოფლიო | 👩‍👩‍👧‍👦🎉🇫🇷 ½ ² "
-           "Ⅳ \t\n\n  x  7\n 8 <s> </s>\r\n\r\n  end ")
+SCRIPTS = ("Hello world, don't stop: 123 4  5 | Привет, мир | 你好，世界 | こんにちは世界 | "
+           "안녕하세요 세계 | مرحبا بالعالم ١٢٣ | שלום עולם | नमस्ते दुनिया ४५ | สวัสดีชาวโลก | "
+           "Γειά σου Κόσμε | გამარჯობა მსოფლიო | 👩‍👩‍👧‍👦🎉🇫🇷 ½ ² Ⅳ \t\n\n  x  7\n 8 "
+           "<s> </s>\r\n\r\n  end ")
 
 
-def float64_logits(path: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
-                                                              torch.Tensor]:
+def float64_logits(path: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Logits in float64 arithmetic: ours, ours with transformers' rotary angles, transformers'."""
     import transformers
 
@@ -64,9 +64,11 @@ def tokenization(path: Path) -> tuple[bool, str]:
     texts = texts[::max(1, len(texts) // 100)][:100] + [SCRIPTS]
     # the tokenizers library turns the text of a special token into that token; ours does so only
     # when allowed to
-    different = sum(ours.encode(text, allowed_special="all")
-                    != theirs.encode(text, add_special_tokens=False).ids for text in texts)
-    return different == 0, f"{len(texts) - different} of {len(texts)} texts equal"
+    equal = 0
+    for text in texts:
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        equal += ours.encode(text, allowed_special="all") == expected
+    return equal == len(texts), f"{equal} of {len(texts)} texts equal"
 
 
 def run(path: Path) -> None:
@@ -90,17 +92,18 @@ def run(path: Path) -> None:
             again = load(Path(folder) / "saved", dtype=torch.float32).eval()(tokens).logits
     size = expected.abs().max().item()
     checks = [("tokens equal the tokenizers library's", *tokenization(path))]
-    for name, a, b, limit in (("float32 logits, our float64 angles", found, expected, 1e-3),
-                              ("float64 logits, our float64 angles", found64, expected64, 1e-3),
-                              ("float64 logits, our angles formed as transformers'", rounded64,
-                               expected64, 1e-9),
-                              ("saved by us, loaded by transformers", again, expected, 0.0)):
+    pairs = [
+        ("float32 logits, our float64 angles", found, expected, 1e-3),
+        ("float64 logits, our float64 angles", found64, expected64, 1e-3),
+        ("float64 logits, our angles formed as transformers'", rounded64, expected64, 1e-9),
+        ("saved by us, loaded by transformers", again, expected, 0.0),
+    ]
+    for name, a, b, limit in pairs:
         difference = (a - b).abs().max().item()
-        checks.append((name, difference <= limit,
-                       f"max difference {difference:.1e} (logits reach {size:.0f}; limit "
-                       f"{limit:.0e})"))
-    checks.append(("greedy text, 64 tokens", torch.equal(ours.generate(prompt, 64), greedy),
-                   "token by token"))
+        detail = f"max difference {difference:.1e} (logits reach {size:.0f}; limit {limit:.0e})"
+        checks.append((name, difference <= limit, detail))
+    same = torch.equal(ours.generate(prompt, 64), greedy)
+    checks.append(("greedy text, 64 tokens", same, "token by token"))
     for name, good, detail in checks:
         print(f"{'ok  ' if good else 'FAIL'}  {name}: {detail}")
     sys.exit(not all(good for _, good, _ in checks))

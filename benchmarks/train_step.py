@@ -1,9 +1,12 @@
 """One training step, ours against transformers' LlamaForCausalLM: tokens/s and peak memory,
 interleaved.
 
-    python -m benchmarks.train_step                        # S = 2,048 and 8,192, Llama 3's vocabulary of 128,256
-    python -m benchmarks.train_step --lengths 16384 --recompute --repeats 2       # both sides recompute their blocks
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step --lengths 16384 --recompute --repeats 2
     python -m benchmarks.train_step --dtypes float32 --lengths 256 --vocab-size 4096 --repeats 2
+
+The first has S = 2,048 and 8,192 and Llama 3's vocabulary of 128,256; in the second both sides
+recompute their blocks.
 
 Same configuration, weights, dtype, batch and optimizer settings (AdamW, fused where transformers'
 side allows it). Two child processes take turns, one step each, so that a slow minute of the machine
@@ -45,15 +48,15 @@ def transformers_step(config: dict, dtype: torch.dtype, device: str, recompute: 
     weights."""
     import transformers
 
-    hf = transformers.LlamaConfig(**{key: value for key,
-                                     value in config.items() if key != "model_type"})
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    hf = transformers.LlamaConfig(**settings)
     hf._attn_implementation = "sdpa"
     model = transformers.LlamaForCausalLM(hf).to(device, dtype)
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    model.load_state_dict(Llama(ModelConfig.from_hf(config)).initialise(0).state_dict(),
-                          strict=False)
+    ours = Llama(ModelConfig.from_hf(config)).initialise(0)
+    model.load_state_dict(ours.state_dict(), strict=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=common.LEARNING_RATE, betas=(0.9, 0.95),
                                   weight_decay=WEIGHT_DECAY, fused=True)
 
@@ -109,10 +112,13 @@ def compare(config: dict, rows: int, dtype: str, length: int, device: str, threa
             continue
         pipe.send(False)
         process.join()
-        seconds = [r[0] for r in results[1:]]  # the first step warms up
-        row[name] = {"tokens_per_second": rows * length / statistics.median(seconds),
-                     "seconds": seconds, "losses": [r[1] for r in results],
-                     "peak_gib": results[-1][2]}
+        seconds = [seconds for seconds, _, _ in results[1:]]  # the first step warms up
+        row[name] = {
+            "tokens_per_second": rows * length / statistics.median(seconds),
+            "seconds": seconds,
+            "losses": [loss for _, loss, _ in results],
+            "peak_gib": results[-1][2],
+        }
     if not (row["ours"] and row["transformers"]):
         return row
     row["speed_ratio"] = row["ours"]["tokens_per_second"] / row["transformers"]["tokens_per_second"]
@@ -137,24 +143,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("out/train_step.json"))
     a = parser.parse_args()
-    device = torch.cuda.get_device_name() if a.device.startswith(
-        "cuda") else f"CPU, {a.threads} threads"
+    device = f"CPU, {a.threads} threads"
+    if a.device.startswith("cuda"):
+        device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, {a.layers} layers of width {a.hidden_size}, "
           f"vocabulary {a.vocab_size}")
-    rows = [compare(common.small_llama(a.hidden_size, a.layers, a.vocab_size, length), a.batch_size,
-                    dtype, length, a.device, a.threads, a.recompute, a.repeats)
-            for dtype in a.dtypes for length in a.lengths]
+    rows = []
+    for dtype in a.dtypes:
+        for length in a.lengths:
+            config = common.small_llama(a.hidden_size, a.layers, a.vocab_size, length)
+            rows.append(compare(config, a.batch_size, dtype, length, a.device, a.threads,
+                                a.recompute, a.repeats))
     print(f"{'type':>8} {'S':>6} {'ours tok/s':>11} {'HF tok/s':>11} {'speed':>7} {'ours GiB':>9} "
           f"{'HF GiB':>8} {'memory':>7} {'loss difference':>16}")
     for row in rows:
         ours = row["ours"]
         other = row["transformers"]
         if not (ours and other):
-            cells = [f"{side['tokens_per_second']:,.0f} tokens/s, {side['peak_gib']:.2f} GiB"
-                     if side else "out of memory" for side in (ours, other)]
+            cells = []
+            for side in (ours, other):
+                if side:
+                    cells.append(f"{side['tokens_per_second']:,.0f} tokens/s, "
+                                 f"{side['peak_gib']:.2f} GiB")
+                else:
+                    cells.append("out of memory")
             print(f"{row['dtype']:>8} {row['length']:>6} ours {cells[0]}; transformers {cells[1]}")
             continue
-        difference = max(abs(x - y) for x, y in zip(ours["losses"], other["losses"]))
+        pairs = zip(ours["losses"], other["losses"], strict=True)
+        difference = max(abs(x - y) for x, y in pairs)
         print(f"{row['dtype']:>8} {row['length']:>6} {ours['tokens_per_second']:>11,.0f} "
               f"{other['tokens_per_second']:>11,.0f} "
               f"{row['speed_ratio']:>6.2f}x {ours['peak_gib']:>9.2f} {other['peak_gib']:>8.2f} "

@@ -4,7 +4,8 @@ import pytest
 import data
 
 SCRIPTS = ["Plain English, don't I'LL we'Ve 1234 5", "Ελληνικό κείμενο 12", "Русский текст 3,4",
-           "العربية ١٢٣ نص", "עברית טקסט", "हिन्दी पाठ १२३", "中文文本一二三", "日本語のテキスト", "한국어 텍스트",
+           "العربية ١٢٣ نص", "עברית טקסט", "हिन्दी पाठ १२३", "中文文本一二三",
+           "日本語のテキスト", "한국어 텍스트",
            "ภาษาไทย ๑๒๓", "தமிழ் உரை", "ქართული", "🙂👩‍👩‍👧‍👦🇫🇷👍🏽 emoji", "½²Ⅷ③",
            "   \n\n\t  x  \r\n  12  3", "\u3000\xa0 x \u2028", "def f(x):\n    return x\n"]
 SENTENCE = "the cat sat on the mat; the dog sat on the log. for i in range(10):\n    print(i)\n"
