@@ -245,7 +245,9 @@ class Plan:
         s = self.sizes()
         size = self.itemsize
         layers = c.num_hidden_layers
-        x, q, kv, lse = s["x"], s["q"], s["kv"], s["lse"]
+        x = s["x"]
+        q = s["q"]
+        kv = s["kv"]
 
         # 1. What is there in most moments: what blocks have left for backward.
         kept = self.kept_by_block()
@@ -279,7 +281,7 @@ class Plan:
 
         # 3. Backward of a block: of its second half, of attention, and of its first products.
         # attention's result, computed once more
-        again = q + lse if self.recompute == "block" else 0.0
+        again = q + s["lse"] if self.recompute == "block" else 0.0
         # float32 sums; K V and dK dV under way
         ring = 4 / size * (q + kv) + 3 * kv if self.cp > 1 else 0.0
         # dK dV of every query head, dQ in float32

@@ -64,9 +64,12 @@ def draw_map(panel, results: dict, colours):
     depths = [f"{100 * depth:.0f} %" for depth in results["depths"]]
     panel.set_xticks(range(len(lengths)), lengths, fontsize=11)
     panel.set_yticks(range(len(grid)), depths, fontsize=11)
-    right, bottom = len(lengths) - 0.5, len(grid) - 0.5
-    panel.hlines(np.arange(len(grid) - 1) + 0.5, -0.5, right, color="white", linewidth=1.5)
-    panel.vlines(np.arange(len(lengths) - 1) + 0.5, -0.5, bottom, color="white", linewidth=1.5)
+    right = len(lengths) - 0.5
+    bottom = len(grid) - 0.5
+    between_rows = np.arange(len(grid) - 1) + 0.5
+    between_columns = np.arange(len(lengths) - 1) + 0.5
+    panel.hlines(between_rows, -0.5, right, color="white", linewidth=1.5)
+    panel.vlines(between_columns, -0.5, bottom, color="white", linewidth=1.5)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     panel.set_xlabel("context length (tokens)", fontsize=12)
@@ -206,9 +209,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--labels has {len(labels)} names for {len(a.results)} results")
         runs = read_results(a.results, a.window)
         if "edges" in runs[0]:
-            tabulate, draw = perplexity_table, draw_perplexity
+            tabulate = perplexity_table
+            draw = draw_perplexity
         else:
-            tabulate, draw = accuracy_table, draw_figure
+            tabulate = accuracy_table
+            draw = draw_figure
         print(tabulate(runs, labels))
         if a.figure:
             write_complete(a.figure, draw(runs, labels))

@@ -473,7 +473,8 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer,
         jobs = cut_jobs(sources, source_field, job_characters)
         calls = ((job, tokenizer.path, out_dir, holdout, seed, settings) for job in jobs)
         results = in_order(pool, 2 * processes, encode_job, calls)
-        train, held_out = [], []
+        train = []
+        held_out = []
         for shards in tqdm(results, "tokenise", unit=" jobs", disable=None):
             train += shards["train"]
             held_out += shards["valid"]

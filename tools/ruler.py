@@ -168,7 +168,8 @@ def niah_in_text(config: Niah, essay: str, rng: random.Random) -> Plan:
             before, filler, after, depths = hide_in_essay(lines, size, essay, shares)
         else:
             before, depths = hide_in_noise(lines, size, place)
-            filler, after = MORE_NOISE, ""
+            filler = MORE_NOISE
+            after = ""
         asked = place.sample(names, config.queries)
         outputs = []
         places = []
@@ -405,7 +406,7 @@ def largest(count: Callable[[Draft], int], plan: Plan, budget: int) -> tuple[Dra
     if used > budget:
         raise TooSmall(used - budget)
     low, high = plan.least, plan.most + 1  # the first fits, the other does not
-    previous, last = low, used
+    previous, last = low, used  # a size and its tokens
     size = 5 * low
     for step in itertools.count():
         if step < 20 or high == math.inf:
