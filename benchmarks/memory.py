@@ -1,10 +1,12 @@
-"""Peak memory of a rank in a training step, for context parallel rings of 1, 2 and 4, at fixed S and at fixed S / cp.
+"""Peak memory of a rank in a training step, for context parallel rings of 1, 2 and 4, at fixed S
+and at fixed S / cp.
 
     python -m benchmarks.memory                                    # CPU processes, gloo
     python -m benchmarks.memory --device cuda --length 131072      # one GPU a rank
 
-"above the model": what the step adds to weights, gradients and optimizer state: activations, mostly, which a ring of cp ranks
-shares. On a CPU the peak is the largest resident size of the process (getrusage), on a GPU torch.cuda.max_memory_allocated.
+"above the model": what the step adds to weights, gradients and optimizer state: activations,
+mostly, which a ring of cp ranks shares. On a CPU the peak is the largest resident size of the
+process (getrusage), on a GPU torch.cuda.max_memory_allocated.
 """
 from __future__ import annotations
 
@@ -32,15 +34,18 @@ def resident_gib(device: str) -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
-def serve(pipe, rank: int, cp: int, port: int, length: int, config: dict, recompute: str, dtype: str, device: str) -> None:
-    """Child process: build the model, make one step, answer (GiB held before it, GiB at the peak, loss)."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cp), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+def serve(pipe, rank: int, cp: int, port: int, length: int, config: dict, recompute: str,
+          dtype: str, device: str) -> None:
+    """Child process: build the model, make one step, answer (GiB held before it, GiB at the peak,
+    loss)."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cp),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     grid = Grid.create(cp=cp, device=device)
     model = Llama(ModelConfig.from_hf(config), grid).initialise(0).to(device, getattr(torch, dtype))
     model.recompute = recompute
-    optimizer, batch = ShardedAdamW(model, grid), common.random_batch(VOCABULARY, length)
+    optimizer = ShardedAdamW(model, grid)
+    batch = common.random_batch(VOCABULARY, length)
     before = resident_gib(device)
     loss = common.step(model, optimizer, batch)
     pipe.send((before, peak_memory_gib(device), loss))
@@ -48,8 +53,10 @@ def serve(pipe, rank: int, cp: int, port: int, length: int, config: dict, recomp
 
 
 def measure(cp: int, length: int, *options) -> dict:
-    """The rank with the highest peak of a fresh ring of `cp` processes; `options` are the last of `serve`."""
-    context, pipes = multiprocessing.get_context("spawn"), []
+    """The rank with the highest peak of a fresh ring of `cp` processes; `options` are the last of
+    `serve`."""
+    context = multiprocessing.get_context("spawn")
+    pipes = []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,12 +67,15 @@ def measure(cp: int, length: int, *options) -> dict:
         pipes.append(pipe)
     answers = [pipe.recv() for pipe in pipes]
     before, peak, loss = max(answers, key=lambda answer: answer[1] - answer[0])
-    return {"cp": cp, "length": length, "before": before, "peak": peak, "above": peak - before, "loss": loss}
+    return {"cp": cp, "length": length, "before": before, "peak": peak, "above": peak - before,
+            "loss": loss}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=16384, help="S where it is fixed; a quarter of it is the fixed S / cp")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=16384,
+                        help="S where it is fixed; a quarter of it is the fixed S / cp")
     parser.add_argument("--rings", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--hidden-size", type=int, default=512, help="a multiple of 256")
     parser.add_argument("--layers", type=int, default=4)
@@ -75,17 +85,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/memory.json"))
     a = parser.parse_args()
     rows = []
-    for title, lengths in (("fixed S", [a.length] * len(a.rings)), ("fixed S / cp", [a.length // 4 * cp for cp in a.rings])):
-        print(f"{title}\n{'cp':>4} {'S':>8} {'S / cp':>8} {'peak GiB':>9} {'above the model':>16} {'of the first':>13} {'loss':>8}")
-        for cp, length in zip(a.rings, lengths):
+    series = {
+        "fixed S": [a.length] * len(a.rings),
+        "fixed S / cp": [a.length // 4 * cp for cp in a.rings],
+    }
+    for title, lengths in series.items():
+        print(f"{title}\n{'cp':>4} {'S':>8} {'S / cp':>8} {'peak GiB':>9} {'above the model':>16} "
+              f"{'of the first':>13} {'loss':>8}")
+        for cp, length in zip(a.rings, lengths, strict=True):
             config = common.small_llama(a.hidden_size, a.layers, VOCABULARY, length)
             row = measure(cp, length, config, a.recompute, a.dtype, a.device) | {"series": title}
             rows.append(row)
             first = next(r for r in rows if r["series"] == title)
-            print(f"{cp:>4} {length:>8} {length // cp:>8} {row['peak']:>9.2f} {row['above']:>16.2f} {row['above'] / first['above']:>12.2f}x "
+            print(f"{cp:>4} {length:>8} {length // cp:>8} {row['peak']:>9.2f} "
+                  f"{row['above']:>16.2f} {row['above'] / first['above']:>12.2f}x "
                   f"{row['loss']:>8.4f}", flush=True)
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps({"torch": torch.__version__, "arguments": vars(a), "rows": rows}, indent=1, default=str))
+    a.out.write_text(json.dumps({"torch": torch.__version__, "arguments": vars(a), "rows": rows},
+                                indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Ours against transformers and tokenizers on one real checkpoint: tokens, logits, greedy text, save and load.
+"""Ours against transformers and tokenizers on one real checkpoint: tokens, logits, greedy text,
+save and load.
 
-    python -m benchmarks.parity MODEL_DIR        # any Llama or Qwen2 directory with a tokenizer.json
+    python -m benchmarks.parity MODEL_DIR
 
-Logits are compared in float32 on 512 tokens of the standard library. transformers forms its rotary angles in float32; to
-show that this is what remains of the difference, both models are run in float64, with our angles and with its own.
-Exits 1 if a check fails.
+MODEL_DIR is any Llama or Qwen2 directory with a tokenizer.json. Logits are compared in float32 on
+512 tokens of the standard library. transformers forms its rotary angles in float32; to show that
+this is what remains of the difference, both models are run in float64, with our angles and with its
+own. Exits 1 if a check fails.
 """
 from __future__ import annotations
 
@@ -22,23 +24,28 @@ import model as model_module
 from model import Llama
 from tools.prepare import read_documents, source_path
 
-SCRIPTS = ("Hello world, don't stop: 123 4  5 | Привет, мир | 你好，世界 | こんにちは世界 | 안녕하세요 세계 | مرحبا بالعالم ١٢٣ | שלום עולם | "
-           "नमस्ते दुनिया ४५ | สวัสดีชาวโลก | Γειά σου Κόσμε | გამარჯობა მსოფლიო | 👩‍👩‍👧‍👦🎉🇫🇷 ½ ² Ⅳ \t\n\n  x  7\n 8 <s> </s>\r\n\r\n  end ")
+SCRIPTS = ("Hello world, don't stop: 123 4  5 | Привет, мир | 你好，世界 | こんにちは世界 | "
+           "안녕하세요 세계 | مرحبا بالعالم ١٢٣ | שלום עולם | नमस्ते दुनिया ४५ | สวัสดีชาวโลก | "
+           "Γειά σου Κόσμε | გამარჯობა მსოფლიო | 👩‍👩‍👧‍👦🎉🇫🇷 ½ ² Ⅳ \t\n\n  x  7\n 8 "
+           "<s> </s>\r\n\r\n  end ")
 
 
-def float64_logits(path: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def float64_logits(path: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Logits in float64 arithmetic: ours, ours with transformers' rotary angles, transformers'."""
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
-    ours, rotary = Llama.from_pretrained(path, dtype=torch.float64), theirs.model.rotary_emb
+    ours = Llama.from_pretrained(path, dtype=torch.float64)
+    rotary = theirs.model.rotary_emb
 
     def their_tables(positions, inv_freq, attention_factor):
-        angles = torch.outer(positions.float(), rotary.inv_freq.float())  # float32, as are its inverse frequencies
+        # float32, as are its inverse frequencies
+        angles = torch.outer(positions.float(), rotary.inv_freq.float())
         return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
     def norm_without_float32(norm, x):
-        return torch.nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+        return torch.nn.functional.rms_norm(x, norm.weight.shape, norm.weight,
+                                            norm.variance_epsilon)
 
     with mock.patch.object(type(theirs.model.norm), "forward", norm_without_float32):
         expected = theirs(tokens).logits
@@ -51,12 +58,17 @@ def tokenization(path: Path) -> tuple[bool, str]:
     """Equal ids on 100 standard-library files and on eleven scripts with emoji."""
     from tokenizers import Tokenizer
 
-    ours, theirs = data.load_tokenizer(path), Tokenizer.from_file(str(path / "tokenizer.json"))
+    ours = data.load_tokenizer(path)
+    theirs = Tokenizer.from_file(str(path / "tokenizer.json"))
     texts = [document["text"] for _, document in read_documents(source_path("stdlib"))]
     texts = texts[::max(1, len(texts) // 100)][:100] + [SCRIPTS]
-    # the tokenizers library turns the text of a special token into that token; ours does so only when allowed to
-    different = sum(ours.encode(text, allowed_special="all") != theirs.encode(text, add_special_tokens=False).ids for text in texts)
-    return different == 0, f"{len(texts) - different} of {len(texts)} texts equal"
+    # the tokenizers library turns the text of a special token into that token; ours does so only
+    # when allowed to
+    equal = 0
+    for text in texts:
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        equal += ours.encode(text, allowed_special="all") == expected
+    return equal == len(texts), f"{equal} of {len(texts)} texts equal"
 
 
 def run(path: Path) -> None:
@@ -64,34 +76,42 @@ def run(path: Path) -> None:
     import transformers
 
     load = transformers.AutoModelForCausalLM.from_pretrained
-    ours, theirs = Llama.from_pretrained(path, dtype=torch.float32), load(path, dtype=torch.float32).eval()
+    ours = Llama.from_pretrained(path, dtype=torch.float32)
+    theirs = load(path, dtype=torch.float32).eval()
     source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()
     tokens = torch.tensor([data.load_tokenizer(path).encode_ordinary(source)[:512]])
     with torch.no_grad():
-        expected, found = theirs(tokens).logits, ours(tokens)
+        expected = theirs(tokens).logits
+        found = ours(tokens)
         found64, rounded64, expected64 = float64_logits(path, tokens)
         prompt = tokens[:, :64]
-        greedy = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False,
-                                 eos_token_id=None, pad_token_id=0)
+        greedy = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64,
+                                 do_sample=False, eos_token_id=None, pad_token_id=0)
         with tempfile.TemporaryDirectory() as folder:
             ours.save_pretrained(Path(folder) / "saved")
             again = load(Path(folder) / "saved", dtype=torch.float32).eval()(tokens).logits
     size = expected.abs().max().item()
     checks = [("tokens equal the tokenizers library's", *tokenization(path))]
-    for name, a, b, limit in (("float32 logits, our float64 angles", found, expected, 1e-3),
-                              ("float64 logits, our float64 angles", found64, expected64, 1e-3),
-                              ("float64 logits, our angles formed as transformers'", rounded64, expected64, 1e-9),
-                              ("saved by us, loaded by transformers", again, expected, 0.0)):
+    pairs = [
+        ("float32 logits, our float64 angles", found, expected, 1e-3),
+        ("float64 logits, our float64 angles", found64, expected64, 1e-3),
+        ("float64 logits, our angles formed as transformers'", rounded64, expected64, 1e-9),
+        ("saved by us, loaded by transformers", again, expected, 0.0),
+    ]
+    for name, a, b, limit in pairs:
         difference = (a - b).abs().max().item()
-        checks.append((name, difference <= limit, f"max difference {difference:.1e} (logits reach {size:.0f}; limit {limit:.0e})"))
-    checks.append(("greedy text, 64 tokens", torch.equal(ours.generate(prompt, 64), greedy), "token by token"))
+        detail = f"max difference {difference:.1e} (logits reach {size:.0f}; limit {limit:.0e})"
+        checks.append((name, difference <= limit, detail))
+    same = torch.equal(ours.generate(prompt, 64), greedy)
+    checks.append(("greedy text, 64 tokens", same, "token by token"))
     for name, good, detail in checks:
         print(f"{'ok  ' if good else 'FAIL'}  {name}: {detail}")
     sys.exit(not all(good for _, good, _ in checks))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     try:
         run(parser.parse_args().model)

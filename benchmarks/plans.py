@@ -1,8 +1,10 @@
-"""Tables of plans for Llama 3.1 8B at 1M, 2M and 4M tokens: what fits on how many H100, how fast, and where the memory goes.
+"""Tables of plans for Llama 3.1 8B at 1M, 2M and 4M tokens: what fits on how many H100, how fast,
+and where the memory goes.
 
-    python -m benchmarks.plans        # no GPU needed: everything is computed from shapes, as by tools.plan
+    python -m benchmarks.plans
 
-Every step has 8M tokens, as in the paper (arXiv 2504.06214), whose own grids stand beside the fastest that fits.
+No GPU is needed: everything is computed from shapes, as by tools.plan. Every step has 8M tokens, as
+in the paper (arXiv 2504.06214), whose own grids stand beside the fastest that fits.
 """
 from __future__ import annotations
 
@@ -20,42 +22,68 @@ PAPER = {2**20: (8, 4), 2**21: (8, 16), 2**22: (8, 16)}  # tp, cp on 256 H100
 
 def line(title: str, plan: Plan, device) -> str:
     """One row of the first table."""
-    seconds, memory = sum(plan.times(device).values()), sum(plan.memory().values())
+    seconds = sum(plan.times(device).values())
+    memory = sum(plan.memory().values())
     rate = plan.batch * plan.length / seconds / plan.processes
-    flops = 3 * plan.batch * sum(forward_flops(plan.config, plan.length)) / plan.processes / seconds / device.peak
-    options = f"{plan.recompute}" + ", offload" * plan.offload + ", offload-optimizer" * plan.offload_optimizer
-    return (f"| {plan.length // 2**20}M | {title} | {plan.tp}, {plan.cp}, {plan.dp} | {options} | {memory / 2**30:.1f} | "
-            f"{plan.on_host() / 2**30:.0f} | {seconds:,.0f} | {rate:,.0f} | {flops:.0%} | {1e9 / rate / 3600:,.0f} |")
+    flops = 3 * plan.batch * sum(forward_flops(plan.config, plan.length))
+    utilisation = flops / plan.processes / seconds / device.peak
+    options = plan.recompute
+    if plan.offload:
+        options += ", offload"
+    if plan.offload_optimizer:
+        options += ", offload-optimizer"
+    cells = [
+        f"{plan.length // 2**20}M",
+        title,
+        f"{plan.tp}, {plan.cp}, {plan.dp}",
+        options,
+        f"{memory / 2**30:.1f}",
+        f"{plan.on_host() / 2**30:.0f}",
+        f"{seconds:,.0f}",
+        f"{rate:,.0f}",
+        f"{utilisation:.0%}",
+        f"{1e9 / rate / 3600:,.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    device, config = DEVICES["H100-80"], read_config(ROOT / "runs" / "llama31_8b.json")
-    print("| S | GPUs | tp, cp, dp | recompute | GiB | host GiB | s a step | tokens/s/GPU | MFU | GPU-hours for 1B |")
+    device = DEVICES["H100-80"]
+    config = read_config(ROOT / "runs" / "llama31_8b.json")
+    print("| S | GPUs | tp, cp, dp | recompute | GiB | host GiB | s a step | tokens/s/GPU | MFU | "
+          "GPU-hours for 1B |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for length, (tp, cp) in PAPER.items():
         plan = Plan(config, length, TOKENS // length, 1, tp, cp, 1)
         for processes in (8, 16, 128, 256):
             found = fitting_plans(plan, processes, device)
-            print(line(str(processes), found[0], device) if found else f"| {length // 2**20}M | {processes} | nothing fits |")
+            if found:
+                print(line(str(processes), found[0], device))
+            else:
+                print(f"| {length // 2**20}M | {processes} | nothing fits |")
         same = [p for p in fitting_plans(plan, 256, device) if (p.tp, p.cp) == (tp, cp)]
         print(line("256, the paper's grid", same[0], device))
     print("\nwhere the memory goes: one of 8 ranks, tp 8, S = 1M, GiB")
     plan = Plan(config, 2**20, 1, 1, 8, 1, 1, tile=2**40)
-    steps = {"everything kept, no tiles": plan, "blocks recomputed whole": replace(plan, recompute="block")}
+    steps = {"everything kept, no tiles": plan,
+             "blocks recomputed whole": replace(plan, recompute="block")}
     steps["and tiles"] = replace(steps["blocks recomputed whole"], tile=None)
     steps["out and lse kept (mlp)"] = replace(steps["and tiles"], recompute="mlp")
     steps["mlp, kept on the host"] = replace(steps["out and lse kept (mlp)"], offload=True)
     steps["and the optimizer"] = replace(steps["mlp, kept on the host"], offload_optimizer=True)
-    print("| technique | weights, gradients, optimizer | kept by 32 blocks | at the worst moment beside it | total | on the host |")
+    print("| technique | weights, gradients, optimizer | kept by 32 blocks | at the worst moment "
+          "beside it | total | on the host |")
     print("|---|---|---|---|---|---|")
     for name, step in steps.items():
         memory = step.memory()
-        fixed = sum(size for key, size in memory.items() if key in ("weights", "gradients (float32)", "optimizer (float32)"))
-        kept, total = next(size for key, size in memory.items() if key.startswith("kept")), sum(memory.values())
-        cells = (fixed, kept, total - fixed - kept, total, step.on_host())
-        print(f"| {name} | " + " | ".join(f"{size / 2**30:.1f}" for size in cells) + " |")
-    print("\nthe last as a command: python -m tools.plan H100-80 --config runs/llama31_8b.json --sequence-length 1048576 "
-          + options_of(steps["and the optimizer"]))
+        fixed = memory["weights"] + memory["gradients (float32)"] + memory["optimizer (float32)"]
+        kept = next(size for key, size in memory.items() if key.startswith("kept"))
+        total = sum(memory.values())
+        sizes = (fixed, kept, total - fixed - kept, total, step.on_host())
+        cells = [f"{size / 2**30:.1f}" for size in sizes]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print("\nthe last as a command: python -m tools.plan H100-80 --config runs/llama31_8b.json "
+          "--sequence-length 1048576 " + options_of(steps["and the optimizer"]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Ring attention over several processes against dense SDPA, forward and backward, on the same hardware.
+"""Ring attention over several processes against dense SDPA, forward and backward, on the same
+hardware.
 
-    python -m benchmarks.ring_attention                               # CPU: 2 ranks x 1 thread against 1 process x 2 threads
-    python -m benchmarks.ring_attention --device cuda --ranks 8 --lengths 65536 131072       # 8 GPUs against one
+    python -m benchmarks.ring_attention
+    python -m benchmarks.ring_attention --device cuda --ranks 8 --lengths 65536 131072
 
-Three sides take turns, one pass each, so that a slow minute of the machine hits all: dense attention in one process, our
-zigzag ring, and the same ring with contiguous shards, which leaves early ranks idle. Medians; the ring's time is its slowest
-rank's. "of dense" is throughput: on a CPU all sides have the same cores; on GPUs dense has one, and is scaled by their number.
+The first is for a CPU: 2 ranks of a thread against 1 process of 2; the second: 8 GPUs against one.
+
+Three sides take turns, one pass each, so that a slow minute of the machine hits all: dense
+attention in one process, our zigzag ring, and the same ring with contiguous shards, which leaves
+early ranks idle. Medians; the ring's time is its slowest rank's. "of dense" is throughput: on a CPU
+all sides have the same cores; on GPUs dense has one, and is scaled by their number.
 """
 from __future__ import annotations
 
@@ -21,7 +25,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from parallel import Grid, attention_kernel, block_backward, block_forward, merge, ring_attention, zigzag_block
+from parallel import (
+    Grid,
+    attention_kernel,
+    block_backward,
+    block_forward,
+    merge,
+    ring_attention,
+    zigzag_block,
+)
 
 
 def zigzag_pass(q, k, v, d_out, grid: Grid):
@@ -30,24 +42,32 @@ def zigzag_pass(q, k, v, d_out, grid: Grid):
 
 
 def contiguous_pass(q, k, v, d_out, grid: Grid):
-    """The ring with shard r = positions r S / cp ... (r + 1) S / cp: a rank works only on hops that bring earlier keys."""
-    q, first_k, first_v = q.detach(), k.detach(), v.detach()
+    """The ring with shard r = positions r S / cp ... (r + 1) S / cp: a rank works only on hops that
+    bring earlier keys."""
+    q = q.detach()
+    own_k = k.detach()
+    own_v = v.detach()
     sources = [(grid.cp_rank - hop) % grid.cp for hop in range(grid.cp)]
-    k, v = first_k, first_v
+    k, v = own_k, own_v
     for hop, source in enumerate(sources):
         arriving = grid.send_around(k, v) if hop + 1 < grid.cp else None
         if source <= grid.cp_rank:
             part, part_lse = block_forward(q, k, v, causal=hop == 0)
             if hop == 0:
-                out, lse = part.float(), part_lse
+                out = part.float()
+                lse = part_lse
             else:
                 merge(out, lse, part, part_lse)
         if arriving:
             k, v = arriving.wait()
-    out, k, v, gradients = out.to(q.dtype), first_k, first_v, None
+    out = out.to(q.dtype)
+    k, v = own_k, own_v
+    gradients = None
     for hop, source in enumerate(sources):
         arriving = grid.send_around(k, v) if hop + 1 < grid.cp else None
-        parts = block_backward(d_out, q, k, v, out, lse, causal=hop == 0) if source <= grid.cp_rank else None
+        parts = None
+        if source <= grid.cp_rank:
+            parts = block_backward(d_out, q, k, v, out, lse, causal=hop == 0)
         if hop == 0:
             dq, dk, dv = (part.float() for part in parts)
         else:
@@ -64,25 +84,30 @@ def contiguous_pass(q, k, v, d_out, grid: Grid):
 
 def dense_pass(q, k, v, d_out, grid: Grid):
     """SDPA over the whole sequence."""
-    return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), (q, k, v), d_out)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return torch.autograd.grad(out, (q, k, v), d_out)
 
 
 PASSES = {"dense": dense_pass, "zigzag": zigzag_pass, "contiguous": contiguous_pass}
 
 
-def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int, int], head_dim: int, dtype: str,
-          device: str) -> None:
+def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int, int],
+          head_dim: int, dtype: str, device: str) -> None:
     """Child process: one pass of a kind at a length whenever asked, answering its seconds."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(threads)
     grid = Grid.create(cp=ranks, device=device)
     place = f"cuda:{rank}" if device == "cuda" else "cpu"
     while request := pipe.recv():
         kind, length = request
-        shapes = [(1, n, length // ranks, head_dim) for n in (heads[0], heads[1], heads[1], heads[0])]
-        q, k, v, d_out = (torch.randn(shape, dtype=getattr(torch, dtype), device=place) for shape in shapes)
-        leaves = [x.requires_grad_() for x in (q, k, v)]
+        tensors = []
+        for n in (heads[0], heads[1], heads[1], heads[0]):  # q, k, v and the output's gradient
+            shape = (1, n, length // ranks, head_dim)
+            tensors.append(torch.randn(shape, dtype=getattr(torch, dtype), device=place))
+        *leaves, d_out = tensors
+        for x in leaves:
+            x.requires_grad_()
         grid.barrier()
         start = time.perf_counter()
         gradients = PASSES[kind](*leaves, d_out, grid)
@@ -92,21 +117,32 @@ def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int
 
 
 def work(ranks: int, kind: str) -> list[list[float]]:
-    """Scores computed by each rank at each hop, as a share of all S (S + 1) / 2, from the blocks the ring computes."""
+    """Scores computed by each rank at each hop, as a share of all S (S + 1) / 2, from the blocks
+    the ring computes."""
     local = 840  # positions a rank; any even number gives the same shares
+    length = ranks * local
     table = []
     for rank in range(ranks):
-        hops = []
-        for source in ((rank - hop) % ranks for hop in range(ranks)):
+        shares = []
+        for hop in range(ranks):
+            source = (rank - hop) % ranks
             rows, keys = zigzag_block(rank, source, local)
-            pairs = len(range(local)[rows]) * len(range(local)[keys]) if kind == "zigzag" else local**2 * (source < rank)
-            hops.append(local * (local + 1) / 2 if source == rank else pairs)
-        table.append([pairs / (ranks * local * (ranks * local + 1) / 2) for pairs in hops])
+            if source == rank:  # below the diagonal
+                pairs = local * (local + 1) / 2
+            elif kind == "zigzag":
+                pairs = len(range(local)[rows]) * len(range(local)[keys])
+            elif source < rank:  # contiguous shards: all earlier keys
+                pairs = local**2
+            else:
+                pairs = 0
+            shares.append(pairs / (length * (length + 1) / 2))
+        table.append(shares)
     return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--heads", type=int, default=8)
@@ -119,12 +155,16 @@ def main() -> None:
     a = parser.parse_args()
     kernel = attention_kernel(a.device, getattr(torch, a.dtype), a.head_dim)
     device = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
-    print(f"{device}, torch {torch.__version__}, {a.dtype}, {a.heads}:{a.kv_heads} heads of {a.head_dim}; blocks by {kernel}")
+    print(f"{device}, torch {torch.__version__}, {a.dtype}, {a.heads}:{a.kv_heads} heads of "
+          f"{a.head_dim}; blocks by {kernel}")
     for kind in ("zigzag", "contiguous"):
         print(f"{kind}: share of all scores by hop 0 ... {a.ranks - 1}")
         for rank, hops in enumerate(work(a.ranks, kind)):
-            print(f"  rank {rank}: " + " ".join(f"{100 * share:5.1f} %" for share in hops) + f"   sum {100 * sum(hops):5.1f} %")
-    context, sides, processes = multiprocessing.get_context("spawn"), {}, []
+            shares = " ".join(f"{100 * share:5.1f} %" for share in hops)
+            print(f"  rank {rank}: {shares}   sum {100 * sum(hops):5.1f} %")
+    context = multiprocessing.get_context("spawn")
+    sides = {}
+    processes = []
     for name, ranks in (("dense", 1), ("ring", a.ranks)):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -133,12 +173,15 @@ def main() -> None:
         for rank in range(ranks):
             pipe, other = context.Pipe()
             threads = a.ranks // ranks if a.device == "cpu" else 1
-            arguments = (other, rank, ranks, port, threads, (a.heads, a.kv_heads), a.head_dim, a.dtype, a.device)
-            processes.append(context.Process(target=serve, args=arguments, daemon=True))
-            processes[-1].start()
+            arguments = (other, rank, ranks, port, threads, (a.heads, a.kv_heads), a.head_dim,
+                         a.dtype, a.device)
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            processes.append(process)
             sides[name].append(pipe)
     rows = []
-    print(f"{'S':>8} {'dense s':>9} {'zigzag s':>9} {'of dense':>9} {'contiguous s':>13} {'of dense':>9}")
+    print(f"{'S':>8} {'dense s':>9} {'zigzag s':>9} {'of dense':>9} {'contiguous s':>13} "
+          f"{'of dense':>9}")
     for length in a.lengths:
         seconds = {kind: [] for kind in PASSES}
         for _ in range(a.repeats + 1):
@@ -147,18 +190,23 @@ def main() -> None:
                 for pipe in pipes:
                     pipe.send((kind, length))
                 seconds[kind].append(max(pipe.recv() for pipe in pipes))
-        medians = {kind: statistics.median(times[1:]) for kind, times in seconds.items()}  # the first pass warms up
+        # the first pass warms up
+        medians = {kind: statistics.median(times[1:]) for kind, times in seconds.items()}
         scale = a.ranks if a.device == "cuda" else 1
-        share = {kind: medians["dense"] / (scale * medians[kind]) for kind in ("zigzag", "contiguous")}
+        share = {}
+        for kind in ("zigzag", "contiguous"):
+            share[kind] = medians["dense"] / (scale * medians[kind])
         rows.append({"length": length, "seconds": seconds, "of_dense": share})
-        print(f"{length:>8} {medians['dense']:>9.3f} {medians['zigzag']:>9.3f} {100 * share['zigzag']:>7.1f} % "
+        print(f"{length:>8} {medians['dense']:>9.3f} {medians['zigzag']:>9.3f} "
+              f"{100 * share['zigzag']:>7.1f} % "
               f"{medians['contiguous']:>13.3f} {100 * share['contiguous']:>7.1f} %", flush=True)
-    for pipe in (pipe for pipes in sides.values() for pipe in pipes):
+    for pipe in (*sides["dense"], *sides["ring"]):
         pipe.send(None)
     for process in processes:
         process.join()
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "arguments": vars(a), "rows": rows}, indent=1, default=str))
+    a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "arguments": vars(a),
+                                 "rows": rows}, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Watches what torch does: which operators run and how often, the largest tensor made, the bytes that are alive at once."""
+"""Watches what torch does: which operators run and how often, the largest tensor made, the bytes
+that are alive at once."""
 import weakref
 from collections import Counter
 
@@ -7,8 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def tensors(tree) -> list[torch.Tensor]:
+    """All tensors in lists and dictionaries of whatever."""
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
 class Allocations(TorchDispatchMode):
-    """Inside `with`: `elements` of the largest tensor made, `live` bytes of storages made here and not freed, their `peak`.
+    """Inside `with`: `elements` of the largest tensor made, `live` bytes of storages made here and
+    not freed, their `peak`.
 
     Sees every operator's results, in backward too; not the scratch memory inside an operator.
     """
@@ -19,10 +26,10 @@ class Allocations(TorchDispatchMode):
         self.seen = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
         out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:  # neither a view nor in place
+        for x in tensors(out):
+            if x.untyped_storage()._cdata not in given:  # neither a view nor in place
                 self.note(x)
         return out
 
@@ -42,7 +49,8 @@ class Allocations(TorchDispatchMode):
 
 
 class Operators(TorchDispatchMode):
-    """Inside `with`: how often each operator ran, by its name without its overload ("mm"), in backward too."""
+    """Inside `with`: how often each operator ran, by its name without its overload ("mm"), in
+    backward too."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,10 +17,24 @@ def one_thread():
 def tiny_config():
     """A factory of small Hugging Face configurations: GQA, odd sizes, whatever a test changes."""
     def build(**changes) -> dict:
-        return {"model_type": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "hidden_act": "silu",
-                "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
-                "max_position_embeddings": 64, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-                "attention_bias": False, "mlp_bias": False} | changes
+        config = {
+            "model_type": "llama",
+            "vocab_size": 97,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "hidden_act": "silu",
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+        return config | changes
     return build
 
 
@@ -28,11 +42,13 @@ def tiny_config():
 def tiny_model(tiny_config):
     """A factory of small models with weights that are not symmetric about anything."""
     def build(dtype=torch.float32, seed=0, **changes) -> Llama:
-        model = Llama(ModelConfig.from_hf(tiny_config(initializer_range=0.2, **changes))).initialise(seed)
+        config = ModelConfig.from_hf(tiny_config(initializer_range=0.2, **changes))
+        model = Llama(config).initialise(seed)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+                if parameter.ndim == 1:  # norms, which are 1 at first, and biases, which are 0
+                    generator = torch.Generator().manual_seed(7)
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         return model.to(dtype)
     return build
 
@@ -40,13 +56,22 @@ def tiny_model(tiny_config):
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory):
     """A small random Llama with a tokenizer, as a Hugging Face directory."""
-    path, found = tmp_path_factory.mktemp("models") / "small", ranks(3)
-    config = {"vocab_size": len(found) + 256, "hidden_size": 32, "intermediate_size": 48,
-              "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 256,
-              "rms_norm_eps": 1e-5, "initializer_range": 0.2, "tie_word_embeddings": True}
+    path = tmp_path_factory.mktemp("models") / "small"
+    pieces = ranks(3)
+    config = {
+        "vocab_size": len(pieces) + 256,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
     Llama(ModelConfig.from_hf(config)).initialise(0).save_pretrained(path)
-    lines = (base64.b64encode(piece) + b" %d\n" % rank for piece, rank in found.items())
+    lines = [base64.b64encode(piece) + b" %d\n" % rank for piece, rank in pieces.items()]
     (path / "tokenizer.model").write_bytes(b"".join(lines))
     return path
 

@@ -1,4 +1,5 @@
-"""data.py: each test makes one classic bug of tokenizers, chat masks, corpora or packing impossible."""
+"""data.py: each test makes one classic bug of tokenizers, chat masks, corpora or packing
+impossible."""
 import json
 import os
 import random
@@ -24,11 +25,14 @@ def tokenizer(tmp_path_factory):
 def random_texts(count, seed=0):
     rng = random.Random(seed)
     for _ in range(count):
-        parts = [rng.choice(SCRIPTS)[rng.randrange(6):rng.randrange(5, 30)] for _ in range(rng.randrange(1, 8))]
+        parts = []
+        for _ in range(rng.randrange(1, 8)):
+            script = rng.choice(SCRIPTS)
+            parts.append(script[rng.randrange(6):rng.randrange(5, 30)])
         yield rng.choice(["", " ", "  ", "\n", "7", " 7", "\t"]).join(parts)
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizers
+# ------------------------------------------------------------------------------------- tokenizers
 
 
 def test_bpe_round_trip_in_many_scripts(tokenizer):
@@ -38,16 +42,27 @@ def test_bpe_round_trip_in_many_scripts(tokenizer):
 
 def test_llama3_special_ids(tokenizer):
     """Official order, at the offsets Llama 3.1 has from 128,000; 256 in all."""
-    official = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|finetune_right_pad_id|>": 4, "<|start_header_id|>": 6,
-                "<|end_header_id|>": 7, "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10,
-                "<|reserved_special_token_2|>": 12, "<|reserved_special_token_245|>": 255}
-    assert {name: tokenizer.encode_single_token(name) - 400 for name in official} == official
+    official = {
+        "<|begin_of_text|>": 0,
+        "<|end_of_text|>": 1,
+        "<|finetune_right_pad_id|>": 4,
+        "<|start_header_id|>": 6,
+        "<|end_header_id|>": 7,
+        "<|eom_id|>": 8,
+        "<|eot_id|>": 9,
+        "<|python_tag|>": 10,
+        "<|reserved_special_token_2|>": 12,
+        "<|reserved_special_token_245|>": 255,
+    }
+    for name, offset in official.items():
+        assert tokenizer.encode_single_token(name) == 400 + offset, name
     assert tokenizer.n_vocab == 400 + 256
 
 
 def test_llama3_pattern_pieces(tokenizer):
-    pieces = [[tokenizer.decode([t]) for t in tokenizer.encode_ordinary(text)] for text in ("<s>", "\n\n\n")]
-    assert pieces[0] == ["<", "s", ">"] and "".join(pieces[1]) == "\n\n\n"
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode_ordinary("<s>")]
+    assert pieces == ["<", "s", ">"]
+    assert tokenizer.decode(tokenizer.encode_ordinary("\n\n\n")) == "\n\n\n"
 
 
 def test_a_million_spaces_do_not_crash_tiktoken(tokenizer):
@@ -55,8 +70,11 @@ def test_a_million_spaces_do_not_crash_tiktoken(tokenizer):
     assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
 
 
-@pytest.mark.parametrize("content, message", [("not base64 at all", "not a Llama-3"), ("QQ== 0\nQg== 2", "ranks 0, 1, 2"),
-                                              ("QQ== 0\nQg== 1", "256 bytes")])
+@pytest.mark.parametrize("content, message", [
+    ("not base64 at all", "not a Llama-3"),
+    ("QQ== 0\nQg== 2", "ranks 0, 1, 2"),
+    ("QQ== 0\nQg== 1", "256 bytes"),
+])
 def test_a_broken_tokenizer_model_is_refused(tmp_path, content, message):
     (tmp_path / "tokenizer.model").write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -70,7 +88,8 @@ def test_tokenizer_json_equals_the_tokenizers_library(kind, tmp_path):
     library = hugging_face_tokenizer(kind, tmp_path)
     ours = data.load_tokenizer(tmp_path)
     decomposed = unicodedata.normalize("NFD", " ".join(SCRIPTS))
-    standard_library = [path.read_text() for path in sorted(Path(os.__file__).parent.glob("*.py"))[:20]]
+    files = sorted(Path(os.__file__).parent.glob("*.py"))[:20]
+    standard_library = [path.read_text() for path in files]
     for text in [*SCRIPTS, *random_texts(500), decomposed, "a\x04b \x06", *standard_library]:
         assert ours.encode_ordinary(text) == library.encode(text).ids, repr(text)
     assert ours.n_vocab == library.get_vocab_size()
@@ -85,7 +104,8 @@ def test_tokenizer_json_equals_the_tokenizers_library(kind, tmp_path):
     (lambda t: t["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
     (lambda t: t["model"]["merges"].reverse(), "order of merges"),
     (lambda t: t["model"]["vocab"].update(zebra=900), "'zebra' has no merge"),
-    (lambda t: t.update(model={"type": "WordPiece", "vocab": {}}), "not a BPE")])
+    (lambda t: t.update(model={"type": "WordPiece", "vocab": {}}), "not a BPE"),
+])
 def test_tokenizer_json_that_tiktoken_cannot_express_is_refused_by_name(change, message, tmp_path):
     hugging_face_tokenizer("gpt2", tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -95,12 +115,16 @@ def test_tokenizer_json_that_tiktoken_cannot_express_is_refused_by_name(change, 
         data.load_tokenizer(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------- corpus
+# ----------------------------------------------------------------------------------------- corpus
 
 
 def test_a_corpus_reads_back_as_it_was_written(tmp_path, tokenizer):
-    """Documents cut at the border of a shard, masks of another document, sources mixed in a shard."""
-    documents = [("ab"[i % 3 == 0], [i] * n, [i % 2 == 0] * n) for i, n in enumerate([30, 50, 40, 150, 10, 90, 0])]
+    """Documents cut at the border of a shard, masks of another document, sources mixed in a
+    shard."""
+    documents = []
+    for i, length in enumerate([30, 50, 40, 150, 10, 90, 0]):
+        source = "b" if i % 3 == 0 else "a"
+        documents.append((source, [i] * length, [i % 2 == 0] * length))
     meta = write_corpus({"train": documents}, tmp_path / "out", tokenizer, shard_tokens=40)
     dataset = data.PackedDataset(tmp_path / "out", "train", 8, 0, "none")
     read = []
@@ -108,7 +132,9 @@ def test_a_corpus_reads_back_as_it_was_written(tmp_path, tokenizer):
         for _ in range(shard["documents"]):
             tokens, mask = dataset.document(len(read))
             read.append((shard["source"], tokens.tolist(), mask.tolist()))
-    assert sorted(read) == sorted(documents[:-1]) and len(meta["splits"]["train"]) == 4  # a document without tokens is none
+    # a document without tokens is none
+    assert sorted(read) == sorted(documents[:-1])
+    assert len(meta["splits"]["train"]) == 4
     assert sum(shard["tokens"] for shard in meta["splits"]["train"]) == 370
 
 
@@ -116,11 +142,18 @@ def test_a_damaged_or_foreign_corpus_is_refused(tmp_path, tokenizer):
     write_corpus({"train": [("x", [1, 2, 3], None)]}, tmp_path / "out", tokenizer)
     with pytest.raises(ValueError, match="no documents in split 'valid'"):
         data.PackedDataset(tmp_path / "out", "valid", 2, 0, "none")
-    for number, text in enumerate(("ab ab", TRAINING_TEXT.upper())):  # fewer tokens, and as many but others
-        other = train_bpe([text], (257, 400)[number], tmp_path / str(number))
+    # fewer tokens, and as many but others
+    for text, size in (("ab ab", 257), (TRAINING_TEXT.upper(), 400)):
+        other = train_bpe([text], size, tmp_path / str(size))
         with pytest.raises(ValueError, match="another tokenizer"):
             data.PackedDataset(tmp_path / "out", "train", 2, 0, tokenizer=other)
-    for kind, content in (("tokens", b"12345"), ("mask", b"11"), ("lengths", b"1"), ("lengths", bytes([2, *[0] * 7]))):
+    damage = [
+        ("tokens", b"12345"),
+        ("mask", b"11"),
+        ("lengths", b"1"),
+        ("lengths", bytes([2, *[0] * 7])),
+    ]
+    for kind, content in damage:
         file = tmp_path / "out" / f"train-00000.{kind}"
         whole = file.read_bytes()
         file.write_bytes(content)
@@ -135,7 +168,8 @@ def test_a_damaged_or_foreign_corpus_is_refused(tmp_path, tokenizer):
 @pytest.mark.parametrize("content", ["{}", '{"format": 1, "vocab_size": 656}', '{"format": 2}'])
 def test_a_corpus_of_another_format_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)
-    with pytest.raises(ValueError, match="^[^\n]*meta.json: not a corpus of format 2, [^\n]*; prepare it again$"):
+    message = "^[^\n]*meta.json: not a corpus of format 2, [^\n]*; prepare it again$"
+    with pytest.raises(ValueError, match=message):
         data.read_meta(tmp_path)
 
 
@@ -143,29 +177,41 @@ def test_corpora_of_the_same_lengths_have_digests_of_their_own(tmp_path, tokeniz
     """A run resumed on other data would not be noticed."""
     for name, token in (("a", 1), ("again", 1), ("b", 2)):
         write_corpus({"train": [("x", [token] * 9, None)]}, tmp_path / name, tokenizer)
-    a, again, b = (data.digest(tmp_path / name) for name in ("a", "again", "b"))
+    a = data.digest(tmp_path / "a")
+    again = data.digest(tmp_path / "again")
+    b = data.digest(tmp_path / "b")
     assert a == again != b
 
 
 def test_a_lock_is_not_held_on_a_file_that_its_last_holder_has_just_removed(tmp_path, monkeypatch):
     """Between opening and locking: a third process would make a file of its own and lock that."""
+    file = tmp_path / "lock"
     lock = data.fcntl.lockf
-    monkeypatch.setattr(data.fcntl, "lockf", lambda *arguments: ((tmp_path / "lock").unlink(), lock(*arguments)))
-    with pytest.raises(ValueError, match="another process is at work"), data.locked(tmp_path / "lock"):
+
+    def removed_just_before(*arguments):
+        file.unlink()
+        lock(*arguments)
+
+    monkeypatch.setattr(data.fcntl, "lockf", removed_just_before)
+    with pytest.raises(ValueError, match="another process is at work"), data.locked(file):
         pass
 
 
-# --------------------------------------------------------------------------------------------- length up-sampling
+# ----------------------------------------------------------------------------- length up-sampling
 
 
 def test_length_weights_keep_each_sources_tokens():
-    lengths, sources = np.array([100, 5000, 9000, 200, 4096, 8192, 50]), np.array([0, 0, 0, 1, 1, 1, 2])
+    lengths = np.array([100, 5000, 9000, 200, 4096, 8192, 50])
+    sources = np.array([0, 0, 0, 1, 1, 1, 2])
     weights = data.length_weights(lengths, sources, short_weight=0.5, long_weight=3.0)
     for source in range(3):
         mine = sources == source
         assert np.isclose((weights * lengths)[mine].sum(), lengths[mine].sum())
-    assert np.isclose(weights[2] / weights[1], 3) and np.isclose(weights[0] / weights[1], 0.5)
-    assert np.isclose(weights[4], weights[5]) and np.isclose(weights[6], 1)  # 4,096 and 8,192 are in the middle
+    assert np.isclose(weights[2] / weights[1], 3)
+    assert np.isclose(weights[0] / weights[1], 0.5)
+    # 4,096 and 8,192 are in the middle
+    assert np.isclose(weights[4], weights[5])
+    assert np.isclose(weights[6], 1)
     assert (data.length_weights(lengths, sources) == 1).all()
     with pytest.raises(ValueError, match="leave no document of one of the corpus.s sources"):
         data.length_weights(lengths, sources, short_weight=0)
@@ -176,42 +222,52 @@ def test_length_weights_keep_each_sources_tokens():
 
 
 def test_measured_token_shares_follow_the_weights(tmp_path, tokenizer):
-    """Two sources of short (10), middle (50) and long (200) documents; shares counted in 20 epochs of the stream."""
+    """Two sources of short (10), middle (50) and long (200) documents; shares counted in 20 epochs
+    of the stream."""
     rng = np.random.default_rng(0)
-    documents = [(f"source {s}", [100 * s + kind] * size, None)
-                 for s in range(2) for kind, size in enumerate((10, 50, 200)) for _ in range(30 * (s + 1))]
+    documents = []
+    for s in range(2):
+        for kind, size in enumerate((10, 50, 200)):
+            document = (f"source {s}", [100 * s + kind] * size, None)
+            documents += [document] * (30 * (s + 1))
     documents = [documents[i] for i in rng.permutation(len(documents))]
     write_corpus({"train": documents}, tmp_path / "out", tokenizer)
-    dataset = data.PackedDataset(tmp_path / "out", "train", 1000, 0, "none", short=20, long=100, short_weight=0.3, long_weight=2)
+    dataset = data.PackedDataset(tmp_path / "out", "train", 1000, 0, "none", short=20, long=100,
+                                 short_weight=0.3, long_weight=2)
     total = 20 * sum(len(tokens) for _, tokens, _ in documents)
     stream = np.concatenate([dataset.sequence(i)[0][:-1] for i in range(total // 1000)])
-    share = {kind: (stream == kind).mean() for kind in (0, 1, 2, 100, 101, 102)}
-    expected = np.array([10 * 0.3, 50, 200 * 2])
-    expected /= expected.sum()
+    weighted = np.array([10 * 0.3, 50, 200 * 2])
     for s in range(2):
-        assert np.allclose([share[100 * s + kind] for kind in range(3)], expected * (s + 1) / 3, rtol=0.06)
+        shares = [(stream == 100 * s + kind).mean() for kind in range(3)]
+        expected = weighted / weighted.sum() * (s + 1) / 3  # the second source has twice as much
+        assert np.allclose(shares, expected, rtol=0.06)
 
 
-# --------------------------------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------------- packing
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, tokenizer):
-    """40 documents of 5 to 90 tokens in several shards; document i is i, 100, 101, 102, ...; odd ones carry loss on their
-    second half."""
+    """40 documents of 5 to 90 tokens in several shards; document i is i, 100, 101, 102, ...; odd
+    ones carry loss on their second half."""
     rng = np.random.default_rng(3)
     documents = []
     for i, size in enumerate(rng.integers(5, 90, 40).tolist()):
-        mask = None if i % 2 == 0 else [False] * (size // 2) + [True] * (size - size // 2)
+        mask = None
+        if i % 2:
+            mask = [False] * (size // 2) + [True] * (size - size // 2)
         documents.append(("x", [i, *range(100, 100 + size - 1)], mask))
     directory = tmp_path_factory.mktemp("corpus") / "out"
-    write_corpus({"train": documents, "valid": documents[:3]}, directory, tokenizer, shard_tokens=500)
+    write_corpus({"train": documents, "valid": documents[:3]}, directory, tokenizer,
+                 shard_tokens=500)
     return directory, documents
 
 
 def stream_of(dataset, documents, separator, epochs):
     """What the docstring promises, built document by document."""
-    tokens, mask, ids = [], [], []
+    tokens = []
+    mask = []
+    ids = []
     number = 0
     for epoch in range(epochs):
         for i in dataset.plan(epoch):
@@ -223,18 +279,26 @@ def stream_of(dataset, documents, separator, epochs):
     return np.array(tokens), np.array(mask), np.array(ids)
 
 
-@pytest.mark.parametrize("separator, weights", [("<s>", {}), ("none", {}), ("bos_eos", {}),
-                                                ("<s>", {"short": 20, "long": 60, "short_weight": 0.4, "long_weight": 2.6})])
+@pytest.mark.parametrize("separator, weights", [
+    ("<s>", {}),
+    ("none", {}),
+    ("bos_eos", {}),
+    ("<s>", {"short": 20, "long": 60, "short_weight": 0.4, "long_weight": 2.6}),
+])
 @pytest.mark.parametrize("size", [7, 64, 1000])
-def test_sequences_are_the_stream_without_a_token_lost_or_repeated(corpus, tokenizer, separator, weights, size):
-    """Over three epochs: what is cut at a sequence's border must continue in the next, masks and ids alike."""
+def test_sequences_are_the_stream_without_a_token_lost_or_repeated(
+        corpus, tokenizer, separator, weights, size):
+    """Over three epochs: what is cut at a sequence's border must continue in the next, masks and
+    ids alike."""
     directory, documents = corpus
-    dataset = data.PackedDataset(directory, "train", size, 5, separator, tokenizer=tokenizer, **weights)
-    between = {"<s>": tokenizer.encode_ordinary("<s>"), "none": [],
-               "bos_eos": [tokenizer.encode_single_token(f"<|{side}_of_text|>") for side in ("end", "begin")]}[separator]
-    expected = stream_of(dataset, documents, between, 3)
+    dataset = data.PackedDataset(directory, "train", size, 5, separator, tokenizer=tokenizer,
+                                 **weights)
+    end = tokenizer.encode_single_token("<|end_of_text|>")
+    begin = tokenizer.encode_single_token("<|begin_of_text|>")
+    between = {"<s>": tokenizer.encode_ordinary("<s>"), "none": [], "bos_eos": [end, begin]}
+    expected = stream_of(dataset, documents, between[separator], 3)
     for i in range((len(expected[0]) - 1) // size):
-        for got, want in zip(dataset.sequence(i), expected):
+        for got, want in zip(dataset.sequence(i), expected, strict=True):
             assert np.array_equal(got, want[i * size:i * size + size + 1])
     tokens, mask, ids = dataset.sequence(0)
     assert (tokens.dtype, mask.dtype, ids.dtype) == (np.int64, bool, np.int64)
@@ -243,32 +307,46 @@ def test_sequences_are_the_stream_without_a_token_lost_or_repeated(corpus, token
 def test_targets_are_shifted_before_anything_is_sharded(corpus, tokenizer):
     """Each next token is a target exactly once, also at the borders of sequences and of batches."""
     dataset = data.PackedDataset(corpus[0], "train", 16, 0, tokenizer=tokenizer)
-    first, second = data.batch(dataset, 0, 4), data.batch(dataset, 4, 4)
+    first = data.batch(dataset, 0, 4)
+    second = data.batch(dataset, 4, 4)
     tokens, mask, _ = stream_of(dataset, corpus[1], tokenizer.encode_ordinary("<s>"), 1)
     inputs = torch.cat([first.tokens.flatten(), second.tokens.flatten()]).numpy()
     targets = torch.cat([first.targets.flatten(), second.targets.flatten()]).numpy()
     assert np.array_equal(inputs, tokens[:128])
-    assert np.array_equal(targets, np.where(mask[1:129], tokens[1:129], -100)) and (targets == -100).any()
-    assert all(x.dtype == torch.int64 and x.shape == (4, 16) for x in first[:2]) and first.document_ids is None
+    assert np.array_equal(targets, np.where(mask[1:129], tokens[1:129], -100))
+    assert (targets == -100).any()
+    for x in (first.tokens, first.targets):
+        assert x.dtype == torch.int64
+        assert x.shape == (4, 16)
+    assert first.document_ids is None
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch(corpus, tokenizer):
-    """Ranks that shuffle differently, or a resumed run that starts the order anew, train on other data."""
+    """Ranks that shuffle differently, or a resumed run that starts the order anew, train on other
+    data."""
     def make(seed=0):
         return data.PackedDataset(corpus[0], "train", 50, seed, tokenizer=tokenizer)
+
     one = make()
     forward = [one.sequence(i)[0].tolist() for i in range(200)]
-    assert forward == [make().sequence(i)[0].tolist() for i in range(200)]  # each resumed at i in a fresh object
+    # each resumed at i in a fresh object
+    assert forward == [make().sequence(i)[0].tolist() for i in range(200)]
     assert forward[::-1] == [one.sequence(i)[0].tolist() for i in reversed(range(200))]
-    orders = [make(seed).plan(epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(40)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
+    orders = set()
+    for seed in (0, 1):
+        for epoch in (0, 1):
+            order = make(seed).plan(epoch).tolist()
+            assert sorted(order) == list(range(40))
+            orders.add(tuple(order))
+    assert len(orders) == 4
 
 
 def test_separator_is_the_plain_text_not_a_special_token(corpus, tokenizer):
     """arXiv 2504.06214: `<s>`, not Llama 3's begin-of-text token."""
-    tokens = data.PackedDataset(corpus[0], "train", 3000, 0, tokenizer=tokenizer).sequence(0)[0].tolist()
-    assert tokenizer.decode(tokens).count("<s>") >= 20 and max(tokens) < 400
+    dataset = data.PackedDataset(corpus[0], "train", 3000, 0, tokenizer=tokenizer)
+    tokens = dataset.sequence(0)[0].tolist()
+    assert tokenizer.decode(tokens).count("<s>") >= 20
+    assert max(tokens) < 400
     with pytest.raises(ValueError, match="'</s>' is unknown"):
         data.PackedDataset(corpus[0], "train", 10, 0, "</s>", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="needs the tokenizer"):
@@ -276,15 +354,20 @@ def test_separator_is_the_plain_text_not_a_special_token(corpus, tokenizer):
 
 
 @pytest.mark.parametrize("separator", ["<s>", "none", "bos_eos"])
-def test_documents_as_long_as_a_sequence_start_where_sequences_start(tmp_path, tokenizer, separator):
-    size, after = 32, len(data.separator_tokens(separator, tokenizer))
+def test_documents_as_long_as_a_sequence_start_where_sequences_start(
+        tmp_path, tokenizer, separator):
+    size = 32
+    after = len(data.separator_tokens(separator, tokenizer))
     documents = [("x", [i, *[300] * (size - after - 1)], None) for i in range(20)]
     write_corpus({"train": documents}, tmp_path / "out", tokenizer)
-    dataset = data.PackedDataset(tmp_path / "out", "train", size, 0, separator, tokenizer=tokenizer, document_mask=True)
+    dataset = data.PackedDataset(tmp_path / "out", "train", size, 0, separator,
+                                 tokenizer=tokenizer, document_mask=True)
     rows = data.batch(dataset, 0, 60)
     for epoch in range(3):
-        assert sorted(rows.tokens[20 * epoch:20 * epoch + 20, 0].tolist()) == list(range(20))
-    assert (rows.document_ids == rows.document_ids[:, :1]).all() and (rows.tokens[:, 1:] >= 20).all()
+        first = rows.tokens[20 * epoch:20 * epoch + 20, 0]
+        assert sorted(first.tolist()) == list(range(20))
+    assert (rows.document_ids == rows.document_ids[:, :1]).all()
+    assert (rows.tokens[:, 1:] >= 20).all()
 
 
 def test_a_repeated_document_beside_itself_has_two_ids(tmp_path, tokenizer):
@@ -308,13 +391,14 @@ def test_packing_a_batch_is_fast(tmp_path, tokenizer):
     assert min(times) < 4e-3
 
 
-# ---------------------------------------------------------------------------------------------------------- blends
+# ----------------------------------------------------------------------------------------- blends
 
 
 class Counting:
     """A dataset whose sequence i is filled with i."""
 
-    sequence_length, document_mask = 4, False
+    sequence_length = 4
+    document_mask = False
 
     def __init__(self, name):
         self.name = name
@@ -324,13 +408,19 @@ class Counting:
 
 
 def test_blend_uses_every_sequence_of_each_dataset_once_in_order_at_its_weight():
-    """Shares as exact as coins are: all within four standard deviations. And resumed at any place."""
+    """Shares as exact as coins are: all within four standard deviations. And resumed at any
+    place."""
     def make(seed=3):
         return data.Blend([Counting(0), Counting(1), Counting(2)], [7, 2, 1], seed)
 
     count = 10_000
+    def drawn_by(blend, index):
+        """(dataset, index of its sequence)."""
+        tokens, _, ids = blend.sequence(index)
+        return int(ids[0]), int(tokens[0])
+
     blend = make()
-    drawn = [(int(ids[0]), int(tokens[0])) for tokens, _, ids in map(blend.sequence, range(count))]
+    drawn = [drawn_by(blend, i) for i in range(count)]
     for name, share in enumerate((0.7, 0.2, 0.1)):
         own = [index for owner, index in drawn if owner == name]
         assert own == list(range(len(own)))
@@ -338,9 +428,9 @@ def test_blend_uses_every_sequence_of_each_dataset_once_in_order_at_its_weight()
             number = sum(owner == name for owner, _ in drawn[:n])
             assert abs(number - share * n) < 4 * np.sqrt(share * (1 - share) * n)
     for index in (count - 1, 1, 4095, 4096):
-        tokens, _, ids = make().sequence(index)
-        assert (int(ids[0]), int(tokens[0])) == drawn[index]
-    assert [int(make(4).sequence(i)[2][0]) for i in range(100)] != [owner for owner, _ in drawn[:100]]
+        assert drawn_by(make(), index) == drawn[index]
+    other = make(4)
+    assert [drawn_by(other, i)[0] for i in range(100)] != [owner for owner, _ in drawn[:100]]
 
 
 def test_blend_far_into_a_run_is_fast():
@@ -351,7 +441,8 @@ def test_blend_far_into_a_run_is_fast():
 
 
 def test_blend_refuses_what_it_cannot_keep():
-    for datasets, weights in (([], []), ([Counting(0)], [0.0]), ([Counting(0)], [1, 2]), ([Counting(0)], [np.inf])):
+    one = [Counting(0)]
+    for datasets, weights in (([], []), (one, [0.0]), (one, [1, 2]), (one, [np.inf])):
         with pytest.raises(ValueError, match="weight"):
             data.Blend(datasets, weights, 0)
     longer = Counting(1)
@@ -361,8 +452,11 @@ def test_blend_refuses_what_it_cannot_keep():
 
 
 def test_no_document_occurs_more_often_in_an_epoch_than_its_weight_rounded_up(tmp_path, tokenizer):
-    write_corpus({"train": [("x", [1] * n, None) for n in (3, 5, 8, 13, 21, 34, 55)]}, tmp_path / "c", tokenizer)
-    dataset = data.PackedDataset(tmp_path / "c", "train", 8, seed=1, separator="none", short=6, long=20, short_weight=0.3, long_weight=2.7)
+    documents = [("x", [1] * length, None) for length in (3, 5, 8, 13, 21, 34, 55)]
+    write_corpus({"train": documents}, tmp_path / "c", tokenizer)
+    dataset = data.PackedDataset(tmp_path / "c", "train", 8, seed=1, separator="none", short=6,
+                                 long=20, short_weight=0.3, long_weight=2.7)
     for epoch in range(20):
         times = np.bincount(dataset.plan(epoch), minlength=7)
-        assert (times >= np.floor(dataset.weights)).all() and (times <= np.ceil(dataset.weights)).all()
+        assert (times >= np.floor(dataset.weights)).all()
+        assert (times <= np.ceil(dataset.weights)).all()

@@ -1,6 +1,7 @@
 """The grid of one process, attention, and the sharded optimizer."""
 import pytest
 import torch
+import torch.nn.functional as F
 
 from parallel import (
     Grid,
@@ -25,57 +26,97 @@ def test_grid_of_one_process_and_refusal_of_more():
 def test_attention_equals_the_formula_with_grouped_heads(kv_heads):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, 8, 17, 16, dtype=torch.float64, generator=generator)
-    k, v = (torch.randn(3, kv_heads, 17, 16, dtype=torch.float64, generator=generator) for _ in range(2))
-    scores = q @ k.repeat_interleave(8 // kv_heads, 1).transpose(2, 3) / 4
-    scores = scores.masked_fill(torch.ones(17, 17, dtype=torch.bool).triu(1), float("-inf"))
-    expected = scores.softmax(-1) @ v.repeat_interleave(8 // kv_heads, 1)
+    k = torch.randn(3, kv_heads, 17, 16, dtype=torch.float64, generator=generator)
+    v = torch.randn(3, kv_heads, 17, 16, dtype=torch.float64, generator=generator)
+
+    keys = k.repeat_interleave(8 // kv_heads, 1)  # a key head serves a group of query heads
+    values = v.repeat_interleave(8 // kv_heads, 1)
+    scores = q @ keys.transpose(2, 3) / 4  # 4: the root of the head's 16 dimensions
+    future = torch.ones(17, 17, dtype=torch.bool).triu(1)
+    expected = scores.masked_fill(future, float("-inf")).softmax(-1) @ values
     torch.testing.assert_close(ring_attention(q, k, v, Grid()), expected)
 
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 @pytest.mark.parametrize("device, dtype, limit", [
-    ("cpu", torch.float64, 1e-12), ("cpu", torch.bfloat16, 1e-2),
-    pytest.param("cuda", torch.bfloat16, 1e-2, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+    ("cpu", torch.float64, 1e-12),
+    ("cpu", torch.bfloat16, 1e-2),
+    pytest.param("cuda", torch.bfloat16, 1e-2, marks=gpu),
+])
 @pytest.mark.parametrize("cp", [2, 3])
 def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
-    """The kernels as the ring calls them, on strided halves, for all ranks in one process: the check of a new backend."""
+    """The kernels as the ring calls them, on strided halves, for all ranks in one process: the
+    check of a new backend."""
+    def assert_close(ours, whole, rank):
+        right = zigzag_shard(whole.detach(), Grid(cp=cp, rank=rank), 2)
+        assert (ours - right).norm() <= limit * right.norm()
+
+    # 1. Attention of the whole sequence, and its gradients.
     generator = torch.Generator().manual_seed(0)
-    whole = [torch.randn(2, heads, 96, 32, generator=generator).to(device, dtype) for heads in (8, 2, 2, 8)]
+    whole = []
+    for heads in (8, 2, 2, 8):  # q, k, v and the gradient of the output
+        x = torch.randn(2, heads, 96, 32, generator=generator)
+        whole.append(x.to(device, dtype))
     leaves = [x.to(torch.float64, copy=True).requires_grad_() for x in whole[:3]]
-    expected = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
     gradients = torch.autograd.grad(expected, leaves, whole[3].double())
-    shards = [[zigzag_shard(x, Grid(cp=cp, rank=rank), 2) for x in whole] for rank in range(cp)]
-    d_keys = [torch.zeros(2, *shards[0][1].shape, dtype=torch.float64, device=device) for _ in range(cp)]
+
+    # 2. What each rank holds.
+    shards = []
+    d_keys = []  # of each rank's keys and values
+    for rank in range(cp):
+        shards.append([zigzag_shard(x, Grid(cp=cp, rank=rank), 2) for x in whole])
+        shape = shards[rank][1].shape
+        d_keys.append(torch.zeros(2, *shape, dtype=torch.float64, device=device))
+
     for rank, (q, _, _, d_out) in enumerate(shards):
-        order = [(rank - hop) % cp for hop in range(cp)]
-        blocks = [(*zigzag_block(rank, source, q.shape[2]), source) for source in order]
-        for rows, keys, source in blocks:
-            part, part_lse = block_forward(q[:, :, rows], *(x[:, :, keys] for x in shards[source][1:3]), source == rank)
-            if source == rank:
-                out, lse = part.to(torch.promote_types(dtype, torch.float32)), part_lse
+        blocks = []
+        for hop in range(cp):
+            source = (rank - hop) % cp
+            rows, columns = zigzag_block(rank, source, q.shape[2])
+            blocks.append((rows, columns, source))
+
+        # 3. Its rows: a block a hop, merged.
+        for rows, columns, source in blocks:
+            _, k, v, _ = shards[source]
+            part, part_lse = block_forward(q[:, :, rows], k[:, :, columns], v[:, :, columns],
+                                           source == rank)
+            if source == rank:  # the first hop, and all rows
+                out = part.to(torch.promote_types(dtype, torch.float32))
+                lse = part_lse
             else:
                 merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
-        out, dq = out.to(dtype), torch.zeros(q.shape, dtype=torch.float64, device=device)
-        for rows, keys, source in blocks:
-            parts = block_backward(d_out[:, :, rows], q[:, :, rows], *(x[:, :, keys] for x in shards[source][1:3]),
-                                   out[:, :, rows], lse[:, :, rows], source == rank)
-            dq[:, :, rows] += parts[0]
-            d_keys[source][0][:, :, keys] += parts[1]
-            d_keys[source][1][:, :, keys] += parts[2]
-        for found, whole_tensor in ((out, expected), (dq, gradients[0])):
-            right = zigzag_shard(whole_tensor.detach(), Grid(cp=cp, rank=rank), 2)
-            assert (found - right).norm() <= limit * right.norm()
-    for rank, pair in enumerate(d_keys):
-        for found, whole_tensor in zip(pair, gradients[1:]):
-            right = zigzag_shard(whole_tensor, Grid(cp=cp, rank=rank), 2)
-            assert (found - right).norm() <= limit * right.norm()
+        out = out.to(dtype)
+        assert_close(out, expected, rank)
+
+        # 4. Its queries' gradients, and its part of all keys' and values'.
+        d_q = torch.zeros(q.shape, dtype=torch.float64, device=device)
+        for rows, columns, source in blocks:
+            _, k, v, _ = shards[source]
+            parts = block_backward(d_out[:, :, rows], q[:, :, rows], k[:, :, columns],
+                                   v[:, :, columns], out[:, :, rows], lse[:, :, rows],
+                                   source == rank)
+            d_q[:, :, rows] += parts[0]
+            d_keys[source][0][:, :, columns] += parts[1]
+            d_keys[source][1][:, :, columns] += parts[2]
+        assert_close(d_q, gradients[0], rank)
+
+    for rank, (d_k, d_v) in enumerate(d_keys):
+        assert_close(d_k, gradients[1], rank)
+        assert_close(d_v, gradients[2], rank)
 
 
 def test_optimizer_equals_torch_adamw(tiny_model):
-    """Five clipped steps in float64: the update gives torch's own AdamW, with decay on matrices only."""
-    ours, theirs = tiny_model(torch.float64), tiny_model(torch.float64)
+    """Five clipped steps in float64: the update gives torch's own AdamW, with decay on matrices
+    only."""
+    ours = tiny_model(torch.float64)
+    theirs = tiny_model(torch.float64)
     sharded = ShardedAdamW(ours, Grid(), weight_decay=0.1)
-    groups = [{"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-              {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    matrices = [p for p in theirs.parameters() if p.ndim >= 2]
+    vectors = [p for p in theirs.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     for seed in range(5):
         tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(seed))
@@ -120,12 +161,14 @@ def test_state_restores_to_the_last_bit(tiny_model):
     model = tiny_model(torch.bfloat16)
     optimizer = ShardedAdamW(model, Grid())
     step(model, optimizer)
-    state = {kind: {name: tensor.clone() for name, tensor in optimizer.state(kind)} for kind in optimizer.KINDS}
+    state = {}
+    for kind in optimizer.KINDS:
+        state[kind] = [(name, tensor.clone()) for name, tensor in optimizer.state(kind)]
     expected = [step(model, optimizer) for _ in range(3)]
     fresh = tiny_model(torch.bfloat16, seed=5)
     restored = ShardedAdamW(fresh, Grid())
     for kind, tensors in state.items():
-        restored.load_state(kind, tensors.items(), 1)
+        restored.load_state(kind, tensors, 1)
     assert [step(fresh, restored) for _ in range(3)] == expected
 
 
@@ -136,7 +179,8 @@ def test_non_finite_gradient_changes_nothing(tiny_model):
     model.model.embed_tokens.weight.grad[0, 3] = float("nan")
     with pytest.raises(ArithmeticError, match="nan"):
         optimizer.step(1e-2, 1.0)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
 
 
 def test_ctrl_c_ends_a_command_with_one_line():

@@ -32,7 +32,7 @@ def ultralong(factor=128.0, **changes) -> RopeScaling:
     return RopeScaling("yarn", factor, 8192, **changes)
 
 
-# ------------------------------------------------------------------- the rules, written out
+# ------------------------------------------------------------------------- the rules, written out
 
 
 def obvious(kind: str, i: int, D: int, theta: float, s: float, L: int) -> float:
@@ -59,6 +59,7 @@ def test_each_rule_is_its_formula_and_a_factor_of_1_changes_nothing(kind):
         want = [obvious(kind, i, D, theta, s, 8192) for i in range(D // 2)]
         torch.testing.assert_close(new, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0)
         assert attention == (0.1 * math.log(s) + 1 if kind == "yarn" else 1)
+
         plain, one = inverse_frequencies(D, theta, RopeScaling())
         same, attention = inverse_frequencies(D, theta, RopeScaling(kind, 1.0, 8192))
         torch.testing.assert_close(same, plain, rtol=1e-15, atol=0)
@@ -69,7 +70,8 @@ def test_the_papers_blend_is_from_pair_28_to_35_and_its_temperature_can_be_set()
     plain, _ = inverse_frequencies(128, 500000.0, RopeScaling())
     for factor, attention in ((128.0, 1.48520), (256.0, 1.55452), (512.0, 1.62383)):
         new, found = inverse_frequencies(128, 500000.0, ultralong(factor))
-        assert found == pytest.approx(attention, abs=5e-6) and new.dtype == torch.float64
+        assert found == pytest.approx(attention, abs=5e-6)
+        assert new.dtype == torch.float64
         stretch = (plain / new).tolist()
         assert stretch[:29] == pytest.approx([1] * 29)
         assert stretch[35:] == pytest.approx([factor] * 29)
@@ -96,7 +98,7 @@ def test_yarn_replaces_llama3_scaling_and_never_stacks():
     assert slowest == pytest.approx(500000.0 ** (-126 / 128) / 128, rel=1e-12)
 
 
-# ------------------------------------------------------------------------------ the rotation
+# ----------------------------------------------------------------------------------- the rotation
 
 
 def test_angles_are_right_to_1e_6_rad_at_four_million_tokens_and_float32_angles_are_not():
@@ -112,11 +114,13 @@ def test_angles_are_right_to_1e_6_rad_at_four_million_tokens_and_float32_angles_
         exact[row] = torch.tensor(angles, dtype=torch.float64)
 
     def error(angles):  # round the circle
-        return (torch.remainder(angles - exact + math.pi, 2 * math.pi) - math.pi).abs().max()
+        difference = torch.remainder(angles - exact + math.pi, 2 * math.pi) - math.pi
+        return difference.abs().max()
 
     inv_freq = inverse_frequencies(128, 500000.0, RopeScaling())[0][pairs]
     cos, sin = rotary_tables(m, inv_freq, 1.0)
-    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (len(m), len(pairs))
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos.shape == (len(m), len(pairs))
     assert error(torch.atan2(sin.double(), cos.double())) < 1e-6
     assert error(torch.outer(m.float(), inv_freq.float()).double()) > 0.1
 
@@ -154,8 +158,10 @@ def test_apply_rotary_multiplies_complex_numbers_forward_and_backward(layout):
         gradients.append(torch.randn(2, 11, 3, 16).transpose(1, 2))
     before = x.clone()
     for gradient in gradients:
-        ours, definition = x.detach().requires_grad_(), x.double().requires_grad_()
-        turned, want = apply_rotary(ours, cos, sin), complex_rotation(definition, cos, sin)
+        ours = x.detach().requires_grad_()
+        definition = x.double().requires_grad_()
+        turned = apply_rotary(ours, cos, sin)
+        want = complex_rotation(definition, cos, sin)
         torch.testing.assert_close(turned.double(), want, rtol=0, atol=1e-6)
         turned.backward(gradient)
         want.backward(gradient.double())
@@ -184,7 +190,7 @@ def test_rotation_of_bfloat16_happens_in_float32():
     assert torch.equal(apply_rotary(x, cos, sin), apply_rotary(x.float(), cos, sin).bfloat16())
 
 
-# ------------------------------------------------------------------ config.json, transformers
+# ---------------------------------------------------------------------- config.json, transformers
 
 
 class Float64Torch:
@@ -210,14 +216,24 @@ def in_transformers(config: dict, seq_len=None):
 
 def random_scaling(draw: random.Random, kind: str) -> dict:
     """A rope_scaling that transformers accepts, with every optional key there or not."""
-    factor, original = draw.choice([1.0, 2, draw.uniform(1, 600)]), draw.choice([128, 8192, 32768])
+    factor = draw.choice([1.0, 2, draw.uniform(1, 600)])
+    original = draw.choice([128, 8192, 32768])
     low = draw.uniform(0.25, 2)
     turns = {"low_freq_factor": low, "high_freq_factor": low + draw.uniform(0.5, 30)}
-    optional = {"beta_fast": draw.uniform(3, 40), "beta_slow": low, "truncate": draw.random() < 0.5,
-                "attention_factor": draw.uniform(0.5, 2), ORIGINAL: original}
+    optional = {
+        "beta_fast": draw.uniform(3, 40),
+        "beta_slow": low,
+        "truncate": draw.random() < 0.5,
+        "attention_factor": draw.uniform(0.5, 2),
+        ORIGINAL: original,
+    }
     stated = {key: value for key, value in optional.items() if draw.random() < 0.5}
-    more = {"default": {}, "linear": {"factor": factor}, "yarn": {"factor": factor} | stated,
-            "llama3": {"factor": factor, ORIGINAL: original} | turns}
+    more = {
+        "default": {},
+        "linear": {"factor": factor},
+        "yarn": {"factor": factor} | stated,
+        "llama3": {"factor": factor, ORIGINAL: original} | turns,
+    }
     return {"rope_type": kind} | more[kind]
 
 
@@ -230,8 +246,10 @@ def test_200_random_configurations_match_transformers(monkeypatch):
     monkeypatch.setattr(transformers.modeling_rope_utils, "torch", Float64Torch())
     draw = random.Random(0)
     for trial in range(200):
+        # 1. A rule, and what transformers makes of it.
         kind = ("default", "linear", "llama3", "yarn", "ntk")[trial % 5]
-        D, theta = draw.choice([16, 32, 64, 80, 128, 256]), draw.choice([1e4, 5e5, 1e6])
+        D = draw.choice([16, 32, 64, 80, 128, 256])
+        theta = draw.choice([1e4, 5e5, 1e6])
         config = {"hidden_size": 4 * D, "num_attention_heads": 4, "head_dim": D,
                   "max_position_embeddings": draw.choice([4096, 8192, 131072])}
         if kind == "ntk":  # the `dynamic` rule at the length where it reaches the factor
@@ -241,11 +259,15 @@ def test_200_random_configurations_match_transformers(monkeypatch):
             want = in_transformers(config | {"rope_parameters": dynamic}, length)
         else:
             stated = random_scaling(draw, kind)
-            files = ({"rope_parameters": stated | {"rope_theta": theta}},
-                     {"rope_theta": theta, "rope_scaling": stated})
-            config |= files[trial % 2]
-            scaling, want = RopeScaling.from_hf(config), in_transformers(config)
+            if trial % 2 == 0:  # as transformers 5 writes it
+                config |= {"rope_parameters": stated | {"rope_theta": theta}}
+            else:
+                config |= {"rope_theta": theta, "rope_scaling": stated}
+            scaling = RopeScaling.from_hf(config)
+            want = in_transformers(config)
             assert stated_value(config, "rope_theta", 10000.0) == theta
+
+        # 2. The same here.
         ours, attention = inverse_frequencies(D, theta, scaling)
         tolerance = 1e-6 if kind == "default" else 1e-12  # default's code stays in float32
         torch.testing.assert_close(ours, want[0].double(), rtol=tolerance, atol=0, msg=str(config))
@@ -253,9 +275,16 @@ def test_200_random_configurations_match_transformers(monkeypatch):
 
 
 @pytest.mark.parametrize("scaling", [
-    RopeScaling(), RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 8192), ultralong(),
-    ultralong(256.0), ultralong(512.0), ultralong(attention_temperature=False),
-    ultralong(attention_factor=1.2, truncate=False), RopeScaling("yarn", 4, 8192, 32, 1)])
+    RopeScaling(),
+    RopeScaling("linear", 4.0),
+    RopeScaling("llama3", 8.0, 8192),
+    ultralong(),
+    ultralong(256.0),
+    ultralong(512.0),
+    ultralong(attention_temperature=False),
+    ultralong(attention_factor=1.2, truncate=False),
+    RopeScaling("yarn", 4, 8192, 32, 1),
+])
 def test_what_is_written_computes_the_same_here_and_in_transformers(scaling):
     """attention_factor lost on the way, say: transformers would then guess it."""
     want, attention = inverse_frequencies(128, 500000.0, scaling)
@@ -265,8 +294,10 @@ def test_what_is_written_computes_the_same_here_and_in_transformers(scaling):
     for rope in ({"rope_theta": 500000.0, "rope_scaling": written},
                  {"rope_parameters": written | {"rope_theta": 500000.0}}):
         read = RopeScaling.from_hf(base | rope)
-        again, again_attention = inverse_frequencies(128, stated_value(rope, "rope_theta", 10000.0), read)
-        assert torch.equal(again, want) and again_attention == attention
+        theta = stated_value(rope, "rope_theta", 10000.0)
+        again, again_attention = inverse_frequencies(128, theta, read)
+        assert torch.equal(again, want)
+        assert again_attention == attention
         theirs, their_attention = in_transformers(base | rope)
         torch.testing.assert_close(theirs.double(), want, rtol=1e-5, atol=0)
         assert their_attention == pytest.approx(attention, rel=1e-12)
@@ -285,16 +316,22 @@ def test_what_a_file_leaves_out_takes_transformers_defaults_not_the_papers():
     bare = {"max_position_embeddings": 4096, "rope_scaling": {"type": "yarn", "factor": 8}}
     assert RopeScaling.from_hf(bare) == RopeScaling("yarn", 8.0, 4096, 32.0, 1.0)
     assert RopeScaling.from_hf(bare | {ORIGINAL: 2048}).original_max_position == 2048
-    assert stated_value(bare | {ORIGINAL: 2048}, ORIGINAL) == 2048 and stated_value(bare, ORIGINAL) is None
+    assert stated_value(bare | {ORIGINAL: 2048}, ORIGINAL) == 2048
+    assert stated_value(bare, ORIGINAL) is None
     for absent in ({}, {"rope_scaling": None}, {"rope_scaling": {}, "rope_parameters": None}):
-        assert RopeScaling.from_hf(absent) == RopeScaling() and stated_value(absent, "rope_theta", 10000.0) == 1e4
-    both = {"rope_scaling": YARN | {"type": "yarn"}, "rope_parameters": YARN | {"rope_theta": 5e5},
-            "rope_theta": 5e5, "partial_rotary_factor": 1.0}
+        assert RopeScaling.from_hf(absent) == RopeScaling()
+        assert stated_value(absent, "rope_theta", 10000.0) == 1e4
+    both = {
+        "rope_scaling": YARN | {"type": "yarn"},
+        "rope_parameters": YARN | {"rope_theta": 5e5},
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 1.0,
+    }
     assert RopeScaling.from_hf(both) == ultralong(beta_fast=32.0)
     assert stated_value(both, "rope_theta", 10000.0) == 5e5
 
 
-# ---------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------- refusals
 
 
 def one_line(message: str, call, *arguments, **named) -> None:
@@ -304,16 +341,25 @@ def one_line(message: str, call, *arguments, **named) -> None:
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"rope_type": "yarm"}, "yarm.*known are"), ({"rope_type": ["yarn"]}, "unknown"),
+    ({"rope_type": "yarm"}, "yarm.*known are"),
+    ({"rope_type": ["yarn"]}, "unknown"),
     ({"rope_type": "yarn_rotation_ramp"}, "yarn_rotation_ramp' is unknown"),
-    ({"rope_type": "dynamic"}, "dynamic.*use yarn"), ({"rope_type": "longrope"}, "longrope.*yarn"),
-    ({"rope_type": "linear"}, ORIGINAL), ({"rope_type": None}, "default.*'factor'"),
-    ({"type": "linear"}, "differ"), ({"beta_quick": 4}, "'beta_quick'"),
-    ({"mscale": 1.0}, "'mscale'"), ({"mscale_all_dim": 1.0}, "'mscale_all_dim'"),
-    ({"partial_rotary_factor": 0.5}, "factor is 0.5"), ({"factor": None}, "needs the key .factor"),
-    ({"factor": "128"}, "factor is '128'"), ({"beta_fast": 1}, "beta_fast is 1.*beta_slow"),
-    ({"truncate": "no"}, "truncate is .no"), ({ORIGINAL: 0.5}, "is 0.5"),
-    (LLAMA31 | {"high_freq_factor": 0.5}, "beta_fast is 0.5")])
+    ({"rope_type": "dynamic"}, "dynamic.*use yarn"),
+    ({"rope_type": "longrope"}, "longrope.*yarn"),
+    ({"rope_type": "linear"}, ORIGINAL),
+    ({"rope_type": None}, "default.*'factor'"),
+    ({"type": "linear"}, "differ"),
+    ({"beta_quick": 4}, "'beta_quick'"),
+    ({"mscale": 1.0}, "'mscale'"),
+    ({"mscale_all_dim": 1.0}, "'mscale_all_dim'"),
+    ({"partial_rotary_factor": 0.5}, "factor is 0.5"),
+    ({"factor": None}, "needs the key .factor"),
+    ({"factor": "128"}, "factor is '128'"),
+    ({"beta_fast": 1}, "beta_fast is 1.*beta_slow"),
+    ({"truncate": "no"}, "truncate is .no"),
+    ({ORIGINAL: 0.5}, "is 0.5"),
+    (LLAMA31 | {"high_freq_factor": 0.5}, "beta_fast is 0.5"),
+])
 def test_a_scaling_not_understood_in_full_is_refused_in_one_line(change, message):
     scaling = YARN | change
     for config in (scaling, {"rope_scaling": scaling}, {"rope_parameters": scaling}):
@@ -323,18 +369,21 @@ def test_a_scaling_not_understood_in_full_is_refused_in_one_line(change, message
 @pytest.mark.parametrize("config, message", [
     ({"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 4}}, "contradict"),
     ({"rope_scaling": YARN, ORIGINAL: 4096}, "several values, .8192, 4096"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"), ("yarn", "JSON object"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ("yarn", "JSON object"),
     ({"rope_parameters": {"full_attention": YARN}}, "per layer type"),
     ({"rope_scaling": "yarn"}, "object"),
     ({"rope_scaling": YARN, "rope_parameters": YARN | {ORIGINAL: 4096}, ORIGINAL: 8192}, "several"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "needs the key 'factor'"),
-    ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "needs the key 'low_freq_factor'")])
+    ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "needs the key 'low_freq_factor'"),
+])
 def test_a_config_not_understood_in_full_is_refused_in_one_line(config, message):
     one_line(message, RopeScaling.from_hf, config)
 
 
 def test_two_values_of_theta_are_refused_in_one_line():
-    one_line("several values", stated_value, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta")
+    two = {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}
+    one_line("several values", stated_value, two, "rope_theta")
 
 
 NO_NUMBER = [None, "4", math.nan, math.inf, -math.inf, True, -1.0, 0, [4.0], {}, 10**400, 4j]
@@ -356,7 +405,8 @@ def test_a_field_that_means_nothing_is_refused_by_name_in_one_line(field):
     for value in HOSTILE[field]:
         one_line(f"^rope scaling: {field} is ", RopeScaling, **fine | {field: value})
     one_line("factor is 2.0; it must be 1", RopeScaling, "default", 2.0)
-    one_line("attention_factor is 1.2; it must be left out .kind ntk", RopeScaling, "ntk", 2.0, attention_factor=1.2)
+    one_line("attention_factor is 1.2; it must be left out .kind ntk", RopeScaling, "ntk", 2.0,
+             attention_factor=1.2)
 
 
 def test_frequencies_need_the_old_window_an_even_head_and_a_theta_above_1():
@@ -368,7 +418,7 @@ def test_frequencies_need_the_old_window_an_even_head_and_a_theta_above_1():
     one_line("ntk needs 4 or more", ntk_theta, 1e4, 2.0, 2)
 
 
-# ------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------- command line
 
 
 def test_options_ask_for_a_rule_or_for_none():
@@ -388,20 +438,33 @@ def test_the_file_is_a_script_that_shows_what_happens_to_each_pair():
     assert [row.split()[0] for row in rows[1:65]] == [str(pair) for pair in range(64)]
     assert [rows[pair].split()[3] for pair in (29, 30, 36)] == ["0.00%", "14.29%", "100.00%"]
     assert "29 pairs kept" in shown and "6 pairs blended" in shown
-    assert "8,192 tokens becomes 1,048,576" in shown and "attention factor 1.48520" in shown
+    assert "8,192 tokens becomes 1,048,576" in shown
+    assert "attention factor 1.48520" in shown
     assert "becomes" not in explain(128, 500000.0, 8192, RopeScaling("llama3", 8.0, 8192))
 
 
-@pytest.mark.parametrize("kind, factor", [("default", "1"), ("linear", "128"), ("ntk", "128"), ("yarn", "128")])
+@pytest.mark.parametrize("kind, factor", [
+    ("default", "1"),
+    ("linear", "128"),
+    ("ntk", "128"),
+    ("yarn", "128"),
+])
 def test_a_kind_alone_is_enough_to_be_shown(kind, factor, capsys):
     rope_yarn.main(["--kind", kind])
     assert f"{kind}, s = {factor}:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [
-    "--factor 0.5", "--factor nan", "--head-dim 127", "--theta 1", "--original-length 0",
-    "--beta-fast 1", "--kind default --factor 4", "--kind ntk --head-dim 2",
-    "--kind ntk --factor 1e308"])
+    "--factor 0.5",
+    "--factor nan",
+    "--head-dim 127",
+    "--theta 1",
+    "--original-length 0",
+    "--beta-fast 1",
+    "--kind default --factor 4",
+    "--kind ntk --head-dim 2",
+    "--kind ntk --factor 1e308",
+])
 def test_a_mistake_on_the_command_line_is_one_line(arguments, capsys):
     with pytest.raises(SystemExit, match="^error: ") as caught:
         rope_yarn.main(arguments.split())

@@ -1,6 +1,8 @@
-"""The recipes of runs/: their plans fit, mistakes get one line, and every option they give exists."""
+"""The recipes of runs/: their plans fit, mistakes get one line, and every option they give
+exists."""
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,48 +20,66 @@ from parallel import Grid
 from tools import plan, ruler
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.name for path in (ROOT / "runs").iterdir() if path.suffix in (".sh", ".slurm"))
-PRESETS = {"1m": (2**20, 8, 120), "2m": (2**21, 4, 120), "4m": (2**22, 2, 150), "llama32_1b": (2**19, 2, 96)}
+SCRIPTS = sorted(path.name for path in (ROOT / "runs").iterdir()
+                 if path.suffix in (".sh", ".slurm"))
 # of runs/ultralong.sh: window, sequences a step, steps
+PRESETS = {
+    "1m": (2**20, 8, 120),
+    "2m": (2**21, 4, 120),
+    "4m": (2**22, 2, 150),
+    "llama32_1b": (2**19, 2, 96),
+}
 PAPER = {"1m": "4", "2m": "16", "4m": "16"}  # cp, of tp 8 on 256 GPUs
-RECIPES = {preset: ["runs/ultralong.sh", preset] for preset in PRESETS} | {"smollm2": ["runs/smollm2_128k.sh"]}
-ARGUMENTS = {preset: ["model", "text", "chat", "out"] for preset in PRESETS} | {"smollm2": ["model", "chat/train.jsonl", "out"]}
+RECIPES = {preset: ["runs/ultralong.sh", preset] for preset in PRESETS}
+RECIPES["smollm2"] = ["runs/smollm2_128k.sh"]
+ARGUMENTS = dict.fromkeys(PRESETS, ["model", "text", "chat", "out"])
+ARGUMENTS["smollm2"] = ["model", "chat/train.jsonl", "out"]
 
-# Stands for python, torchrun, srun and scontrol: writes its arguments down and makes what the scripts look for.
+# Stands for python, torchrun, srun and scontrol: writes its arguments down and makes what the
+# scripts look for.
 STUB = r"""#!PYTHON -SE
 import json, os, sys
-name, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
+name = os.path.basename(sys.argv[0])
+arguments = sys.argv[1:]
 if name == "scontrol":
     print("node1\nnode2")
     raise SystemExit
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([name, *arguments]) + "\n")
-place = next((i for i, text in enumerate(arguments) if text == "-m" or text.endswith(".py")), None)
+programs = [text for text in arguments if text.startswith("tools.") or text.endswith(".py")]
+program = programs[0] if programs else None
 if "--figure" in arguments:
     open(arguments[arguments.index("--figure") + 1], "a").close()
-if place is not None and "--out" in arguments:
-    program, out = arguments[place + (arguments[place] == "-m")], arguments[arguments.index("--out") + 1]
+if program and "--out" in arguments:
+    out = arguments[arguments.index("--out") + 1]
     if os.environ.get("STOPPED") == program:  # as if by SIGTERM: exit code 0, but no `final`
         os.makedirs(out, exist_ok=True)
         raise SystemExit
-    folder, file = {"train.py": ("final", None), "sft.py": ("final", None), "tools.train_tokenizer": ("", "tokenizer.model"),
-                    "tools.prepare": ("", "meta.json"), "tools.chat_blend": ("", "train.jsonl")}.get(program, (None, None))
-    if folder is None:
-        open(out, "a").close()
+    files = {
+        "tools.train_tokenizer": "tokenizer.model",
+        "tools.prepare": "meta.json",
+        "tools.chat_blend": "train.jsonl",
+    }
+    if program in ("train.py", "sft.py"):
+        os.makedirs(os.path.join(out, "final"), exist_ok=True)
+    elif program in files:
+        os.makedirs(out, exist_ok=True)
+        open(os.path.join(out, files[program]), "w").close()
     else:
-        os.makedirs(os.path.join(out, folder), exist_ok=True)
-        file and open(os.path.join(out, file), "w").close()
+        open(out, "a").close()
 """
 
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, without what the recipes read from it."""
-    ours = {"GPU", "GPUS", "TP", "CP", "MEMORY", "LAUNCH", "WAIT", "SAMPLES", "NPROC", "BATCH", "ROWS", "LR1", "LR2", "DTYPE"}
+    ours = {"GPU", "GPUS", "TP", "CP", "MEMORY", "LAUNCH", "WAIT", "SAMPLES", "NPROC", "BATCH",
+            "ROWS", "LR1", "LR2", "DTYPE"}
     return {name: value for name, value in os.environ.items() if name not in ours} | changes
 
 
 def tree(folder: Path, programs: dict[str, str]) -> Path:
-    """A repository in `folder`: the real scripts, and a .venv of these programs that setup.sh finds up to date."""
+    """A repository in `folder`: the real scripts, and a .venv of these programs that setup.sh finds
+    up to date."""
     shutil.copytree(ROOT / "runs", folder / "runs", ignore=shutil.ignore_patterns("__pycache__"))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt"), ROOT / "tools"]:
         (folder / path.name).symlink_to(path)
@@ -80,17 +100,21 @@ def tree(folder: Path, programs: dict[str, str]) -> Path:
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """A tree whose python is this one."""
-    return tree(tmp_path_factory.mktemp("planned"), {"python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'})
+    python = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
+    return tree(tmp_path_factory.mktemp("planned"), {"python": python})
 
 
 def bash(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", *arguments], cwd=folder, env=environment(**variables), capture_output=True, text=True)
+    return subprocess.run(["bash", *arguments], cwd=folder, env=environment(**variables),
+                          capture_output=True, text=True)
 
 
 def refused(result: subprocess.CompletedProcess, words: str) -> None:
     """One line of error, exit code 1."""
     assert result.returncode == 1, result.stdout + result.stderr
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and words in result.stderr, result.stderr
+    assert result.stderr.startswith("error: "), result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert words in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -103,7 +127,8 @@ def test_plan_is_printed(planned):
     result = bash(planned, *RECIPES["1m"], "--plan")
     assert result.returncode == 0, result.stderr
     assert "8 x 1,048,576 tokens a step; dp 1 x cp 1 x tp 8 = 8 x H100-80" in result.stdout
-    assert "128 x 8,192 tokens a step" in result.stdout and result.stdout.count("of 76.0: fits") == 2
+    assert "128 x 8,192 tokens a step" in result.stdout
+    assert result.stdout.count("of 76.0: fits") == 2
 
 
 def test_plan_that_does_not_fit_stops_everything(planned):
@@ -117,7 +142,8 @@ def test_plan_that_does_not_fit_stops_everything(planned):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_arguments(planned, recipe):
     """Missing or wrong: one line, before anything runs."""
-    script, good = RECIPES[recipe], ARGUMENTS[recipe]
+    script = RECIPES[recipe]
+    good = ARGUMENTS[recipe]
     refused(bash(planned, *script), "usage: bash runs/")
     refused(bash(planned, *script, *good[:-1]), "usage: bash runs/")
     refused(bash(planned, *script, "--plan", "more"), "usage: bash runs/")
@@ -128,50 +154,68 @@ def test_arguments(planned, recipe):
     assert not (planned / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--plan"], ["8m", "--plan"], ["", *ARGUMENTS["1m"]], ARGUMENTS["1m"]])
+@pytest.mark.parametrize("arguments", [
+    [],
+    ["--plan"],
+    ["8m", "--plan"],
+    ["", *ARGUMENTS["1m"]],
+    ARGUMENTS["1m"],
+])
 def test_preset_that_is_none(planned, arguments):
-    refused(bash(planned, "runs/ultralong.sh", *arguments), "usage: bash runs/ultralong.sh 1m|2m|4m|llama32_1b ")
+    refused(bash(planned, "runs/ultralong.sh", *arguments),
+            "usage: bash runs/ultralong.sh 1m|2m|4m|llama32_1b ")
 
 
-@pytest.mark.parametrize("numbers, words", [(["12288"], "WINDOW 12288"), (["8192"], "WINDOW 8192"), (["16384", "0"], "0: "),
-                                            (["16384", "2", "x"], "x: ")])
+@pytest.mark.parametrize("numbers, words", [
+    (["12288"], "WINDOW 12288"),
+    (["8192"], "WINDOW 8192"),
+    (["16384", "0"], "0: "),
+    (["16384", "2", "x"], "x: "),
+])
 def test_numbers_of_smollm2(planned, numbers, words):
     refused(bash(planned, *RECIPES["smollm2"], *ARGUMENTS["smollm2"], *numbers), words)
 
 
 def test_slurm_file_outside_slurm(planned):
     for preset in PRESETS:
-        refused(bash(planned, "runs/ultralong.slurm", preset, *ARGUMENTS[preset], SLURM_JOB_ID=""), "under Slurm: sbatch")
+        refused(bash(planned, "runs/ultralong.slurm", preset, *ARGUMENTS[preset], SLURM_JOB_ID=""),
+                "under Slurm: sbatch")
     for arguments in ([], ["8m", *ARGUMENTS["1m"]], ARGUMENTS["1m"]):
-        refused(bash(planned, "runs/ultralong.slurm", *arguments, SLURM_JOB_ID="7"), "usage: sbatch runs/ultralong.slurm 1m|")
+        refused(bash(planned, "runs/ultralong.slurm", *arguments, SLURM_JOB_ID="7"),
+                "usage: sbatch runs/ultralong.slurm 1m|")
     elsewhere = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(planned / "text")}
-    refused(bash(planned, "runs/ultralong.slurm", "1m", *ARGUMENTS["1m"], **elsewhere), "submit from the repository")
+    refused(bash(planned, "runs/ultralong.slurm", "1m", *ARGUMENTS["1m"], **elsewhere),
+            "submit from the repository")
 
 
-# ---------------------------------------------------------------------------------------------------- every option exists
+# ---------------------------------------------------------------------------- every option exists
 
 
 @pytest.fixture
 def record(tmp_path, monkeypatch):
-    """A function that runs a script among stubs and returns the result and the commands that it gave."""
+    """A function that runs a script among stubs and returns the result and the commands that it
+    gave."""
     stub = STUB.replace("PYTHON", sys.executable)
     monkeypatch.chdir(tmp_path)  # options name files there
     folder = tree(tmp_path, {name: stub for name in ("python", "torchrun", "srun", "scontrol")})
 
-    def run(*arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    def run(*arguments: str, **variables: str):
         commands = folder / "commands"
         commands.write_text("")
         path = f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}"
         result = bash(folder, *arguments, RECORD=str(commands), PATH=path, **variables)
         return result, [json.loads(line) for line in commands.read_text().splitlines()]
+
     return run
 
 
 def parts(command: list[str]) -> tuple[list[str], str, list[str]]:
     """What launches, the program (train.py, tools.plan, ...) and the program's options."""
     place = next(i for i, text in enumerate(command) if text == "-m" or text.endswith(".py"))
-    start = place + (command[place] == "-m")
-    return command[:place], command[start], command[start + 1:]
+    launcher, rest = command[:place], command[place:]
+    if rest[0] == "-m":
+        rest = rest[1:]
+    return launcher, rest[0], rest[1:]
 
 
 def of(commands: list[list[str]], *programs: str) -> list[list[str]]:
@@ -183,24 +227,45 @@ def value(command: list[str], option: str) -> str:
     return command[command.index(option) + 1]
 
 
+def values(command: list[str], *options: str) -> list[str]:
+    return [value(command, option) for option in options]
+
+
 def check(command: list[str]) -> None:
-    """The parser of the program that a command starts takes its options, and torchrun its own; the grid is possible there."""
-    (launcher, program, options), processes = parts(command), 1
-    assert not any(text.endswith(".py") or text.startswith("tools.") for text in options)  # one program a command
+    """The parser of the program that a command starts takes its options, and torchrun its own; the
+    grid is possible there."""
+    launcher, program, options = parts(command)
+    # one program a command
+    assert not any(text.endswith(".py") or text.startswith("tools.") for text in options)
+    processes = 1
     if "torchrun" in launcher:
         rest = command[command.index("torchrun") + 1:]
         a = get_args_parser().parse_args(rest)
-        assert (a.training_script, a.module, a.training_script_args) == (program, program.startswith("tools."), options)
+        assert a.training_script == program
+        assert a.module == program.startswith("tools.")
+        assert a.training_script_args == options
         processes = int(a.nproc_per_node) * int(a.nnodes.split(":")[-1])
     if program in ("train.py", "sft.py"):
-        a = (train.stage1_parser if program == "train.py" else sft.stage2_parser)().parse_args(options)
+        parser = train.stage1_parser() if program == "train.py" else sft.stage2_parser()
+        a = parser.parse_args(options)
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
-        assert a.sequence_length % grid.sequence_multiple == 0 and a.batch_size % (grid.dp * (a.micro_batch_size or 1)) == 0
-        assert grid.size("all") == processes and a.steps and a.out and a.data
+        assert a.sequence_length % grid.sequence_multiple == 0
+        assert a.batch_size % (grid.dp * (a.micro_batch_size or 1)) == 0
+        assert grid.size("all") == processes
+        assert a.steps
+        assert a.out
+        assert a.data
         return
-    a = (eval_niah if program == "eval_niah.py" else importlib.import_module(program)).parser().parse_args(options)
+    module = eval_niah if program == "eval_niah.py" else importlib.import_module(program)
+    a = module.parser().parse_args(options)
     if program in ("eval_niah.py", "tools.answer", "tools.perplexity"):
-        assert processes % (a.tp * a.cp) == 0 and a.model and (a.jsonl if program == "tools.answer" else a.haystack and a.lengths)
+        assert processes % (a.tp * a.cp) == 0
+        assert a.model
+        if program == "tools.answer":
+            assert a.jsonl
+        else:
+            assert a.haystack
+            assert a.lengths
     else:
         assert launcher == ["python"]  # nothing else knows of other processes
     if program == "tools.ruler":
@@ -213,50 +278,62 @@ def check_all(commands: list[list[str]]) -> None:
 
 
 def plans(capsys, record, recipe: str, **variables: str) -> tuple[list[str], list[float], str]:
-    """What the commands of --plan print, here; of the first stage GiB, GiB on the host and seconds; and what the header of the
-    script says of them, for ultralong.sh the preset's line."""
+    """What the commands of --plan print, here; of the first stage GiB, GiB on the host and seconds;
+    and what the header of the script says of them, for ultralong.sh the preset's line."""
     result, commands = record(*RECIPES[recipe], "--plan", **variables)
     assert result.returncode == 0, result.stderr
     assert [command[:3] for command in commands] == [["python", "-m", "tools.plan"]] * 2
     printed = []
     for command in commands:
         capsys.readouterr()
-        plan.main([str(ROOT / text) if text.startswith("runs/") else text for text in command[3:]])
+        words = [str(ROOT / text) if text.startswith("runs/") else text for text in command[3:]]
+        plan.main(words)
         printed.append(capsys.readouterr().out)
         assert ": fits" in printed[-1]
-    patterns = r"total +([\d.]+) of", r"in host memory +([\d.]+)", r"total +([\d.]+): "
-    found = [re.search(pattern, printed[0]) for pattern in patterns]
+    numbers = []
+    for pattern in (r"total +([\d.]+) of", r"in host memory +([\d.]+)", r"total +([\d.]+): "):
+        match = re.search(pattern, printed[0])
+        numbers.append(float(match[1]) if match else 0.0)
     header = (ROOT / RECIPES[recipe][0]).read_text().split("set -euo")[0]
     if recipe in PRESETS:
-        [header] = (line for line in header.splitlines() if line.startswith(f"#   {recipe} "))
-    return printed, [float(match[1]) if match else 0.0 for match in found], header
+        [header] = [line for line in header.splitlines() if line.startswith(f"#   {recipe} ")]
+    return printed, numbers, header
 
 
 @pytest.mark.parametrize("recipe", PRESETS)
 def test_plans_are_what_the_header_says(capsys, record, recipe):
     window, batch, steps = PRESETS[recipe]
     (first, second), (gib, host, seconds), header = plans(capsys, record, recipe)
-    assert f"{batch} x {window:,} tokens a step" in first and "128 x 8,192 tokens a step" in second
-    assert gib < 76 and host < 240 and "of 76.0: fits" in first
+    assert f"{batch} x {window:,} tokens a step" in first
+    assert "128 x 8,192 tokens a step" in second
+    assert gib < 76
+    assert host < 240
+    assert "of 76.0: fits" in first
     a_step = f"{seconds / 60:.0f} min a step" if seconds > 600 else f"{seconds:.0f} s a step"
-    memory = f"{gib:.0f} GiB and {host + 0.01:.0f} on the host" + (" a GPU" if recipe in PAPER else "")
+    memory = f"{gib:.0f} GiB and {host + 0.01:.0f} on the host"
+    if recipe in PAPER:
+        memory += " a GPU"
     assert f" {memory}, {a_step}, {seconds * steps / 3600:.0f} h " in header
 
 
 @pytest.mark.parametrize("recipe", PAPER)
 def test_plans_of_the_papers_grid_are_what_the_header_says(capsys, record, recipe):
-    (first, second), (gib, host, seconds), header = plans(capsys, record, recipe, GPUS="256", CP=PAPER[recipe],
-                                                          MEMORY="--recompute mlp")
-    assert f"x cp {PAPER[recipe]} x tp 8 = 256 x H100-80" in first and "dp 32 x cp 1 x tp 8 = 256" in second
+    (first, second), (gib, host, seconds), header = plans(
+        capsys, record, recipe, GPUS="256", CP=PAPER[recipe], MEMORY="--recompute mlp")
+    assert f"x cp {PAPER[recipe]} x tp 8 = 256 x H100-80" in first
+    assert "dp 32 x cp 1 x tp 8 = 256" in second
     hours = seconds * PRESETS[recipe][2] / 3600
-    assert f" {gib:.0f} GiB, {seconds:.0f} s a step, {hours:.2g} h (the paper: " in header and host == 0
+    assert f" {gib:.0f} GiB, {seconds:.0f} s a step, {hours:.2g} h (the paper: " in header
+    assert host == 0
 
 
 def test_plan_of_eight_for_the_1b_is_what_the_header_says(capsys, record):
     (first, second), (gib, host, seconds), header = plans(capsys, record, "llama32_1b", GPUS="8")
-    assert "dp 1 x cp 8 x tp 1 = 8" in first and "dp 8 x cp 1 x tp 1 = 8" in second
+    assert "dp 1 x cp 8 x tp 1 = 8" in first
+    assert "dp 8 x cp 1 x tp 1 = 8" in second
     hours = seconds * PRESETS["llama32_1b"][2] / 3600
-    assert f" {gib:.0f} GiB and {host:.0f} on the host a GPU, {seconds:.0f} s a step, {hours:.2g} h" in header
+    memory = f"{gib:.0f} GiB and {host:.0f} on the host a GPU"
+    assert f" {memory}, {seconds:.0f} s a step, {hours:.2g} h" in header
 
 
 def test_plan_of_smollm2_is_what_its_header_says(capsys, record):
@@ -271,68 +348,107 @@ def test_commands_of_presets(record, recipe):
     result, commands = record(*RECIPES[recipe], *ARGUMENTS[recipe])
     assert result.returncode == 0, result.stderr
     check_all(commands)
-    [prepare], [stage1], [stage2] = (of(commands, program) for program in ("tools.prepare", "train.py", "sft.py"))
-    assert [int(value(stage1, f"--{name}")) for name in ("sequence-length", "batch-size", "steps")] == [window, batch, steps]
-    assert (value(stage1, "--short-weight"), value(stage1, "--long-weight")) == ("0.5", "2")
+    [prepare] = of(commands, "tools.prepare")
     assert not any("weight" in option for option in prepare)  # up-sampling happens once
-    assert value(stage1, "--rope-factor") == str(window // 8192) and value(stage1, "--original-length") == "8192"
-    assert (value(stage1, "--beta-slow"), value(stage1, "--beta-fast"), value(stage1, "--separator")) == ("1", "4", "<s>")
-    assert value(stage1, "--learning-rate") == "3e-5" and value(stage2, "--learning-rate") == "5e-6"
+
+    [stage1] = of(commands, "train.py")
+    assert value(stage1, "--sequence-length") == str(window)
+    assert value(stage1, "--batch-size") == str(batch)
+    assert value(stage1, "--steps") == str(steps)
+    assert values(stage1, "--short-weight", "--long-weight") == ["0.5", "2"]
+    assert values(stage1, "--beta-slow", "--beta-fast") == ["1", "4"]
+    assert value(stage1, "--separator") == "<s>"
+    assert value(stage1, "--rope-factor") == str(window // 8192)
+    assert value(stage1, "--original-length") == "8192"
+    assert value(stage1, "--learning-rate") == "3e-5"
+
+    [stage2] = of(commands, "sft.py")
+    assert value(stage2, "--learning-rate") == "5e-6"
     assert int(value(stage2, "--steps")) * int(value(stage2, "--batch-size")) == 99840
+
     launcher = "python" if recipe == "llama32_1b" else "torchrun"  # one GPU needs no torchrun
-    assert {command[0] for command in of(commands, "train.py", "sft.py", "eval_niah.py", "tools.answer")} == {launcher}
-    assert len(of(commands, "tools.plot")) == 1 and "-m tools.chat out/stage2/final" in result.stdout.splitlines()[-1]
-    result, again = record(*RECIPES[recipe], *ARGUMENTS[recipe])  # nothing is prepared, measured or drawn twice
-    assert result.returncode == 0 and not of(again, "tools.prepare", "tools.ruler", "eval_niah.py", "tools.plot")
-    assert len(of(again, "tools.answer")) == 1 and "--resume" in of(again, "train.py")[0]
+    for command in of(commands, "train.py", "sft.py", "eval_niah.py", "tools.answer"):
+        assert command[0] == launcher
+    assert len(of(commands, "tools.plot")) == 1
+    assert "-m tools.chat out/stage2/final" in result.stdout.splitlines()[-1]
+
+    # nothing is prepared, measured or drawn twice
+    result, again = record(*RECIPES[recipe], *ARGUMENTS[recipe])
+    assert result.returncode == 0
+    assert not of(again, "tools.prepare", "tools.ruler", "eval_niah.py", "tools.plot")
+    assert len(of(again, "tools.answer")) == 1
+    assert "--resume" in of(again, "train.py")[0]
 
 
 def test_variables_win_over_presets(record):
-    variables = {"GPUS": "4", "TP": "2", "CP": "2", "WAIT": "99", "SAMPLES": "7", "MEMORY": "--recompute none"}
+    variables = {"GPUS": "4", "TP": "2", "CP": "2", "WAIT": "99", "SAMPLES": "7",
+                 "MEMORY": "--recompute none"}
     for preset in PRESETS:
-        _, commands = record(*RECIPES[preset], *ARGUMENTS[preset][:-1], f"out-{preset}", GPU="H200", **variables)
-        [stage1], [ruled] = of(commands, "train.py"), of(commands, "tools.ruler")
-        assert stage1[:6] == ["torchrun", "--standalone", "--nproc-per-node", "4", "--shutdown-timeout", "99"]
-        assert [value(stage1, option) for option in ("--tp", "--cp", "--recompute", "--timeout")] == ["2", "2", "none", "99"]
-        assert "--offload" not in stage1 and value(ruled, "--samples") == "7" and "H200" in of(commands, "tools.plan")[0]
-    _, commands = record(*RECIPES["1m"], *ARGUMENTS["1m"], LAUNCH="srun torchrun --nproc-per-node 8")
-    assert all(command[:4] == ["srun", "torchrun", "--nproc-per-node", "8"] for command in of(commands, "train.py", "sft.py"))
+        _, commands = record(*RECIPES[preset], *ARGUMENTS[preset][:-1], f"out-{preset}", GPU="H200",
+                             **variables)
+        [stage1] = of(commands, "train.py")
+        assert stage1[:6] == ["torchrun", "--standalone", "--nproc-per-node", "4",
+                              "--shutdown-timeout", "99"]
+        assert values(stage1, "--tp", "--cp") == ["2", "2"]
+        assert value(stage1, "--recompute") == "none"
+        assert value(stage1, "--timeout") == "99"
+        assert "--offload" not in stage1
+        [ruler_command] = of(commands, "tools.ruler")
+        assert value(ruler_command, "--samples") == "7"
+        assert "H200" in of(commands, "tools.plan")[0]
+    _, commands = record(*RECIPES["1m"], *ARGUMENTS["1m"],
+                         LAUNCH="srun torchrun --nproc-per-node 8")
+    for command in of(commands, "train.py", "sft.py"):
+        assert command[:4] == ["srun", "torchrun", "--nproc-per-node", "8"]
 
 
 def test_4m_are_evaluated_where_the_cache_fits(record):
     def longest(out: str, **variables: str) -> str:
         _, commands = record(*RECIPES["4m"], *ARGUMENTS["4m"][:-1], out, **variables)
-        [needles], [ruled] = of(commands, "eval_niah.py"), of(commands, "tools.ruler")
-        lengths = re.search(r"--lengths ([\d ]+)", " ".join(ruled))[1]
+        [needles] = of(commands, "eval_niah.py")
+        [ruler_command] = of(commands, "tools.ruler")
+        lengths = re.search(r"--lengths ([\d ]+)", " ".join(ruler_command))[1]
         assert f"--lengths {lengths}" in " ".join(needles)
         return lengths.split()[-1]
 
     assert longest("out") == "2097152"
-    assert longest("other", GPU="H200") == "4194304" and longest("third", GPUS="16", CP="2") == "4194304"
+    assert longest("other", GPU="H200") == "4194304"
+    assert longest("third", GPUS="16", CP="2") == "4194304"
     assert longest("fourth", GPUS="16") == "2097152"  # two replicas, each with a cache
 
 
-@pytest.mark.parametrize("program, words", [("train.py", "stage 1 was stopped"), ("sft.py", "stage 2 was stopped")])
+@pytest.mark.parametrize("program, words", [
+    ("train.py", "stage 1 was stopped"),
+    ("sft.py", "stage 2 was stopped"),
+])
 @pytest.mark.parametrize("recipe", ["1m", "smollm2"])
 def test_a_stopped_stage_ends_the_recipe(record, recipe, program, words):
     result, commands = record(*RECIPES[recipe], *ARGUMENTS[recipe], STOPPED=program)
-    assert result.returncode == 1 and words in result.stderr
-    assert of(commands, program) and not any("out/stage2/final" in command for command in commands)
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert of(commands, program)
+    assert not any("out/stage2/final" in command for command in commands)
 
 
 @pytest.mark.parametrize("recipe", PRESETS)
 def test_slurm_file(record, recipe):
     """Training and evaluation go to 32 nodes by srun; the rest runs on the first."""
-    result, commands = record("runs/ultralong.slurm", recipe, *ARGUMENTS[recipe], SLURM_JOB_ID="7", SLURM_NNODES="32",
-                              SLURM_JOB_NODELIST="node[1-32]")
+    result, commands = record("runs/ultralong.slurm", recipe, *ARGUMENTS[recipe], SLURM_JOB_ID="7",
+                              SLURM_NNODES="32", SLURM_JOB_NODELIST="node[1-32]")
     assert result.returncode == 0, result.stderr
     check_all(commands)
-    [stage1], measured = of(commands, "train.py"), of(commands, "eval_niah.py", "tools.answer")
-    assert stage1[0] == "srun" and value(stage1, "--nnodes") == "32" and value(stage1, "--rdzv-endpoint") == "node1:29500"
-    assert (value(stage1, "--tp"), value(stage1, "--recompute")) == ("8", "mlp") and "--offload" not in stage1
+    [stage1] = of(commands, "train.py")
+    assert stage1[0] == "srun"
+    assert value(stage1, "--nnodes") == "32"
+    assert value(stage1, "--rdzv-endpoint") == "node1:29500"
+    assert value(stage1, "--tp") == "8"
     assert value(stage1, "--cp") == PAPER.get(recipe, "16")
-    assert len(measured) == 2 and all(command[0] == "srun" for command in measured)
-    assert all(command[0] == "python" for command in of(commands, "tools.prepare", "tools.ruler", "tools.plot"))
+    assert value(stage1, "--recompute") == "mlp"
+    assert "--offload" not in stage1
+    measured = of(commands, "eval_niah.py", "tools.answer")
+    assert [command[0] for command in measured] == ["srun", "srun"]
+    for command in of(commands, "tools.prepare", "tools.ruler", "tools.plot"):
+        assert command[0] == "python"
 
 
 @pytest.mark.parametrize("gpus", ["1", "4"])
@@ -340,27 +456,41 @@ def test_commands_of_smollm2(record, gpus):
     result, commands = record(*RECIPES["smollm2"], *ARGUMENTS["smollm2"], GPUS=gpus)
     assert result.returncode == 0, result.stderr
     check_all(commands)
-    [stage1], [stage2] = of(commands, "train.py"), of(commands, "sft.py")
-    tokens = int(value(stage1, "--steps")) * int(value(stage1, "--batch-size")) * int(value(stage1, "--sequence-length"))
-    assert 15e6 < tokens < 25e6 and value(stage1, "--rope-factor") == "16" and "--pack" in stage2
+    [stage1] = of(commands, "train.py")
+    sizes = values(stage1, "--steps", "--batch-size", "--sequence-length")
+    assert 15e6 < math.prod(map(int, sizes)) < 25e6  # tokens
+    assert value(stage1, "--rope-factor") == "16"
+    [stage2] = of(commands, "sft.py")
+    assert "--pack" in stage2
+
     measured = of(commands, "eval_niah.py", "tools.answer", "tools.perplexity")
-    assert len(measured) == 12 and sum("--rope-factor" in command for command in measured) == 3
-    assert all(len(of(measured, program)) == 4 for program in ("eval_niah.py", "tools.answer", "tools.perplexity"))
+    assert len(measured) == 12
+    assert sum("--rope-factor" in command for command in measured) == 3
+    for program in ("eval_niah.py", "tools.answer", "tools.perplexity"):
+        assert len(of(measured, program)) == 4
     needles = measured[0][measured[0].index("--lengths") + 1:][:6]
     assert needles == ["4096", "8192", "16384", "32768", "65536", "131072"]
     assert len(of(commands, "tools.plot")) == 6  # a heat map a model, both comparisons
+
     _, again = record(*RECIPES["smollm2"], *ARGUMENTS["smollm2"], GPUS=gpus)
-    assert not of(again, "tools.prepare", "tools.chat_blend", "tools.ruler", "eval_niah.py", "tools.perplexity")
-    assert len(of(again, "tools.plot")) == 2 and len(of(again, "tools.answer")) == 4  # answers know what they have
+    assert not of(again, "tools.prepare", "tools.chat_blend", "tools.ruler", "eval_niah.py",
+                  "tools.perplexity")
+    assert len(of(again, "tools.plot")) == 2
+    assert len(of(again, "tools.answer")) == 4  # answers know what they have
 
 
 def test_small_numbers_of_smollm2(record):
-    result, commands = record(*RECIPES["smollm2"], *ARGUMENTS["smollm2"], "16384", "2", "1", BATCH="1", ROWS="1")
+    result, commands = record(*RECIPES["smollm2"], *ARGUMENTS["smollm2"], "16384", "2", "1",
+                              BATCH="1", ROWS="1")
     assert result.returncode == 0, result.stderr
     check_all(commands)
-    [stage1], [stage2] = of(commands, "train.py"), of(commands, "sft.py")
-    assert (value(stage1, "--rope-factor"), value(stage1, "--steps"), value(stage2, "--steps")) == ("2", "2", "2")
-    lengths, depths, samples = ["4096", "8192", "16384"], ["--depths", "3"], ["--samples", "1"]
+    [stage1] = of(commands, "train.py")
+    assert values(stage1, "--rope-factor", "--steps") == ["2", "2"]
+    [stage2] = of(commands, "sft.py")
+    assert value(stage2, "--steps") == "2"
+    lengths = ["4096", "8192", "16384"]
+    depths = ["--depths", "3"]
+    samples = ["--samples", "1"]
     assert [*lengths, *depths, *samples] == of(commands, "eval_niah.py")[0][-9:-2]
 
 
@@ -369,5 +499,6 @@ def test_commands_of_tiny(record, processes):
     result, commands = record("runs/tiny.sh", NPROC=processes)
     assert result.returncode == 0, result.stderr
     check_all(commands)
-    assert [len(of(commands, program)) for program in ("train.py", "sft.py", "eval_niah.py", "tools.plot")] == [3, 1, 5, 2]
+    for program, times in (("train.py", 3), ("sft.py", 1), ("eval_niah.py", 5), ("tools.plot", 2)):
+        assert len(of(commands, program)) == times, program
     assert "-m tools.chat out/tiny-0/stage2/final" in result.stdout.splitlines()[-1]

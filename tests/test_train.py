@@ -1,4 +1,5 @@
-"""Training: options reach their place, the schedule, bit-exact resume after SIGKILL, SIGTERM, non-finite losses, validation."""
+"""Training: options reach their place, the schedule, bit-exact resume after SIGKILL, SIGTERM,
+non-finite losses, validation."""
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from allocations import Operators
 from processes import fork_context
 
@@ -26,43 +28,72 @@ from tools.prepare import prepare_corpus
 from tools.train_tokenizer import train_bpe
 
 
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A tokenizer, a small corpus and a config of a model that trains in milliseconds."""
     place = tmp_path_factory.mktemp("work")
-    texts = [f"def function_{i}(value):\n    return value * {i} + {i * i}\n" * (1 + i % 7) for i in range(120)]
+    texts = []
+    for i in range(120):
+        texts.append(f"def function_{i}(value):\n    return value * {i} + {i * i}\n" * (1 + i % 7))
     tokenizer = train_bpe(texts, 270, place / "tokenizer")
-    (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_lines(place / "text.jsonl", [{"text": text} for text in texts])
     prepare_corpus([("code", place / "text.jsonl")], tokenizer, place / "corpus", holdout_window=0)
     prose = [f"Number {i} follows {i - 1}. " * (1 + i % 5) for i in range(60)]
-    (place / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in prose))
+    write_lines(place / "prose.jsonl", [{"text": text} for text in prose])
     prepare_corpus([("prose", place / "prose.jsonl")], tokenizer, place / "prose", holdout_window=0)
-    config = {"model_type": "llama", "vocab_size": tokenizer.n_vocab, "hidden_size": 32, "intermediate_size": 48,
-              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-              "max_position_embeddings": 64, "tie_word_embeddings": True}
+    config = {
+        "model_type": "llama",
+        "vocab_size": tokenizer.n_vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
     (place / "config.json").write_text(json.dumps(config))
-    chat = [{"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
-            for i in range(40)]
-    for name, samples in (("chat", chat), ("held-out", chat[::-3])):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    chat = []
+    for i in range(40):
+        question = {"role": "user", "content": f"What is {i}?"}
+        answer = {"role": "assistant", "content": f"It is {i}."}
+        chat.append({"messages": [question, answer]})
+    write_lines(place / "chat.jsonl", chat)
+    write_lines(place / "held-out.jsonl", chat[::-3])
     return place
 
 
 def command(workplace, out, *more, steps=40, sources=("corpus",)):
-    return ["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--dtype", "float32",
-            "--data", *(str(workplace / source) for source in sources), "--sequence-length", "64", "--batch-size", "2", "--steps", str(steps),
-            "--device", "cpu", "--learning-rate", "1e-2", "--validation-sequences", "2", "--out", str(out), *map(str, more)]
+    words = ["--config", workplace / "config.json", "--tokenizer", workplace / "tokenizer",
+             "--data", *(workplace / source for source in sources),
+             "--sequence-length", 64, "--batch-size", 2, "--steps", steps,
+             "--learning-rate", "1e-2", "--validation-sequences", 2,
+             "--device", "cpu", "--dtype", "float32", "--out", out, *more]
+    return [str(word) for word in words]
 
 
 def stage1(*arguments):
-    train.main(list(map(str, arguments)))
+    train.main([str(argument) for argument in arguments])
+
+
+def stage2(*arguments):
+    sft.main([str(argument) for argument in arguments])
 
 
 def records(out):
     """The lines of metrics.jsonl, without what depends on the time of day."""
-    lines = (json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines())
-    timed = ("tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_wait", "peak_memory_gib")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+    timed = ("tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_wait",
+             "peak_memory_gib")
+    found = []
+    for line in (Path(out) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found.append({key: value for key, value in record.items() if key not in timed})
+    return found
 
 
 def metrics(out, key="loss"):
@@ -76,28 +107,34 @@ def uninterrupted(workplace):
 
 
 def test_training_learns_and_leaves_a_model(workplace, uninterrupted):
-    assert len(uninterrupted) == 40 and uninterrupted[-1] < 0.6 * uninterrupted[0]
+    assert len(uninterrupted) == 40
+    assert uninterrupted[-1] < 0.6 * uninterrupted[0]
     model = Llama.from_pretrained(workplace / "whole" / "final")
     assert (workplace / "whole" / "final" / "tokenizer.model").is_file()
     assert model.config.vocab_size == data.load_tokenizer(workplace / "whole" / "final").n_vocab
     assert len(train.checkpoints(workplace / "whole")) == 2  # the newest two are kept
 
 
-# -------------------------------------------------------------------------------------- options reach their place
+# ---------------------------------------------------------------------- options reach their place
 
 
 def textbook_run(config, batches, rates, seed, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0):
-    """A training run written out the obvious way: S x V logits, whole batches, torch's AdamW. Returns losses, norms, the model."""
+    """A training run written out the obvious way: S x V logits, whole batches, torch's AdamW.
+    Returns losses, norms, the model."""
     model = Llama(config).initialise(seed)
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  betas=betas, eps=1e-8)
-    losses, norms = [], []
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=1e-8)
+    losses = []
+    norms = []
     for rows, rate in zip(batches, rates, strict=True):
         optimizer.zero_grad()
         loss = textbook_loss(model, rows)
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norms.append(norm.item())
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -108,12 +145,13 @@ def textbook_run(config, batches, rates, seed, betas=(0.9, 0.95), weight_decay=0
 def textbook_loss(model, rows):
     """Mean cross-entropy over all targets of a batch."""
     hidden = model.hidden_states(rows.tokens, rows.document_ids)
-    logits = model.model.norm(hidden) @ model.head_weight.T
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), ignore_index=-100)
+    logits = model.model.norm(hidden) @ model.head_weight.T  # (B, S, V)
+    return F.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), ignore_index=-100)
 
 
 def test_memory_options_change_memory_alone_and_may_change_at_a_resume(workplace, tmp_path):
-    """Recomputed in tiles, kept on the host, optimizer too: the same losses; and a checkpoint of such a run continues without."""
+    """Recomputed in tiles, kept on the host, optimizer too: the same losses; and a checkpoint of
+    such a run continues without."""
     words = ["--checkpoint-every", "3", "--keep-checkpoints", "2"]
     lean = ["--recompute", "mlp", "--offload", "--offload-optimizer", "--tile", "40"]
     stage1(*command(workplace, tmp_path / "plain", steps=6), *words)
@@ -121,7 +159,9 @@ def test_memory_options_change_memory_alone_and_may_change_at_a_resume(workplace
     expected = pytest.approx(metrics(tmp_path / "plain"), rel=1e-5)
     assert metrics(tmp_path / "lean") == expected
     for line in map(json.loads, (tmp_path / "lean" / "metrics.jsonl").open()):
-        assert "loss" not in line or 0 <= line["data_wait"] < 1 and line["mfu"] is None  # a CPU has no data sheet here
+        if "loss" in line:
+            assert 0 <= line["data_wait"] < 1
+            assert line["mfu"] is None  # a CPU has no data sheet here
     shutil.rmtree(tmp_path / "lean" / "final")
     shutil.rmtree(tmp_path / "lean" / "checkpoint-00000006")
     stage1(*command(workplace, tmp_path / "lean", steps=6), *words, "--resume")
@@ -129,54 +169,74 @@ def test_memory_options_change_memory_alone_and_may_change_at_a_resume(workplace
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_run_of_stage_1_is_the_textbooks_with_every_option_in_its_place(masked, workplace, tmp_path):
-    """The classic: an option that is parsed, saved with the run and used nowhere. None has its default here."""
+def test_stage_1_is_the_textbooks_with_every_option_in_its_place(masked, workplace, tmp_path):
+    """The classic: an option that is parsed, saved with the run and used nowhere. None has its
+    default here."""
     stage1(*command(workplace, tmp_path / "run", steps=6, sources=("corpus=1", "prose=3")),
-           "--batch-size", 4, "--micro-batch-size", 2, "--clip", 0.25, "--weight-decay", 0.3, "--betas", 0.8, 0.9,
-           "--warmup-steps", 3, "--final-learning-rate", 0.2, "--seed", 5, "--separator", "bos_eos", "--short-length", 40,
-           "--long-length", 100, "--short-weight", 0.5, "--long-weight", 3, *["--cross-document-mask"] * masked)
-    shared = {"sequence_length": 64, "seed": 5, "separator": "bos_eos", "short": 40, "long": 100,
-              "tokenizer": data.load_tokenizer(workplace / "tokenizer"), "document_mask": masked}
-    parts = [data.PackedDataset(workplace / name, "train", short_weight=0.5, long_weight=3, **shared) for name in ("corpus", "prose")]
-    blend = data.Blend(parts, [1, 3], 5)
-    rates = [0.01 / 3, 0.02 / 3, 0.01, 0.01 * (0.2 + 0.8 * 0.75), 0.01 * (0.2 + 0.8 * 0.25), 0.002]  # cosine of 60, 120, 180 degrees
-    losses, norms, model = textbook_run(read_config(workplace / "config.json"), [data.batch(blend, 4 * i, 4) for i in range(6)], rates,
-                                        5, (0.8, 0.9), 0.3, 0.25)
+           "--batch-size", 4, "--micro-batch-size", 2, "--clip", 0.25, "--weight-decay", 0.3,
+           "--betas", 0.8, 0.9, "--warmup-steps", 3, "--final-learning-rate", 0.2, "--seed", 5,
+           "--separator", "bos_eos", "--short-length", 40, "--long-length", 100,
+           "--short-weight", 0.5, "--long-weight", 3, *["--cross-document-mask"] * masked)
+    options = {"sequence_length": 64, "seed": 5, "separator": "bos_eos", "short": 40, "long": 100,
+               "tokenizer": data.load_tokenizer(workplace / "tokenizer"), "document_mask": masked}
+    weights = {"short_weight": 0.5, "long_weight": 3}
+    corpus = data.PackedDataset(workplace / "corpus", "train", **weights, **options)
+    prose = data.PackedDataset(workplace / "prose", "train", **weights, **options)
+    blend = data.Blend([corpus, prose], [1, 3], 5)
+    batches = [data.batch(blend, 4 * i, 4) for i in range(6)]
+    # three steps of warm-up, then the cosine of 60, 120, 180 degrees
+    rates = [0.01 / 3, 0.02 / 3, 0.01, 0.01 * (0.2 + 0.8 * 0.75), 0.01 * (0.2 + 0.8 * 0.25), 0.002]
+    config = read_config(workplace / "config.json")
+    losses, norms, model = textbook_run(config, batches, rates, seed=5, betas=(0.8, 0.9),
+                                        weight_decay=0.3, clip=0.25)
+
     assert metrics(tmp_path / "run", "learning_rate") == pytest.approx(rates, rel=1e-12)
     assert metrics(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
     assert metrics(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=1e-3)
-    held_out = data.batch(data.PackedDataset(workplace / "corpus", "valid", **shared), 0, 2)  # documents as they come, by no weight
-    assert metrics(tmp_path / "run", "validation_loss") == [pytest.approx(textbook_loss(model, held_out).item(), rel=1e-4)]
+    # documents as they come, by no weight
+    held_out = data.PackedDataset(workplace / "corpus", "valid", **options)
+    expected = textbook_loss(model, data.batch(held_out, 0, 2)).item()
+    assert metrics(tmp_path / "run", "validation_loss") == [pytest.approx(expected, rel=1e-4)]
 
 
 def test_a_run_of_stage_2_is_the_textbooks_on_its_files_and_held_out_chat(workplace, tmp_path):
-    """Held-out chat is what --validation-data names, never the training samples; files are blended by weight and seed."""
-    sft.main(command(workplace, tmp_path / "run", "--seed", 5, "--warmup-steps", 0, "--final-learning-rate", 1, "--validation-data",
-                     workplace / "held-out.jsonl", steps=6, sources=("chat.jsonl=3", "held-out.jsonl=1")))
+    """Held-out chat is what --validation-data names, never the training samples; files are blended
+    by weight and seed."""
+    sft.main(command(workplace, tmp_path / "run", "--seed", 5, "--warmup-steps", 0,
+                     "--final-learning-rate", 1, "--validation-data", workplace / "held-out.jsonl",
+                     steps=6, sources=("chat.jsonl=3", "held-out.jsonl=1")))
     tokenizer = data.load_tokenizer(workplace / "tokenizer")
-    chat, held_out = (sft.ChatDataset(workplace / f"{name}.jsonl", tokenizer, 64, 5) for name in ("chat", "held-out"))
+    chat = sft.ChatDataset(workplace / "chat.jsonl", tokenizer, 64, 5)
+    held_out = sft.ChatDataset(workplace / "held-out.jsonl", tokenizer, 64, 5)
     blend = data.Blend([chat, held_out], [3, 1], 5)
-    losses, norms, model = textbook_run(read_config(workplace / "config.json"), [data.batch(blend, 2 * i, 2) for i in range(6)], [0.01] * 6, 5)
+    batches = [data.batch(blend, 2 * i, 2) for i in range(6)]
+    config = read_config(workplace / "config.json")
+    losses, norms, model = textbook_run(config, batches, rates=[0.01] * 6, seed=5)
+
     assert metrics(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
     assert metrics(tmp_path / "run", "gradient_norm") == pytest.approx(norms, rel=1e-3)
-    found = textbook_loss(model, data.batch(held_out, 0, 2)).item()
-    assert metrics(tmp_path / "run", "validation_loss") == [pytest.approx(found, rel=1e-4)]
+    expected = textbook_loss(model, data.batch(held_out, 0, 2)).item()
+    assert metrics(tmp_path / "run", "validation_loss") == [pytest.approx(expected, rel=1e-4)]
 
 
 def test_recomputation_and_tiles_asked_for_are_made(workplace, tmp_path):
     """Counted in the operators that run: their results are the same, so no number would tell."""
-    counts = []
-    for name, words in (("plain", []), ("lean", ["--recompute", "block", "--tile", "100", "--batch-size", "4"])):
+    def counts(name, *words):
+        """How often attention ran forward and backward, and the MLP's activation."""
         with Operators() as seen:
-            stage1(*command(workplace, tmp_path / name, steps=1), "--validation-sequences", "0", *words)
-        forward, backward = (seen.count["_scaled_dot_product_flash_attention_for_cpu" + end] for end in ("", "_backward"))
-        counts.append((forward, backward, seen.count["silu"]))
+            stage1(*command(workplace, tmp_path / name, steps=1), "--validation-sequences", 0,
+                   *words)
+        attention = "_scaled_dot_product_flash_attention_for_cpu"
+        return seen.count[attention], seen.count[attention + "_backward"], seen.count["silu"]
+
     layers = 2
-    assert counts[0] == (layers, layers, layers)
-    assert counts[1][:2] == (2 * layers, layers) and counts[1][2] > 3 * layers  # forward twice, and the MLP in several tiles
+    assert counts("plain") == (layers, layers, layers)
+    lean = counts("lean", "--recompute", "block", "--tile", 100, "--batch-size", 4)
+    assert lean[:2] == (2 * layers, layers)  # forward twice
+    assert lean[2] > 3 * layers  # and the MLP in several tiles
 
 
-# ------------------------------------------------------------------------------------------- interruption, failures
+# ------------------------------------------------------------------------- interruption, failures
 
 
 def train_slowly(arguments):
@@ -187,15 +247,20 @@ def train_slowly(arguments):
     train.main(arguments)
 
 
-def test_sigkill_at_random_moments_and_resume_gives_the_same_metrics_to_the_last_bit(workplace, uninterrupted, tmp_path):
-    """Ten kills, wherever they fall (start, first step, half-written checkpoint): no step or validation is repeated,
-    skipped or changed, no norm and no learning rate either."""
+def test_sigkill_and_resume_give_the_same_metrics_to_the_last_bit(workplace, uninterrupted,
+                                                                  tmp_path):
+    """Ten kills at random moments, wherever they fall (start, first step, half-written
+    checkpoint): no step or validation is repeated, skipped or changed, no norm and no learning
+    rate either."""
     moments = random.Random(0)
-    out, kills = tmp_path / "killed", 0
+    out = tmp_path / "killed"
+    kills = 0
     arguments = command(workplace, out, "--checkpoint-every", 3, "--validate-every", 5, "--resume")
 
     def written():
-        return len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
+        """Lines of metrics so far."""
+        file = out / "metrics.jsonl"
+        return len(file.read_bytes().splitlines()) if file.exists() else 0
 
     while not (out / "final").exists():
         process = fork_context().Process(target=train_slowly, args=(arguments,))
@@ -203,7 +268,8 @@ def test_sigkill_at_random_moments_and_resume_gives_the_same_metrics_to_the_last
         if kills < 10:
             started = written()
             deadline = time.time() + 60
-            while process.is_alive() and time.time() < deadline:  # wait for progress, then strike at random
+            # wait for progress, then strike at random
+            while process.is_alive() and time.time() < deadline:
                 if started - 3 < written() != started:
                     break
                 time.sleep(0.01)
@@ -235,7 +301,8 @@ def test_a_signal_saves_exits_cleanly_and_resumes(number, workplace, uninterrupt
         assert len(train.checkpoints(out)) == 1
         stage1(*arguments)
     torch.set_num_threads(1)
-    assert metrics(out) == pytest.approx(uninterrupted, rel=1e-3)  # the child had other thread numbers
+    # the child had other thread numbers
+    assert metrics(out) == pytest.approx(uninterrupted, rel=1e-3)
 
 
 def test_resume_refuses_other_settings_and_a_used_directory(workplace, uninterrupted):
@@ -259,65 +326,80 @@ def test_a_directory_that_is_no_run_is_not_taken_for_one(workplace, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_finished_run_is_left_alone_and_a_damaged_checkpoint_is_named(workplace, tmp_path, capsys):
+def test_a_finished_run_is_left_alone_a_damaged_checkpoint_named(workplace, tmp_path, capsys):
     words = command(workplace, tmp_path / "run", "--checkpoint-every", 2, "--resume", steps=2)
     stage1(*words)
     files = sorted((tmp_path / "run").rglob("*"))
     stage1(*words)
-    assert "run/final is already there; nothing to do" in capsys.readouterr().out and sorted((tmp_path / "run").rglob("*")) == files
+    assert "run/final is already there; nothing to do" in capsys.readouterr().out
+    assert sorted((tmp_path / "run").rglob("*")) == files
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "run" / "checkpoint-00000002" / "training.json").write_text("{")
     with pytest.raises(SystemExit, match="checkpoint-00000002/training.json: not valid JSON"):
         stage1(*words)
 
 
-def test_a_resumed_run_has_its_checkpoints_model_whatever_has_become_of_the_source(workplace, uninterrupted, tmp_path):
-    """The file that --model or --config named may have been edited since."""
+def test_a_resumed_run_has_its_checkpoints_model(workplace, tmp_path):
+    """Whatever has become of the source: the file that --model or --config named may have been
+    edited since."""
     config = tmp_path / "config.json"
     config.write_text((workplace / "config.json").read_text())
-    words = ["--config", config, *command(workplace, tmp_path / "run", "--checkpoint-every", 2, "--resume", steps=4)[2:]]
+    words = [*command(workplace, tmp_path / "run", "--checkpoint-every", 2, "--resume", steps=4),
+             "--config", config]
     stage1(*words)
-    expected, final = metrics(tmp_path / "run"), (tmp_path / "run" / "final" / "config.json").read_text()
+    expected = metrics(tmp_path / "run")
+    final = (tmp_path / "run" / "final" / "config.json").read_text()
     for path in ("final", "checkpoint-00000004"):
         shutil.rmtree(tmp_path / "run" / path)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 77.0}))
     stage1(*words)
-    assert metrics(tmp_path / "run") == expected and (tmp_path / "run" / "final" / "config.json").read_text() == final
+    assert metrics(tmp_path / "run") == expected
+    assert (tmp_path / "run" / "final" / "config.json").read_text() == final
 
 
 def test_micro_batches_give_the_whole_batch_gradient(workplace, tmp_path):
-    """Loss is per token of the global batch, not a mean of micro-batch means: chat rows have unequal numbers of targets."""
+    """Loss is per token of the global batch, not a mean of micro-batch means: chat rows have
+    unequal numbers of targets."""
     for name, micro in (("whole", 8), ("micro", 2)):
-        sft.main(["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--dtype", "float32",
-                  "--data", str(workplace / "chat.jsonl"), "--sequence-length", "48", "--batch-size", "8", "--steps", "5",
-                  "--micro-batch-size", str(micro), "--learning-rate", "1e-2", "--device", "cpu", "--out", str(tmp_path / name)])
-    assert metrics(tmp_path / "whole") == pytest.approx(metrics(tmp_path / "micro"), rel=1e-5)
-    assert metrics(tmp_path / "whole", "gradient_norm") == pytest.approx(metrics(tmp_path / "micro", "gradient_norm"), rel=1e-4)
+        stage2("--config", workplace / "config.json", "--tokenizer", workplace / "tokenizer",
+               "--data", workplace / "chat.jsonl", "--sequence-length", 48, "--steps", 5,
+               "--batch-size", 8, "--micro-batch-size", micro, "--learning-rate", "1e-2",
+               "--device", "cpu", "--dtype", "float32", "--out", tmp_path / name)
+    for key, tolerance in (("loss", 1e-5), ("gradient_norm", 1e-4)):
+        whole = metrics(tmp_path / "whole", key)
+        assert whole == pytest.approx(metrics(tmp_path / "micro", key), rel=tolerance)
 
 
-DIVERGES = ("--learning-rate", 1e38, "--warmup-steps", 0, "--clip", 0)  # the first update makes every weight infinite
+# the first update makes every weight infinite
+DIVERGES = ("--learning-rate", 1e38, "--warmup-steps", 0, "--clip", 0)
 
 
 def test_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(workplace, tmp_path):
-    with pytest.raises(SystemExit, match=r"step 2: the loss is nan; nothing was updated.*checkpoint-00000001"):
+    message = "step 2: the loss is nan; nothing was updated.*checkpoint-00000001"
+    with pytest.raises(SystemExit, match=message):
         stage1(*command(workplace, tmp_path / "nan", "--checkpoint-every", 1), *DIVERGES)
-    assert not (tmp_path / "nan" / "final").exists() and len(metrics(tmp_path / "nan")) == 1
+    assert not (tmp_path / "nan" / "final").exists()
+    assert len(metrics(tmp_path / "nan")) == 1
 
 
 def test_full_disk_keeps_the_earlier_checkpoint(workplace, tmp_path):
     """A checkpoint that cannot be written is one line and leaves no half of itself."""
-    out, limits = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "full"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     words = command(workplace, out, "--checkpoint-every", 2, "--resume", steps=4)
     stage1(*words)
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "checkpoint-00000004")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # like a full disk, for this process only
+    # like a full disk, for this process only
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    message = f"^error: {out}.*safetensors: could not be written .*File too large"
     try:
-        with pytest.raises(SystemExit, match=f"^error: {out}.*safetensors: could not be written .*File too large"):
+        with pytest.raises(SystemExit, match=message):
             stage1(*words)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in train.checkpoints(out)] == ["checkpoint-00000002"] and not list(out.glob("*.partial"))
+    assert [path.name for path in train.checkpoints(out)] == ["checkpoint-00000002"]
+    assert not list(out.glob("*.partial"))
 
 
 def test_a_deletion_cut_short_is_no_checkpoint_and_is_finished_later(workplace, tmp_path):
@@ -325,7 +407,8 @@ def test_a_deletion_cut_short_is_no_checkpoint_and_is_finished_later(workplace, 
     (out / "checkpoint-00000009.partial").mkdir(parents=True)
     (out / "checkpoint-00000009.partial" / "optimizer.safetensors").write_text("what a kill left")
     stage1(*command(workplace, out, "--checkpoint-every", 1, "--resume", steps=3))
-    assert [path.name for path in train.checkpoints(out)] == ["checkpoint-00000002", "checkpoint-00000003"]
+    names = [path.name for path in train.checkpoints(out)]
+    assert names == ["checkpoint-00000002", "checkpoint-00000003"]
     assert not list(out.glob("*.partial"))
 
 
@@ -339,31 +422,57 @@ def test_signal_handlers_are_given_back_after_a_failure(workplace, tmp_path):
 
 def test_yarn_stage_extends_the_window(workplace, uninterrupted, tmp_path):
     out = tmp_path / "long"
-    stage1("--model", workplace / "whole" / "final", "--data", workplace / "corpus", "--sequence-length", 256, "--steps", 2,
-           "--rope-kind", "yarn", "--rope-factor", 4, "--device", "cpu", "--validation-sequences", 2, "--out", out)
+    stage1("--model", workplace / "whole" / "final", "--data", workplace / "corpus",
+           "--sequence-length", 256, "--steps", 2, "--rope-kind", "yarn", "--rope-factor", 4,
+           "--device", "cpu", "--validation-sequences", 2, "--out", out)
     config = Llama.from_pretrained(out / "final").config
-    assert config.max_position_embeddings == 256 and config.rope_scaling.original_max_position == 64
+    assert config.max_position_embeddings == 256
+    assert config.rope_scaling.original_max_position == 64
     assert math.isfinite(metrics(out, "validation_loss")[0])
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-WINDOWS = {  # what published config.json files say, and the window their models have
-    "Llama 2": ({"max_position_embeddings": 4096}, 4096),
-    "Llama 3.1": ({"max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": LLAMA3}, 131072),
-    "Llama 3.2": ({"max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": LLAMA3 | {"factor": 32.0}}, 131072),
-    "Llama 3.3, transformers 5": ({"max_position_embeddings": 131072, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, 131072),
-    "DeepSeek-R1-Distill-Llama": ({"max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": {
-        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}}, 131072),
-    "deepseek-coder": ({"max_position_embeddings": 16384, "rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
-    "Qwen2.5 with yarn": ({"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1e6, "rope_scaling": {
-        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
-    "yarn beside an extended window": ({"max_position_embeddings": 131072, "rope_scaling": {"type": "yarn", "factor": 8.0}}, 131072)}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+# what published config.json files say, and the window their models have
+WINDOWS = {
+    "Llama 2": (
+        {"max_position_embeddings": 4096},
+        4096),
+    "Llama 3.1": (
+        {"max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": LLAMA3},
+        131072),
+    "Llama 3.2": (
+        {"max_position_embeddings": 131072, "rope_theta": 5e5,
+         "rope_scaling": LLAMA3 | {"factor": 32.0}},
+        131072),
+    "Llama 3.3, transformers 5": (
+        {"max_position_embeddings": 131072, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+        131072),
+    "DeepSeek-R1-Distill-Llama": (
+        {"max_position_embeddings": 131072, "rope_theta": 5e5,
+         "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                          "original_max_position_embeddings": 8192, "rope_type": "llama3"}},
+        131072),
+    "deepseek-coder": (
+        {"max_position_embeddings": 16384, "rope_theta": 1e5,
+         "rope_scaling": {"type": "linear", "factor": 4.0}},
+        16384),
+    "Qwen2.5 with yarn": (
+        {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1e6,
+         "rope_scaling": {"type": "yarn", "factor": 4.0,
+                          "original_max_position_embeddings": 32768}},
+        131072),
+    "yarn beside an extended window": (
+        {"max_position_embeddings": 131072, "rope_scaling": {"type": "yarn", "factor": 8.0}},
+        131072),
+}
 
 
 @pytest.fixture(scope="module")
 def long_place(workplace, tmp_path_factory):
     """A model directory for each of WINDOWS, and for each rule that we export."""
-    place, config = tmp_path_factory.mktemp("windows"), json.loads((workplace / "config.json").read_text())
+    place = tmp_path_factory.mktemp("windows")
+    config = json.loads((workplace / "config.json").read_text())
     for name, (changes, _) in WINDOWS.items():
         Llama(ModelConfig.from_hf(config | changes)).initialise(0).save_pretrained(place / name)
         written = json.loads((place / name / "config.json").read_text())
@@ -371,51 +480,76 @@ def long_place(workplace, tmp_path_factory):
         (place / name / "config.json").write_text(json.dumps(written | changes))  # as published
     for kind in ("linear", "yarn", "ntk", "llama3"):
         scaling = RopeScaling(kind, 4.0, 4096)
-        Llama.from_pretrained(place / "Llama 2", rope_scaling=scaling).save_pretrained(place / f"our {kind}")
+        model = Llama.from_pretrained(place / "Llama 2", rope_scaling=scaling)
+        model.save_pretrained(place / f"our {kind}")
     for model in place.iterdir():
         shutil.copy(workplace / "tokenizer" / "tokenizer.model", model)
     return place
 
 
-@pytest.mark.parametrize("name, window", [*((name, window) for name, (_, window) in WINDOWS.items()),
-                                          *((f"our {kind}", 16384) for kind in ("linear", "yarn", "ntk", "llama3"))])
-def test_training_without_rope_options_keeps_window_and_rule(name, window, long_place, workplace, tmp_path, capsys):
-    """Llama 3.1 stated 65,536 after a step of stage 2: its factor was taken for a ratio of windows. Twice: a rule that is read
-    back from an export must not grow either."""
-    given, words = long_place / name, ["--steps", 1, "--batch-size", 1, "--device", "cpu", "--dtype", "float32", "--sequence-length", 64]
-    stage1("--model", given, "--data", workplace / "corpus", "--validation-sequences", 0, *words, "--out", tmp_path / "1")
-    sft.main(list(map(str, ["--model", tmp_path / "1" / "final", "--data", workplace / "chat.jsonl", *words, "--out", tmp_path / "2"])))
+@pytest.mark.parametrize("name, window", [
+    *((name, window) for name, (_, window) in WINDOWS.items()),
+    ("our linear", 16384),
+    ("our yarn", 16384),
+    ("our ntk", 16384),
+    ("our llama3", 16384),
+])
+def test_training_without_rope_options_keeps_window_and_rule(name, window, long_place, workplace,
+                                                             tmp_path, capsys):
+    """Llama 3.1 stated 65,536 after a step of stage 2: its factor was taken for a ratio of windows.
+    Twice: a rule that is read back from an export must not grow either."""
+    given = long_place / name
+    words = ["--steps", 1, "--batch-size", 1, "--device", "cpu", "--dtype", "float32",
+             "--sequence-length", 64]
+    stage1("--model", given, "--data", workplace / "corpus", "--validation-sequences", 0, *words,
+           "--out", tmp_path / "1")
+    stage2("--model", tmp_path / "1" / "final", "--data", workplace / "chat.jsonl", *words,
+           "--out", tmp_path / "2")
     assert capsys.readouterr().out.count(f"window {window},") == 2
     before = read_config(given)
+    frequencies, factor = inverse_frequencies(8, before.rope_theta, before.rope_scaling)
     for out in ("1", "2"):
         written = json.loads((tmp_path / out / "final" / "config.json").read_text())
         after = read_config(tmp_path / out / "final")
-        assert written["max_position_embeddings"] == before.max_position_embeddings == after.max_position_embeddings == window
-        for one, other in zip(*(inverse_frequencies(8, config.rope_theta, config.rope_scaling) for config in (before, after)), strict=True):
-            assert one == other if isinstance(one, float) else torch.equal(one, other)
+        assert before.max_position_embeddings == after.max_position_embeddings == window
+        assert written["max_position_embeddings"] == window
+        same, same_factor = inverse_frequencies(8, after.rope_theta, after.rope_scaling)
+        assert torch.equal(same, frequencies)
+        assert same_factor == factor
 
 
 @pytest.mark.parametrize("name, length, said", [
     ("Llama 2", 8192, r"window of 4096; extend it \(train.py --rope-kind yarn --rope-factor 2\)"),
-    ("Llama 3.1", 2**20, r"--rope-factor 128 --original-length 8192, which replaces the model's own llama3 rule\)"),
-    ("deepseek-coder", 65536, r"--rope-factor 16 --original-length 4096, if that was its window before; .* replaces the model's own linear"),
-    ("yarn beside an extended window", 2**18, r"--rope-factor 16 --original-length 16384, if that was its window before"),
-    ("our yarn", 32768, r"--rope-factor 8 --original-length 4096, which replaces the model's own yarn rule\)")])
-def test_a_sequence_beyond_the_window_gets_a_hint_that_works(name, length, said, long_place, workplace, tmp_path):
-    words = ["--model", long_place / name, "--data", workplace / "corpus", "--steps", 1, "--sequence-length", length, "--device", "cpu",
-             "--validation-sequences", 0, "--out", tmp_path / "run"]
+    ("Llama 3.1", 2**20,
+     r"--rope-factor 128 --original-length 8192, which replaces the model's own llama3 rule\)"),
+    ("deepseek-coder", 65536,
+     r"--rope-factor 16 --original-length 4096, if that was its window before; .* replaces the "
+     r"model's own linear"),
+    ("yarn beside an extended window", 2**18,
+     r"--rope-factor 16 --original-length 16384, if that was its window before"),
+    ("our yarn", 32768,
+     r"--rope-factor 8 --original-length 4096, which replaces the model's own yarn rule\)"),
+])
+def test_a_sequence_beyond_the_window_gets_a_hint_that_works(name, length, said, long_place,
+                                                             workplace, tmp_path):
+    words = ["--model", long_place / name, "--data", workplace / "corpus", "--steps", 1,
+             "--sequence-length", length, "--device", "cpu", "--validation-sequences", 0,
+             "--out", tmp_path / "run"]
     with pytest.raises(SystemExit, match=said) as stopped:
         stage1(*words)
-    options = re.search(r"train.py (--rope-kind [^,)]*)", str(stopped.value))[1].split()
-    extended = rescale(read_config(long_place / name), scaling_from_options(vars(train.stage1_parser().parse_args(
-        [*map(str, words), *options]))))
-    assert extended.max_position_embeddings >= length and extended.rope_scaling.kind == "yarn"
+    hint = re.search(r"train.py (--rope-kind [^,)]*)", str(stopped.value))[1]
+    options = train.stage1_parser().parse_args([*map(str, words), *hint.split()])
+    scaling = scaling_from_options(vars(options))
+    extended = rescale(read_config(long_place / name), scaling)
+    assert extended.max_position_embeddings >= length
+    assert extended.rope_scaling.kind == "yarn"
 
 
 def test_validation_is_the_mean_over_targets(tiny_model):
     """Targets of -100 count nowhere."""
     class Fixed:
-        sequence_length, document_mask = 8, False
+        sequence_length = 8
+        document_mask = False
 
         def sequence(self, index):
             tokens = torch.arange(9).numpy()
@@ -423,18 +557,25 @@ def test_validation_is_the_mean_over_targets(tiny_model):
 
     model = tiny_model()
     losses = token_losses(model, torch.arange(8)[None], torch.arange(1, 9)[None])[0]
-    assert train.validate(model, Fixed(), sequences=1) == pytest.approx(losses[4:].mean().item(), rel=1e-5)
+    expected = losses[4:].mean().item()
+    assert train.validate(model, Fixed(), sequences=1) == pytest.approx(expected, rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
-    rates = [train.learning_rate(step, steps=110, peak=2.0, warmup_steps=10, final_share=0.1) for step in range(1, 111)]
-    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-    assert rates[9:] == pytest.approx([0.2 + 0.9 * (1 + math.cos(math.pi * done / 100)) for done in range(101)])
-    assert train.learning_rate(1, steps=1, peak=2.0, warmup_steps=0, final_share=0.1) == pytest.approx(0.2)
+    schedule = {"steps": 110, "peak": 2.0, "warmup_steps": 10, "final_share": 0.1}
+    for step in range(1, 11):
+        assert train.learning_rate(step, **schedule) == pytest.approx(0.2 * step)
+    for step in range(10, 111):
+        cosine = math.cos(math.pi * (step - 10) / 100)
+        expected = 0.2 + 1.8 * (1 + cosine) / 2
+        assert train.learning_rate(step, **schedule) == pytest.approx(expected)
+    only = train.learning_rate(1, steps=1, peak=2.0, warmup_steps=0, final_share=0.1)
+    assert only == pytest.approx(0.2)
 
 
 def test_a_failure_while_writing_final_loses_no_step(workplace, uninterrupted, tmp_path):
-    """The last step has a checkpoint of its own, so a full disk or a kill during `final` costs the export only."""
+    """The last step has a checkpoint of its own, so a full disk or a kill during `final` costs the
+    export only."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "final.partial").write_text("a file in the way")
@@ -443,26 +584,29 @@ def test_a_failure_while_writing_final_loses_no_step(workplace, uninterrupted, t
     assert not (out / "final").exists()
     (out / "final.partial").unlink()
     stage1(*command(workplace, out, "--resume"))
-    assert metrics(out) == uninterrupted and (out / "final" / "config.json").exists()
+    assert metrics(out) == uninterrupted
+    assert (out / "final" / "config.json").exists()
 
 
 def test_resume_refuses_other_data_under_the_same_path(workplace, tmp_path):
     file = tmp_path / "chat.jsonl"
     file.write_text((workplace / "chat.jsonl").read_text())
-    arguments = ["--config", str(workplace / "config.json"), "--tokenizer", str(workplace / "tokenizer"), "--data", str(file),
-                 "--sequence-length", "48", "--batch-size", "2", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "run")]
-    sft.main(arguments)
+    words = ["--config", workplace / "config.json", "--tokenizer", workplace / "tokenizer",
+             "--data", file, "--sequence-length", 48, "--batch-size", 2, "--steps", 2,
+             "--device", "cpu", "--out", tmp_path / "run"]
+    stage2(*words)
     file.write_text(file.read_text().replace("What is 1?", "What is 2?"))
     with pytest.raises(SystemExit, match="--data is"):
-        sft.main([*arguments, "--resume"])
+        stage2(*words, "--resume")
 
 
-def test_resume_refuses_another_model_and_takes_the_same_from_another_place(workplace, uninterrupted, tmp_path):
+def test_resume_refuses_another_model_and_takes_the_same_elsewhere(workplace, uninterrupted,
+                                                                   tmp_path):
     shutil.copytree(workplace / "whole" / "final", tmp_path / "moved")
     Llama.from_pretrained(tmp_path / "moved").initialise(9).save_pretrained(tmp_path / "other")
     shutil.copy(workplace / "tokenizer" / "tokenizer.model", tmp_path / "other")
-    words = ["--data", workplace / "corpus", "--sequence-length", 64, "--steps", 2, "--device", "cpu", "--validation-sequences", 0,
-             "--out", tmp_path / "run", "--resume"]
+    words = ["--data", workplace / "corpus", "--sequence-length", 64, "--steps", 2,
+             "--device", "cpu", "--validation-sequences", 0, "--out", tmp_path / "run", "--resume"]
     stage1("--model", workplace / "whole" / "final", *words)
     shutil.rmtree(tmp_path / "run" / "final")
     with pytest.raises(SystemExit, match="--model is"):
@@ -472,41 +616,51 @@ def test_resume_refuses_another_model_and_takes_the_same_from_another_place(work
 
 
 def test_padding_is_not_computed(tiny_model):
-    """Rows are cut after the last target of their micro-batch: the same loss and gradients from fewer positions."""
+    """Rows are cut after the last target of their micro-batch: the same loss and gradients from
+    fewer positions."""
     tokens = torch.randint(97, (4, 32), generator=torch.Generator().manual_seed(0))
     targets = tokens.roll(-1, 1)
     for row, length in enumerate((5, 9, 3, 1)):
         targets[row, length:] = -100
     targets[3] = -100
-    batch, losses, gradients = data.Batch(tokens, targets), [], []
-    for micro in (4, 2, 1):
+    batch = data.Batch(tokens, targets)
+    losses = []
+    gradients = []
+    for micro, cut in ((4, 4 * 9), (2, 2 * 9 + 2 * 3), (1, 5 + 9 + 3 + 1)):
         model = tiny_model(torch.float64)
         optimizer = ShardedAdamW(model, Grid())
         loss, positions = train.training_step(model, optimizer, batch, micro)
         losses.append(loss)
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-        assert positions == {4: 4 * 9, 2: 2 * 9 + 2 * 3, 1: 5 + 9 + 3 + 1}[micro]
+        assert positions == cut
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-12)
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-9, atol=1e-12)
 
 
 def test_export_states_window_and_stop_tokens_for_servers(workplace, tmp_path):
-    """A tokenizer file of any name is exported under the one loaders look for; the JSON files follow the new model."""
+    """A tokenizer file of any name is exported under the one loaders look for; the JSON files
+    follow the new model."""
     source = tmp_path / "tokenizer"
     shutil.copytree(workplace / "tokenizer", source)
-    (source / "tokenizer_config.json").write_text('{"model_max_length": 8, "chat_template": "kept"}')
+    settings = {"model_max_length": 8, "chat_template": "kept"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
     (source / "generation_config.json").write_text('{"eos_token_id": 7}')
     renamed = tmp_path / "mine.model"
     shutil.copyfile(source / "tokenizer.model", renamed)
     tokenizer = data.load_tokenizer(source)
     for name, path in (("whole", source), ("renamed", renamed)):
-        stage1("--config", workplace / "config.json", "--tokenizer", path, "--data", workplace / "corpus", "--steps", 1,
-               "--sequence-length", 32, "--validation-sequences", 0, "--device", "cpu", "--out", tmp_path / name)
+        stage1("--config", workplace / "config.json", "--tokenizer", path,
+               "--data", workplace / "corpus", "--steps", 1, "--sequence-length", 32,
+               "--validation-sequences", 0, "--device", "cpu", "--out", tmp_path / name)
         final = tmp_path / name / "final"
         stops = json.loads((final / "config.json").read_text())["eos_token_id"]
-        assert stops == sorted(tokenizer.encode_single_token(t) for t in ("<|end_of_text|>", "<|eot_id|>"))
+        expected = [tokenizer.encode_single_token("<|end_of_text|>"),
+                    tokenizer.encode_single_token("<|eot_id|>")]
+        assert stops == sorted(expected)
         assert data.load_tokenizer(final).n_vocab == tokenizer.n_vocab
-    written = json.loads((tmp_path / "whole" / "final" / "tokenizer_config.json").read_text())
+    final = tmp_path / "whole" / "final"
+    written = json.loads((final / "tokenizer_config.json").read_text())
     assert written == {"model_max_length": 64, "chat_template": "kept"}
-    assert json.loads((tmp_path / "whole" / "final" / "generation_config.json").read_text()) == {"eos_token_id": stops}
+    written = json.loads((final / "generation_config.json").read_text())
+    assert written == {"eos_token_id": stops}

@@ -1,4 +1,5 @@
-"""Programs around the seven files, each started by `python -m tools.NAME`: they import the seven and are imported by none.
+"""Programs around the seven files, each started by `python -m tools.NAME`: they import the seven
+and are imported by none.
 
     text and conversations      prepare, train_tokenizer, chat_blend, tiny_documents
     before anything runs        plan

@@ -1,7 +1,8 @@
 """Chat with a checkpoint: one prompt, one answer.
 
     python -m tools.chat MODEL_DIR --prompt "Why is the sky blue?"
-    torchrun --standalone --nproc-per-node 8 -m tools.chat MODEL_DIR --tp 8 --prompt "Why is the sky blue?"
+    torchrun --standalone --nproc-per-node 8 -m tools.chat MODEL_DIR --tp 8 \\
+        --prompt "Why is the sky blue?"
 """
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def parser() -> Parser:
     add = parser.add_argument_group("chat").add_argument
     add("--prompt", required=True, help="the user's message")
     add("--system", help="a system message before it")
-    add("--raw", action="store_true", help="continue the prompt as plain text, without a chat template")
+    add("--raw", action="store_true",
+        help="continue the prompt as plain text, without a chat template")
     add("--max-new-tokens", type=positive, default=200, help="of the answer")
     add("--temperature", type=nonnegative_number, default=0.0, help="0 is greedy")
     add("--top-p", type=nucleus, default=0.9, help="nucleus size when sampling")
@@ -33,21 +35,28 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         a = parser().parse_args(argv)
         if launched()[1] != a.tp * a.cp:
-            raise ValueError(f"--tp {a.tp} x --cp {a.cp} must be the number of processes, {launched()[1]}: one prompt has no "
-                             "use for data parallelism")
+            raise ValueError(f"--tp {a.tp} x --cp {a.cp} must be the number of processes, "
+                             f"{launched()[1]}: one prompt has no use for data parallelism")
         config, tokenizer = read_checkpoint(a)
         if a.raw:
-            tokens, stops = tokenizer.encode_ordinary(a.prompt), ()
+            tokens = tokenizer.encode_ordinary(a.prompt)
+            stops = ()
         else:
-            tokens, stops = encode_question(a.prompt, tokenizer, a.system or None), (end_of_turn(tokenizer),)
-        if not tokens or len(tokens) + a.max_new_tokens > config.max_position_embeddings:
-            raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is {a.max_new_tokens}: together they "
-                             f"must fit the model's window of {config.max_position_embeddings}, and the prompt not be empty")
+            tokens = encode_question(a.prompt, tokenizer, a.system or None)
+            stops = (end_of_turn(tokenizer),)
+        window = config.max_position_embeddings
+        if not tokens or len(tokens) + a.max_new_tokens > window:
+            raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is "
+                             f"{a.max_new_tokens}: together they must fit the model's window of "
+                             f"{window}, and the prompt not be empty")
+
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         model = load_model(a, grid)
         prompt = torch.tensor([tokens], device=a.device)
         output = model.generate(prompt, a.max_new_tokens, a.temperature, a.top_p, stops, a.seed)
-        answer = [t for t in output[0, len(tokens):].tolist() if t not in stops and t < tokenizer.n_vocab]
+        new = output[0, len(tokens):].tolist()
+        # ids beyond the tokenizer's only pad the model's vocabulary
+        answer = [token for token in new if token not in stops and token < tokenizer.n_vocab]
         print_once(tokenizer.decode(answer))
         grid.close()
 

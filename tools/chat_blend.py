@@ -108,7 +108,10 @@ def read_records(path: Path) -> Iterator[tuple[int, object]]:
     else:
         for number, line in read_lines(path):
             place = f"{path}, line {number}"
-            yield number, decode(line, place) if path.suffix == ".txt" else parse_json(line, place)
+            if path.suffix == ".txt":
+                yield number, decode(line, place)
+            else:
+                yield number, parse_json(line, place)
 
 
 def decode(line: bytes, place: str) -> str:
@@ -125,11 +128,16 @@ def read_turns(record: object) -> list[tuple[object, object]] | None:
         return None
     for turns in (record.get("messages"), record.get("conversations")):
         if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-            return [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
-                    for turn in turns]
+            found = []
+            for turn in turns:  # OpenAI's key, else ShareGPT's
+                role = turn.get("role", turn.get("from"))
+                content = turn.get("content", turn.get("value"))
+                found.append((role, content))
+            return found
     for question, answer in PAIRS:
         if question in record and answer in record:
             asked = record[question]
+            # Alpaca's instructions may have a text to work on
             more = record.get("input") if question == "instruction" else None
             if isinstance(asked, str) and isinstance(more, str) and more.strip():
                 asked = f"{asked}\n\n{more}"
@@ -175,7 +183,8 @@ def clean(turns: list[tuple[object, object]], system: str | None) -> list[dict] 
 
 def read_samples(source: Source, path: Path, system: str | None) -> list[Sample]:
     """Every record of a file, the unusable ones dropped. ValueError if it has no chat record."""
-    samples, keys = [], {}
+    samples = []
+    keys = {}  # of the first record that has any
     readable = False
     for number, record in progress(read_records(path), f"read {path.name}"):
         turns = read_turns(record)
@@ -226,7 +235,8 @@ def drop_copies(samples: list[Sample]) -> None:
     for sample in progress(samples, "copies"):
         lines = [normalise(content) or content for content in sample.contents()]  # "+" is not "-"
         sample.text = "\n".join(lines)
-        digest = hashlib.blake2b(sample.text.encode(errors="replace"), digest_size=16).digest()
+        content = sample.text.encode(errors="replace")
+        digest = hashlib.blake2b(content, digest_size=16).digest()
         first = seen.setdefault(digest, sample)
         if first is not sample:
             sample.drop("copy", repeats_file=str(first.file), repeats_record=first.number)
@@ -262,6 +272,7 @@ def drop_near_copies(samples: list[Sample], threshold: float) -> None:
     Only pairs that agree in all ROWS values of a band are compared; there are as many bands as
     MISSED asks for.
     """
+    # a sample whose lines are all too short has no shingle
     samples = [s for s in samples if max(map(len, s.text.split("\n"))) >= SHINGLE]
     bands = math.ceil(math.log(MISSED) / math.log(1 - threshold ** ROWS))
     signatures = np.empty((len(samples), bands * ROWS), dtype=np.uint32)
@@ -269,7 +280,8 @@ def drop_near_copies(samples: list[Sample], threshold: float) -> None:
     for i, values in enumerate(progress(minhash(samples, bands * ROWS), "near copies")):
         signatures[i] = values
         # 1) samples that have a band in common with this one
-        own = [(band, row.tobytes()) for band, row in enumerate(values.reshape(bands, ROWS))]
+        rows = values.reshape(bands, ROWS)
+        own = [(band, row.tobytes()) for band, row in enumerate(rows)]
         near = set()
         for key in own:
             near.update(buckets[key])
@@ -278,9 +290,10 @@ def drop_near_copies(samples: list[Sample], threshold: float) -> None:
             near = np.array(sorted(near))
             agreement = (signatures[near] == values).mean(axis=1)  # within 0.2 of the similarity
             order = np.argsort(-agreement, kind="stable")[:COMPARED]
-            likely = near[order[agreement[order] >= threshold - 0.2]]
+            order = order[agreement[order] >= threshold - 0.2]
             # 3) compared in full
-            compare_in_full(samples[i], [samples[other] for other in likely], threshold)
+            likely = [samples[other] for other in near[order]]
+            compare_in_full(samples[i], likely, threshold)
         if not samples[i].dropped:
             for key in own:
                 if len(buckets[key]) < BUCKET:
@@ -306,7 +319,8 @@ def strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
+        parts = value.values() if isinstance(value, dict) else value
+        for inner in parts:
             yield from strings(inner)
 
 
@@ -367,7 +381,8 @@ class Benchmarks:
             for start in usual:
                 covered[start:start + self.window] = True
             before = np.append(0, np.cumsum(covered))  # how many characters before each
-            own = 2 * (before[starts + self.window] - before[starts]) <= self.window
+            covered_here = before[starts + self.window] - before[starts]
+            own = 2 * covered_here <= self.window
             own_hashes.append(hashes[own])
             own_starts.append(starts[own])
             own_records.append(np.full(own.sum(), record))
@@ -394,11 +409,14 @@ class Benchmarks:
         """(record, excerpt) of the first window of a text that a record has too."""
         starts, hashes = windows(text, self.window)
         likely = self.table[hashes >> np.uint64(64 - TABLE_BITS)]
-        starts, hashes = starts[likely], hashes[likely]
-        places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        starts = starts[likely]
+        hashes = hashes[likely]
+        places = np.searchsorted(self.hashes, hashes)
+        places = np.minimum(places, len(self.hashes) - 1)  # beyond the last: not the same anyway
         same = self.hashes[places] == hashes
         for start, place in zip(starts[same], places[same], strict=True):
-            record, begin = self.owners[place], self.starts[place]
+            record = self.owners[place]
+            begin = self.starts[place]
             excerpt = text[start:start + self.window]
             if excerpt == self.texts[record][begin:begin + self.window]:  # not only the hash
                 return record, excerpt
@@ -425,7 +443,9 @@ def apportion(total: int, weights: dict) -> dict:
     exact = {name: Fraction(total * weight) / whole for name, weight in weights.items()}
     counts = {name: math.floor(share) for name, share in exact.items()}
     lacking = total - sum(counts.values())
-    for name in sorted(exact, key=lambda name: counts[name] - exact[name])[:lacking]:
+    # those that rounding down has cost most
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[:lacking]:
         counts[name] += 1
     return counts
 
@@ -465,7 +485,8 @@ def draw(samples: list[Sample], plan: dict[Source, int], holdout: int, seed: int
         content = json.dumps([seed, sample.source.category, sample.messages])
         return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
-    room, drawn = Counter(plan), []
+    room = Counter(plan)
+    drawn = []
     for sample in sorted(samples, key=rank):
         if room[sample.source]:
             room[sample.source] -= 1
@@ -486,12 +507,15 @@ def draw(samples: list[Sample], plan: dict[Source, int], holdout: int, seed: int
 
 def report(samples: list[Sample]) -> dict:
     """Counts of each file, of each category, and of the lengths that were drawn."""
-    files, categories, lengths = {}, {}, Counter()
+    files = {}
+    categories = {}
+    lengths = Counter()
     for sample in samples:
-        name, category = str(sample.file), sample.source.category
+        name = str(sample.file)
+        category = sample.source.category
         if name not in files:
-            files[name] = {"category": category, "read": 0, "dropped": Counter()}
-            files[name] |= {"kept": 0, "drawn": 0}
+            files[name] = {"category": category, "read": 0, "dropped": Counter(), "kept": 0,
+                           "drawn": 0}
         if category not in categories:
             categories[category] = {"train": 0, "valid": 0, "tokens": 0, "loss_tokens": 0}
         files[name]["read"] += 1
@@ -507,8 +531,11 @@ def report(samples: list[Sample]) -> dict:
             lengths[1 << (sample.tokens - 1).bit_length()] += 1  # the next power of two
     for counts in files.values():
         counts["dropped"] = dict(counts["dropped"].most_common())
-    return {"files": dict(sorted(files.items())), "categories": dict(sorted(categories.items())),
-            "lengths": {f"<= {n}": lengths[n] for n in sorted(lengths)}}
+    return {
+        "files": dict(sorted(files.items())),
+        "categories": dict(sorted(categories.items())),
+        "lengths": {f"<= {n}": lengths[n] for n in sorted(lengths)},
+    }
 
 
 def write(directory: Path, samples: list[Sample], drawn: list[Sample], summary: dict) -> None:
@@ -532,8 +559,8 @@ def write(directory: Path, samples: list[Sample], drawn: list[Sample], summary: 
 def print_report(summary: dict) -> None:
     for path, n in summary["files"].items():
         reasons = [f"{count:,} {reason}" for reason, count in n["dropped"].items()]
-        print(f"{path}: {n['read']:,} read, {', '.join(reasons) or 'none dropped'}; "
-              f"{n['kept']:,} kept, {n['drawn']:,} drawn")
+        dropped = ", ".join(reasons) or "none dropped"
+        print(f"{path}: {n['read']:,} read, {dropped}; {n['kept']:,} kept, {n['drawn']:,} drawn")
     print(f"{'category':<12}{'train':>10}{'valid':>8}{'tokens':>14}{'with loss':>14}")
     for category, n in summary["categories"].items():
         print(f"{category:<12}{n['train']:>10,}{n['valid']:>8,}{n['tokens']:>14,}"
@@ -574,7 +601,8 @@ def benchmark_files(text: str) -> list[Path]:
     return list_files(Path(text), (*JSON, ".txt"))
 
 
-window_length = option(int, lambda n: n >= SHORTEST_ITEM, f"a whole number, {SHORTEST_ITEM} or more")
+window_length = option(int, lambda n: n >= SHORTEST_ITEM,
+                       f"a whole number, {SHORTEST_ITEM} or more")
 similarity = option(float, lambda x: x == 0 or 0.5 <= x < 1, "0 (off), or from 0.5 to below 1")
 
 
@@ -634,9 +662,16 @@ def main(argv: list[str] | None = None) -> None:
 
             left = remaining(samples)
             drawn = draw(left, plan_draw(a.source, left, a.count), a.holdout, a.seed)
-            settings = {"count": a.count, "max_tokens": a.max_tokens, "system": a.system,
-                        "near_duplicate": a.near_duplicate, "window": a.window, "common": a.common,
-                        "holdout": a.holdout, "seed": a.seed}
+            settings = {
+                "count": a.count,
+                "max_tokens": a.max_tokens,
+                "system": a.system,
+                "near_duplicate": a.near_duplicate,
+                "window": a.window,
+                "common": a.common,
+                "holdout": a.holdout,
+                "seed": a.seed,
+            }
             summary = {"settings": settings, **report(samples)}
             summary["benchmarks"] = benchmarks.counts if benchmarks else None
             write(aside, samples, drawn, summary)

@@ -1,9 +1,12 @@
-"""Figures: heat maps of needles, curves of perplexity, several runs side by side, and what a RoPE rule does to each pair.
+"""Figures: heat maps of needles, curves of perplexity, several runs side by side, and what a RoPE
+rule does to each pair.
 
-    python -m tools.plot compare before.json after.json --labels before "after stage 1" --figure compare.png
-    python -m tools.plot rope --factor 128 --figure yarn.png                      # the options of rope_yarn.py
+    python -m tools.plot compare before.json after.json --labels before "after stage 1" \\
+        --figure compare.png
+    python -m tools.plot rope --factor 128 --figure yarn.png
 
-The files are what --out of eval_niah.py or tools.perplexity has written; without --figure the tables alone are printed.
+The files are what --out of eval_niah.py or tools.perplexity has written; without --figure the
+tables alone are printed. `rope` has the options of rope_yarn.py.
 """
 from __future__ import annotations
 
@@ -25,39 +28,60 @@ from train import Parser, existing, option, positive, writable
 
 
 def draw_figure(runs: list[dict], labels: list[str]) -> bytes:
-    """PNG of the runs' heat maps side by side on one colour scale, a line where the old window ends."""
+    """PNG of the runs' heat maps side by side on one colour scale, a line where the old window
+    ends."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     # Okabe and Ito's vermilion and bluish green: colour-blind readers tell them apart
     tones = ["#d55e00", "#f3b173", "#fbf3dc", "#7cc9ae", "#009e73"]
-    figure = Figure(figsize=(1.4 + 4.55 * len(runs), 5), dpi=100, layout="constrained", facecolor="white")
+    colours = LinearSegmentedColormap.from_list("retrieval", tones)
+    size = (1.4 + 4.55 * len(runs), 5)
+    figure = Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     panels = figure.subplots(1, len(runs), squeeze=False)[0]
     for panel, results, label in zip(panels, runs, labels, strict=True):
-        grid, border = accuracy_grid(results), lengths_inside(results)
-        lengths = [short_length(length) for length in results["lengths"]]
-        image = panel.imshow(grid, vmin=0, vmax=100, aspect="auto",
-                             cmap=LinearSegmentedColormap.from_list("retrieval", tones))
-        for (row, column), value in np.ndenumerate(np.array(grid)):
-            panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=10,
-                       color="white" if value < 15 or value > 85 else "#333333")
-        panel.set_xticks(range(len(lengths)), lengths, fontsize=11)
-        panel.set_yticks(range(len(grid)), [f"{100 * d:.0f} %" for d in results["depths"]], fontsize=11)
-        panel.hlines(np.arange(len(grid) - 1) + 0.5, -0.5, len(lengths) - 0.5, color="white", linewidth=1.5)
-        panel.vlines(np.arange(len(lengths) - 1) + 0.5, -0.5, len(grid) - 0.5, color="white", linewidth=1.5)
-        panel.tick_params(length=0)
-        panel.spines[:].set_visible(False)
-        panel.set_xlabel("context length (tokens)", fontsize=12)
+        image = draw_map(panel, results, colours)
         panel.set_title(label, loc="left", fontsize=14, fontweight="bold", pad=24)
-        if border:
-            left = border < len(lengths) / 2
-            panel.axvline(border - 0.5, color="#222222", linewidth=2, linestyle=(0, (4, 2)))
-            panel.text(border - 0.5, -0.6, f"old window: {short_length(results['window'])}", fontsize=10,
-                       ha="left" if left else "right", va="bottom", color="#222222")
     panels[0].set_ylabel("depth of the fact", fontsize=12)
-    figure.colorbar(image, ax=list(panels), pad=0.015, aspect=30).set_label("exact match (%)", fontsize=12)
+    scale = figure.colorbar(image, ax=list(panels), pad=0.015, aspect=30)
+    scale.set_label("exact match (%)", fontsize=12)
     return png(figure)
+
+
+def draw_map(panel, results: dict, colours):
+    """One run's heat map: a row a depth, a column a length. Returns the image."""
+    # 1. The cells, each with its number.
+    grid = accuracy_grid(results)
+    image = panel.imshow(grid, vmin=0, vmax=100, aspect="auto", cmap=colours)
+    for (row, column), value in np.ndenumerate(np.array(grid)):
+        dark = value < 15 or value > 85
+        panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=10,
+                   color="white" if dark else "#333333")
+
+    # 2. Their names, and white lines between them.
+    lengths = [short_length(length) for length in results["lengths"]]
+    depths = [f"{100 * depth:.0f} %" for depth in results["depths"]]
+    panel.set_xticks(range(len(lengths)), lengths, fontsize=11)
+    panel.set_yticks(range(len(grid)), depths, fontsize=11)
+    right = len(lengths) - 0.5
+    bottom = len(grid) - 0.5
+    between_rows = np.arange(len(grid) - 1) + 0.5
+    between_columns = np.arange(len(lengths) - 1) + 0.5
+    panel.hlines(between_rows, -0.5, right, color="white", linewidth=1.5)
+    panel.vlines(between_columns, -0.5, bottom, color="white", linewidth=1.5)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    panel.set_xlabel("context length (tokens)", fontsize=12)
+
+    # 3. Where the old window ends: after so many lengths.
+    border = lengths_inside(results)
+    if border:
+        left = border < len(lengths) / 2
+        panel.axvline(border - 0.5, color="#222222", linewidth=2, linestyle=(0, (4, 2)))
+        panel.text(border - 0.5, -0.6, f"old window: {short_length(results['window'])}",
+                   fontsize=10, ha="left" if left else "right", va="bottom", color="#222222")
+    return image
 
 
 def draw_perplexity(runs: list[dict], labels: list[str]) -> bytes:
@@ -66,15 +90,19 @@ def draw_perplexity(runs: list[dict], labels: list[str]) -> bytes:
 
     figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained", facecolor="white")
     panel = figure.subplots()
-    for results, label, colour in zip(runs, labels, itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))):
+    colours = itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))
+    for results, label in zip(runs, labels, strict=True):
         middles = [(start + end) / 2 for start, end in itertools.pairwise(results["edges"])]
-        panel.plot(middles, np.exp(results["loss"]), color=colour, linewidth=2, marker="o", markersize=4, label=label)
-    if runs[0]["window"] < runs[0]["edges"][-1]:
-        panel.axvline(runs[0]["window"], color="#222222", linewidth=2, linestyle=(0, (4, 2)))
-        panel.text(runs[0]["window"], 1.01, f"old window: {short_length(runs[0]['window'])}", fontsize=10, ha="center",
+        panel.plot(middles, np.exp(results["loss"]), label=label, color=next(colours), linewidth=2,
+                   marker="o", markersize=4)
+    window = runs[0]["window"]
+    length = runs[0]["edges"][-1]
+    if window < length:
+        panel.axvline(window, color="#222222", linewidth=2, linestyle=(0, (4, 2)))
+        panel.text(window, 1.01, f"old window: {short_length(window)}", fontsize=10, ha="center",
                    va="bottom", color="#222222", transform=panel.get_xaxis_transform())
     panel.set_yscale("log")
-    panel.set_xlim(0, runs[0]["edges"][-1])
+    panel.set_xlim(0, length)
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_xlabel("position in the document (tokens)", fontsize=12)
     panel.set_ylabel("perplexity", fontsize=12)
@@ -90,7 +118,8 @@ def png(figure) -> bytes:
 
 
 def read_results(paths: list[Path], window: int | None) -> list[dict]:
-    """What --out of needles or perplexity has written, all of one kind; `window` in place of their own. Raises ValueError."""
+    """What --out of needles or perplexity has written, all of one kind; `window` in place of their
+    own. Raises ValueError."""
     runs = []
     for path in paths:
         try:
@@ -101,7 +130,8 @@ def read_results(paths: list[Path], window: int | None) -> list[dict]:
             else:
                 terminal_map(runs[-1], colour=False)
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
-            raise ValueError(f"{path}: not results of needles or perplexity that --out has written") from None
+            raise ValueError(f"{path}: not results of needles or perplexity that --out has "
+                             "written") from None
     if len({str(results.get("edges")) for results in runs}) > 1:
         raise ValueError("these are not all of needles, or all of perplexity at the same positions")
     return runs
@@ -111,20 +141,24 @@ def accuracy_table(runs: list[dict], labels: list[str]) -> str:
     """Mean accuracy in %, one row a run, one column a length."""
     lengths = sorted({length for results in runs for length in results["lengths"]})
     width = max(map(len, labels))
-    lines = [" " * width + "".join(f"{short_length(length):>8}" for length in lengths)]
+    title = "".join(f"{short_length(length):>8}" for length in lengths)
+    lines = [" " * width + title]
     for label, results in zip(labels, runs, strict=True):
         means = {mean["length"]: f"{mean['accuracy']:.1f}" for mean in results["means"]}
-        lines.append(f"{label:>{width}}" + "".join(f"{means.get(length, '-'):>8}" for length in lengths))
+        row = "".join(f"{means.get(length, '-'):>8}" for length in lengths)
+        lines.append(f"{label:>{width}}{row}")
     return "\n".join(lines)
 
 
 def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> bytes:
-    """PNG of each pair's wavelength before and after, with the old window `length` and the new one."""
+    """PNG of each pair's wavelength before and after, with the old window `length` and the new
+    one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for label, rule in (("RoPE", RopeScaling()), (f"{scaling.kind}, s = {scaling.factor:g}", scaling)):
+    name = f"{scaling.kind}, s = {scaling.factor:g}"
+    for label, rule in (("RoPE", RopeScaling()), (name, scaling)):
         inv_freq, _ = inverse_frequencies(head_dim, theta, rule)
         wavelengths = 2 * math.pi / inv_freq
         axes.semilogy(wavelengths.tolist(), marker=".", label=label)
@@ -132,12 +166,13 @@ def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) ->
     if scaling.kind != "llama3":  # whose factor is no ratio of windows
         window = round(length * scaling.factor)
         axes.axhline(window, color="gray", linestyle="--", label=f"new window, {window:,}")
-    axes.set(xlabel="frequency pair", ylabel="wavelength (tokens)", title="What each frequency pair becomes")
+    axes.set(xlabel="frequency pair", ylabel="wavelength (tokens)",
+             title="What each frequency pair becomes")
     axes.legend()
     return png(figure)
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------- command line
 
 
 png_file = option(writable, lambda path: path.suffix == ".png", "a PNG: a name that ends in .png")
@@ -148,10 +183,11 @@ def parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     text = "results of eval_niah.py or tools.perplexity: a table, and a figure"
     compare = commands.add_parser("compare", help=text, description=text)
-    compare.add_argument("results", type=existing, nargs="+", metavar="JSON", help="what --out has written")
-    compare.add_argument("--labels", nargs="+", help="names of the runs (if not given: the files')")
-    compare.add_argument("--window", type=positive, help="old window to mark (if not given: the results')")
-    compare.add_argument("--figure", type=png_file, help="heat maps or curves, PNG")
+    add = compare.add_argument
+    add("results", type=existing, nargs="+", metavar="JSON", help="what --out has written")
+    add("--labels", nargs="+", help="names of the runs (if not given: the files')")
+    add("--window", type=positive, help="old window to mark (if not given: the results')")
+    add("--figure", type=png_file, help="heat maps or curves, PNG")
     text = "wavelengths of each pair before and after a rule"
     rope = commands.add_parser("rope", help=text, description=text)
     add_rule_arguments(rope)
@@ -173,9 +209,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--labels has {len(labels)} names for {len(a.results)} results")
         runs = read_results(a.results, a.window)
         if "edges" in runs[0]:
-            tabulate, draw = perplexity_table, draw_perplexity
+            tabulate = perplexity_table
+            draw = draw_perplexity
         else:
-            tabulate, draw = accuracy_table, draw_figure
+            tabulate = accuracy_table
+            draw = draw_figure
         print(tabulate(runs, labels))
         if a.figure:
             write_complete(a.figure, draw(runs, labels))

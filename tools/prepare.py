@@ -66,7 +66,7 @@ SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_module
 OURS = re.compile(r"parts|lock|train-\d+\..*|valid-\d+\..*|meta\.json\.\d+\.partial")
 
 
-# ----------------------------------------------------------------------------------------- documents
+# -------------------------------------------------------------------------------------- documents
 
 
 def held_out_split(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -111,7 +111,8 @@ def read_source(path: Path) -> Iterator[tuple[str, object]]:
             yield str(file), {"text": file.read_bytes().decode()}
         except UnicodeDecodeError as error:
             if file == path:
-                raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+                raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte "
+                                 f"{error.start})") from None
 
 
 def parse_document(place: str, record: object) -> dict:
@@ -123,8 +124,8 @@ def parse_document(place: str, record: object) -> dict:
     keys = ("text",) if "text" in record else ("prompt", "completion")
     document = {key: record.get(key) for key in keys}
     if not all(isinstance(text, str) for text in document.values()):
-        raise ValueError(f"{place}: needs an object with text, with prompt and completion (strings), "
-                         "or messages")
+        raise ValueError(f"{place}: needs an object with text, with prompt and completion "
+                         "(strings), or messages")
     return document
 
 
@@ -163,7 +164,7 @@ def encode_document(document: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, n
     return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
 
 
-# ------------------------------------------------------------------------------------ held-out text
+# ---------------------------------------------------------------------------------- held-out text
 
 
 def content_hash(document: dict, seed: int) -> int:
@@ -192,7 +193,10 @@ def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
 
 
 def contains(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which of `values` are among `known` (sorted, not empty): for [1, 4] and [4, 2], [True, False]."""
+    """Which of `values` are among `known` (sorted, not empty).
+
+    For [1, 4] and [4, 2]: [True, False].
+    """
     places = np.searchsorted(known, values, side="right") - 1
     return known[places] == values
 
@@ -217,7 +221,7 @@ def cut_shared_windows(tokens: np.ndarray, mask: np.ndarray, window: int,
             yield tokens[start:end], mask[start:end]
 
 
-# -------------------------------------------------------------------------------------------- shards
+# ----------------------------------------------------------------------------------------- shards
 
 
 def write_shard(directory: Path, name: str, source: str,
@@ -245,19 +249,30 @@ def shard_documents(directory: Path, shard: dict) -> Iterator[tuple[np.ndarray, 
     return zip(np.split(tokens, borders), np.split(mask, borders), strict=True)
 
 
-def write_meta(directory: Path, tokenizer: Tokenizer, splits: dict[str, list[dict]], **notes) -> dict:
-    """Write meta.json, a corpus's last file, and return it. ValueError without training documents."""
+def write_meta(directory: Path, tokenizer: Tokenizer, splits: dict[str, list[dict]],
+               **notes) -> dict:
+    """Write meta.json, a corpus's last file, and return it.
+
+    ValueError without training documents.
+    """
     if not splits["train"]:
         raise ValueError(f"{directory}: no training documents that hold text, so nothing to write")
-    meta = {"format": 2, "vocab_size": tokenizer.n_vocab, "tokenizer": fingerprint(tokenizer),
-            **notes, "splits": splits}
-    write_complete(directory / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+    meta = {
+        "format": 2,
+        "vocab_size": tokenizer.n_vocab,
+        "tokenizer": fingerprint(tokenizer),
+        **notes,
+        "splits": splits,
+    }
+    content = json.dumps(meta, indent=1) + "\n"
+    write_complete(directory / "meta.json", content.encode())
     return meta
 
 
 def by_source(items: Iterable[tuple[str, int, object]], most: int) -> Iterator[tuple[str, list]]:
     """(source, size, item) -> (source, items of that source), when these are of size `most`."""
-    waiting, sizes = {}, Counter()
+    waiting = {}
+    sizes = Counter()
     for source, size, item in items:
         waiting.setdefault(source, []).append(item)
         sizes[source] += size
@@ -268,7 +283,8 @@ def by_source(items: Iterable[tuple[str, int, object]], most: int) -> Iterator[t
 
 
 def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[bool] | None]]],
-                 out_dir: str | Path, tokenizer: Tokenizer, shard_tokens: int = 2**22, **notes) -> dict:
+                 out_dir: str | Path, tokenizer: Tokenizer, shard_tokens: int = 2**22,
+                 **notes) -> dict:
     """Write documents token for token: {"train": [(source, tokens, loss mask), ...], "valid": ...}.
 
     A mask of None is loss everywhere. out_dir appears complete or not at all; its meta.json takes
@@ -277,7 +293,9 @@ def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[b
     def sized(documents: Iterable[tuple]) -> Iterator[tuple]:
         for source, tokens, mask in documents:
             tokens = np.asarray(tokens, dtype=np.int64)  # (T,)
-            mask = np.ones(len(tokens), bool) if mask is None else np.asarray(mask, dtype=bool)
+            if mask is None:
+                mask = np.ones(len(tokens), bool)
+            mask = np.asarray(mask, dtype=bool)
             assert len(mask) == len(tokens), "a mask value for each token"
             assert ((tokens >= 0) & (tokens < tokenizer.n_vocab)).all(), "ids of another vocabulary"
             yield source, len(tokens), (tokens, mask)
@@ -291,7 +309,7 @@ def write_corpus(splits: dict[str, Iterable[tuple[str, Sequence[int], Sequence[b
         return write_meta(aside, tokenizer, shards, **notes)
 
 
-# ------------------------------------------------------------------------------------------- workers
+# ---------------------------------------------------------------------------------------- workers
 
 
 class Job(NamedTuple):
@@ -302,7 +320,8 @@ class Job(NamedTuple):
     documents: list[dict]
 
 
-def cut_jobs(sources: list[tuple[str, Path]], source_field: str | None, characters: int) -> Iterator[Job]:
+def cut_jobs(sources: list[tuple[str, Path]], source_field: str | None,
+             characters: int) -> Iterator[Job]:
     """All documents of (name, path) sources in jobs of that many characters. Raises ValueError."""
     names = set()
 
@@ -314,15 +333,17 @@ def cut_jobs(sources: list[tuple[str, Path]], source_field: str | None, characte
                 name = f"{source}/{own}" if own else source
                 names.add(name)
                 if len(names) > MOST_SOURCES:
-                    raise ValueError(f"--source-field {source_field}: gives more than {MOST_SOURCES} "
-                                     "sources; it must name a few, not each document")
-                yield name, sum(map(len, texts_of(document))), document
+                    raise ValueError(f"--source-field {source_field}: gives more than "
+                                     f"{MOST_SOURCES} sources; it must name a few, not each "
+                                     "document")
+                size = sum(map(len, texts_of(document)))
+                yield name, size, document
 
     for number, (source, documents) in enumerate(by_source(sized(), characters)):
         yield Job(number, source, documents)
     if source_field and names == {name for name, _ in sources}:
-        raise ValueError(f"--source-field {source_field}: gives no source; it must be in the records, "
-                         "keys joined by dots")
+        raise ValueError(f"--source-field {source_field}: gives no source; it must be in the "
+                         "records, keys joined by dots")
 
 
 @functools.cache
@@ -389,9 +410,9 @@ def in_order(pool: Executor, ahead: int, function: Callable, calls: Iterable[tup
         while waiting:
             yield waiting.popleft().result()
     except BrokenExecutor:
-        raise OSError("a worker process was killed (too little memory?), or could not start (a program "
-                      "that uses processes needs `if __name__ == '__main__'`); run the same command "
-                      "again, with fewer --processes: it keeps what is done") from None
+        raise OSError("a worker process was killed (too little memory?), or could not start (a "
+                      "program that uses processes needs `if __name__ == '__main__'`); run the "
+                      "same command again, with fewer --processes: it keeps what is done") from None
 
 
 @contextmanager
@@ -422,12 +443,13 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ----------------------------------------------------------------------------------------- preparing
+# -------------------------------------------------------------------------------------- preparing
 
 
-def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, out_dir: str | Path,
-                   holdout: float = 0.1, holdout_window: int = 48, seed: int = 0, *, processes: int = 1,
-                   source_field: str | None = None, job_characters: int = JOB_CHARACTERS) -> dict:
+def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer,
+                   out_dir: str | Path, holdout: float = 0.1, holdout_window: int = 48,
+                   seed: int = 0, *, processes: int = 1, source_field: str | None = None,
+                   job_characters: int = JOB_CHARACTERS) -> dict:
     """Tokenise (name, path) sources, see source_path, into a corpus; returns its meta.json.
 
     A record's `source_field` (SlimPajama: meta.redpajama_set_name) makes it a source of its own,
@@ -451,7 +473,8 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer, 
         jobs = cut_jobs(sources, source_field, job_characters)
         calls = ((job, tokenizer.path, out_dir, holdout, seed, settings) for job in jobs)
         results = in_order(pool, 2 * processes, encode_job, calls)
-        train, held_out = [], []
+        train = []
+        held_out = []
         for shards in tqdm(results, "tokenise", unit=" jobs", disable=None):
             train += shards["train"]
             held_out += shards["valid"]
@@ -514,8 +537,8 @@ def unfinished(out_dir: Path) -> Iterator[None]:
         raise ValueError(f"{out_dir}: already exists; remove it or choose another place")
     for path in out_dir.iterdir() if out_dir.exists() else ():
         if not OURS.fullmatch(path.name):
-            raise ValueError(f"{out_dir}: already exists, and has {path.name}, which prepare did not "
-                             "write; choose another place")
+            raise ValueError(f"{out_dir}: already exists, and has {path.name}, which prepare did "
+                             "not write; choose another place")
     parts.mkdir(parents=True, exist_ok=True)
     with locked(out_dir / "lock"):
         try:
@@ -527,7 +550,7 @@ def unfinished(out_dir: Path) -> Iterator[None]:
         shutil.rmtree(parts)
 
 
-# -------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------- command line
 
 
 def print_corpus(directory: Path, meta: dict) -> None:
@@ -558,11 +581,12 @@ def named_source(text: str) -> tuple[str, Path]:
 
 
 def parser() -> Parser:
-    parser = Parser("Tokenise sources into a corpus directory; every document as it is found, once. "
-                    "Up-sampling by length, and how many tokens are used, are options of train.py.")
+    parser = Parser("Tokenise sources into a corpus directory; every document as it is found, "
+                    "once. Up-sampling by length, and how many tokens are used, are options of "
+                    "train.py.")
     add = parser.add_argument
-    add("--source", type=named_source, nargs="+", action="extend", required=True, metavar="NAME=PATH",
-        help="a file or directory; stdlib is this Python's standard library")
+    add("--source", type=named_source, nargs="+", action="extend", required=True,
+        metavar="NAME=PATH", help="a file or directory; stdlib is this Python's standard library")
     add("--tokenizer", type=existing, required=True, help="tokenizer file or its directory")
     add("--out", type=Path, required=True, help="new corpus directory")
     add("--source-field", metavar="KEY.KEY",
@@ -571,7 +595,8 @@ def parser() -> Parser:
     add("--holdout-window", type=nonnegative, default=48,
         help="cut held-out runs of this many tokens that training has too; 0: no")
     add("--seed", type=nonnegative, default=0, help="chooses the held-out documents")
-    add("--processes", type=positive, default=os.cpu_count(), help="change the time, not the result")
+    add("--processes", type=positive, default=os.cpu_count(),
+        help="change the time, not the result")
     return parser
 
 
@@ -579,8 +604,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         a = parser().parse_args(argv)
         try:
-            meta = prepare_corpus(a.source, load_tokenizer(a.tokenizer), a.out, a.holdout, a.holdout_window,
-                                  a.seed, processes=a.processes, source_field=a.source_field)
+            tokenizer = load_tokenizer(a.tokenizer)
+            meta = prepare_corpus(a.source, tokenizer, a.out, a.holdout, a.holdout_window, a.seed,
+                                  processes=a.processes, source_field=a.source_field)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on") from None
         print_corpus(a.out, meta)

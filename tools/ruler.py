@@ -168,11 +168,13 @@ def niah_in_text(config: Niah, essay: str, rng: random.Random) -> Plan:
             before, filler, after, depths = hide_in_essay(lines, size, essay, shares)
         else:
             before, depths = hide_in_noise(lines, size, place)
-            filler, after = MORE_NOISE, ""
+            filler = MORE_NOISE
+            after = ""
         asked = place.sample(names, config.queries)
-        outputs, places = [], []
+        outputs = []
+        places = []
         for name in asked:
-            for (key, value), depth in zip(facts, depths):
+            for (key, value), depth in zip(facts, depths, strict=True):
                 if key == name:
                     outputs.append(value)
                     places.append(depth)
@@ -223,25 +225,31 @@ def ask(config: Niah, before: str, filler: str, after: str, asked: list[str], ou
     occurrences = dict.fromkeys(outputs, 1)
     for key in asked:
         occurrences[f" of {key} is: "] = config.values
-    return Draft(f"{lead}\n{before}", filler,
-                 f"{after}\nAccording to the text above, {question}", answer_prefix, outputs,
-                 occurrences, [round(depth, 4) for depth in depths])
+    before = f"{lead}\n{before}"
+    after = f"{after}\nAccording to the text above, {question}"
+    depths = [round(depth, 4) for depth in depths]
+    return Draft(before, filler, after, answer_prefix, outputs, occurrences, depths)
 
 
 def hide_in_essay(lines: list[str], size: int, essay: str,
                   shares: list[int]) -> tuple[str, str, str, list[float]]:
     """(essay to its end, how it goes on, lines after its end, depths), for depths in per cent."""
     places = [border(essay, size * share // 100, size) for share in shares]
-    before, previous = "", 0
-    for place, line in sorted(zip(places, lines)):
+    before = ""
+    previous = 0
+    for place, line in sorted(zip(places, lines, strict=True)):
         if place < size:
             before += essay[previous:place]
             last = essay[place - 1:place] or "\n"  # ends the line or sentence before: so this one
             before += line + last if last.isspace() else f"\n{line}\n"
             previous = place
     before += essay[previous:size]
-    after = "".join(f"\n{line}" for place, line in zip(places, lines) if place == size)
-    return before, essay[size:size + FILLER], after, [place / size for place in places]
+    after = ""
+    for place, line in zip(places, lines, strict=True):
+        if place == size:
+            after += f"\n{line}"
+    depths = [place / size for place in places]
+    return before, essay[size:size + FILLER], after, depths
 
 
 def border(text: str, place: int, end: int) -> int:
@@ -259,9 +267,11 @@ def hide_in_noise(lines: list[str], size: int, rng: random.Random) -> tuple[str,
     """(`size` lines of noise with others among them in order, depths of these)."""
     places = sorted(rng.sample(range(size), len(lines)))
     text = [NOISE] * size
-    for place, line in zip(reversed(places), reversed(lines)):
+    # the last first, so that no insertion moves the places of others
+    for place, line in zip(reversed(places), reversed(lines), strict=True):
         text.insert(place, line)
-    return "\n".join(text), [place / size for place in places]
+    depths = [place / size for place in places]
+    return "\n".join(text), depths
 
 
 def vt(rng: random.Random, shared: random.Random) -> Plan:
@@ -291,7 +301,8 @@ def vt(rng: random.Random, shared: random.Random) -> Plan:
 
 def chain(value: int, letters: int, rng: random.Random) -> tuple[list[str], list[str]]:
     """Five names of so many letters, and the lines that give the value to each."""
-    names, lines = [], []
+    names = []
+    lines = []
     origin = value
     for name in itertools.islice(draws("letters", rng, letters), 5):
         names.append(name.upper())
@@ -366,17 +377,19 @@ def fwe(rng: random.Random, length: int) -> Plan:
     placing = rng.random()
     shares = np.arange(1, count + 1)**-2.0 / (math.pi**2 / 6)  # zeta(2)
 
+    question = ("\nQuestion: Which three words occur most often in the coded text above? "
+                "Leave out the dots '...' and explain nothing.")
+    answer_prefix = " Answer: In the coded text above, the three words that occur most often are:"
+
     def draft(size: int) -> Draft:
         entries = []
-        for word, times in zip(words, (size * shares).astype(int).tolist()):
+        occurrences = (size * shares).astype(int).tolist()
+        for word, times in zip(words, occurrences, strict=True):
             entries += [word] * times
         random.Random(placing).shuffle(entries)
-        return Draft("The text below is in code words. Count how often each occurs, and find the "
-                     f"three most frequent ones. {' '.join(entries)}", " ..." * (FILLER // 4),
-                     "\nQuestion: Which three words occur most often in the coded text above? "
-                     "Leave out the dots '...' and explain nothing.",
-                     " Answer: In the coded text above, the three words that occur most often are:",
-                     words[1:4], {})
+        before = ("The text below is in code words. Count how often each occurs, and find the "
+                  f"three most frequent ones. {' '.join(entries)}")
+        return Draft(before, " ..." * (FILLER // 4), question, answer_prefix, words[1:4], {})
 
     return Plan(draft, 80)  # from 80 on, the fourth code word occurs more often than the fifth
 
@@ -393,7 +406,7 @@ def largest(count: Callable[[Draft], int], plan: Plan, budget: int) -> tuple[Dra
     if used > budget:
         raise TooSmall(used - budget)
     low, high = plan.least, plan.most + 1  # the first fits, the other does not
-    previous, last = low, used
+    previous, last = low, used  # a size and its tokens
     size = 5 * low
     for step in itertools.count():
         if step < 20 or high == math.inf:
@@ -458,6 +471,10 @@ def plans(task: str, length: int, essay: str, rng: random.Random,
     return [niah_in_text(NIAH[task], essay, rng)]
 
 
+def one_right_answer(draft: Draft) -> bool:
+    return all(draft.text.count(part) == times for part, times in draft.occurrences.items())
+
+
 def has_essay(task: str) -> bool:
     return task in NIAH and NIAH[task].haystack == "essay"
 
@@ -483,12 +500,19 @@ def make_record(tokenizer: Encoding, haystack: str, task: str, length: int, samp
         shared = random.Random(f"{seed} {task} {sample}")
         for plan in plans(task, length, essay, rng, shared):
             draft = exact(plan)
-            if draft and all(draft.text.count(part) == n for part, n in draft.occurrences.items()):
-                record = {"task": task, "length": length, "sample": sample,
-                          "template": "chat" if chat else "plain", "system": system,
-                          "input": draft.text, "answer_prefix": draft.answer_prefix,
-                          "outputs": draft.outputs, "metric": "all",
-                          "max_new_tokens": length - budget}
+            if draft and one_right_answer(draft):
+                record = {
+                    "task": task,
+                    "length": length,
+                    "sample": sample,
+                    "template": "chat" if chat else "plain",
+                    "system": system,
+                    "input": draft.text,
+                    "answer_prefix": draft.answer_prefix,
+                    "outputs": draft.outputs,
+                    "metric": "all",
+                    "max_new_tokens": length - budget,
+                }
                 if draft.depths:
                     record["depths"] = draft.depths
                 return record

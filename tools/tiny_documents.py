@@ -119,9 +119,11 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
     window_mask = [rng.random() < text_loss for _ in window]
     # 3) the facts among the text
     places = sorted(rng.randrange(room + 1) for _ in hidden)
-    tokens, mask = list(head), [False] * len(head)
+    tokens = list(head)
+    mask = [False] * len(head)
     previous = 0
-    for place, fact in zip(places, rng.sample(hidden, len(hidden))):
+    in_any_order = rng.sample(hidden, len(hidden))
+    for place, fact in zip(places, in_any_order, strict=True):
         tokens += window[previous:place] + fact
         mask += window_mask[previous:place] + [False] * len(fact)  # nobody can guess a number
         previous = place

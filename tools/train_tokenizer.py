@@ -14,15 +14,20 @@ from parallel import one_line_errors
 from tools.prepare import read_documents, source_path, texts_of
 from train import Parser, positive
 
-# Qwen2's pattern, a piece a digit, for Python's `re`, which has no \p{L}: [^\W\d_] is it, and signs like ½
-PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|(?:[^\r\n\w]|_)?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
-BYTES = [chr(256 + byte) for byte in range(256)]  # how the library is shown bytes: as characters in the same order
+# Qwen2's pattern, a piece a digit, for Python's `re`, which has no \p{L}: [^\W\d_] is it, and signs
+# like ½
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # what an apostrophe joins
+    r"|(?:[^\r\n\w]|_)?[^\W\d_]+"  # a word, with one sign before it
+    r"|\d"
+    r"| ?(?:[^\s\w]|_)+[\r\n]*"  # signs
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # the last space before a word is the word's
+BYTES = [chr(256 + byte) for byte in range(256)]  # how the library is shown them: in the same order
 
 
 def learn_tokens(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """The vocabulary in order of merging (BPE, arXiv 1508.07909): the 256 bytes, then what is merged, the most frequent
-    pair first, lower ids on a tie.
+    """The vocabulary in order of merging (BPE, arXiv 1508.07909): the 256 bytes, then what is
+    merged, the most frequent pair first, lower ids on a tie.
 
     Pieces are Llama 3's but for single digits, so no merge joins digits.
     """
@@ -30,20 +35,29 @@ def learn_tokens(texts: Iterable[str], vocab_size: int) -> list[bytes]:
         from tokenizers import Tokenizer as Library
         from tokenizers import models, pre_tokenizers, trainers
     except ImportError:
-        raise ValueError("training a tokenizer needs the tokenizers library: pip install tokenizers") from None
-    pattern, shift = re.compile(PIECES), dict(enumerate(BYTES))
+        raise ValueError("training a tokenizer needs the tokenizers library: pip install "
+                         "tokenizers") from None
+    pattern = re.compile(PIECES)
+    shift = dict(enumerate(BYTES))
 
     def pieces(text: str) -> str:
         """One piece a line, a character a byte."""
-        lines = (piece.encode(errors="replace").decode("latin-1").translate(shift) for piece in pattern.findall(text))
+        lines = []
+        for piece in pattern.findall(text):
+            as_bytes = piece.encode(errors="replace")
+            lines.append(as_bytes.decode("latin-1").translate(shift))
         return "\n".join(lines)
 
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("\n")
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=BYTES)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                                  initial_alphabet=BYTES)
     library.train_from_iterator(map(pieces, texts), trainer)
     vocab = library.get_vocab()
-    return [bytes(ord(character) - 256 for character in token) for token in sorted(vocab, key=vocab.get)]
+    tokens = []
+    for token in sorted(vocab, key=vocab.get):
+        tokens.append(bytes(ord(character) - 256 for character in token))
+    return tokens
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
@@ -59,8 +73,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Toke
         raise ValueError(f"{path}: already exists; remove it or choose another place")
     tokens = learn_tokens(texts, vocab_size)
     if len(tokens) < vocab_size:
-        raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} at most")
-    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+        raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} at "
+                         "most")
+    lines = []
+    for rank, token in enumerate(tokens):
+        lines.append(b"%s %d\n" % (base64.b64encode(token), rank))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_complete(path, b"".join(lines))
     return load_tokenizer(path)
@@ -79,11 +96,12 @@ def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
 
 def parser() -> Parser:
     parser = Parser("Train byte-level BPE, one token a digit.")
-    parser.add_argument("--source", type=source_path, nargs="+", action="extend", required=True,
-                        metavar="PATH", help="file, directory or stdlib")
-    parser.add_argument("--vocab-size", type=positive, required=True, help="tokens, without the 256 special ones")
-    parser.add_argument("--max-bytes", type=positive, default=5_000_000, help="how much text to train on")
-    parser.add_argument("--out", type=Path, required=True, help="directory to put tokenizer.model in")
+    add = parser.add_argument
+    add("--source", type=source_path, nargs="+", action="extend", required=True, metavar="PATH",
+        help="file, directory or stdlib")
+    add("--vocab-size", type=positive, required=True, help="tokens, without the 256 special ones")
+    add("--max-bytes", type=positive, default=5_000_000, help="how much text to train on")
+    add("--out", type=Path, required=True, help="directory to put tokenizer.model in")
     return parser
 
 
@@ -91,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         a = parser().parse_args(argv)
         tokenizer = train_bpe(read_texts(a.source, a.max_bytes), a.vocab_size, a.out)
-        print(f"wrote {tokenizer.path}: {a.vocab_size} tokens, {len(tokenizer.special_tokens_set)} special ones")
+        special = len(tokenizer.special_tokens_set)
+        print(f"wrote {tokenizer.path}: {a.vocab_size} tokens, {special} special ones")
 
 
 if __name__ == "__main__":

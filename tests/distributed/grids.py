@@ -1,6 +1,9 @@
-"""Worker: train a model on a grid and in one process from the same weights and batches, and report how far apart they are.
+"""Worker: train a model on a grid and in one process from the same weights and batches, and report
+how far apart they are.
 
-    torchrun --standalone --nproc-per-node 4 tests/distributed/grids.py results.json 2,1 1,2 ...      # tp,cp pairs
+    torchrun --standalone --nproc-per-node 4 tests/distributed/grids.py results.json 2,1 1,2 ...
+
+The pairs are tp,cp.
 """
 import json
 import sys
@@ -15,9 +18,19 @@ from parallel import Grid, ShardedAdamW, shard_dims, unshard, zigzag_positions
 from train import training_step
 
 SEQUENCE, ROWS, STEPS = 48, 4, 3
-CONFIG = {"model_type": "llama", "vocab_size": 96, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2,
-          "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 64,
-          "attention_bias": True, "initializer_range": 0.1}
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 40,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "attention_bias": True,
+    "initializer_range": 0.1,
+}
 
 
 def own(whole: torch.Tensor, dim: int | None, grid: Grid) -> torch.Tensor:
@@ -31,14 +44,15 @@ def make_model(tied: bool, dtype: torch.dtype, grid: Grid) -> Llama:
     dims = shard_dims(model)
     for i, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.ndim == 1:
-            whole = torch.randn(unshard(parameter.detach(), dims[name], grid).shape, generator=torch.Generator().manual_seed(i))
+            shape = unshard(parameter.detach(), dims[name], grid).shape
+            whole = torch.randn(shape, generator=torch.Generator().manual_seed(i))
             parameter.data += 0.3 * own(whole, dims[name], grid)
     return model.to(dtype)
 
 
 def make_batch(step: int, grid: Grid) -> Batch:
-    """Random tokens; a third of the targets masked, rows of very different weight, and in the first step all targets of the
-    last replica and all at the places of the ring's rank 0."""
+    """Random tokens; a third of the targets masked, rows of very different weight, and in the first
+    step all targets of the last replica and all at the places of the ring's rank 0."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(96, (ROWS, SEQUENCE + 1), generator=generator)
     targets = tokens[:, 1:].clone()
@@ -52,19 +66,28 @@ def make_batch(step: int, grid: Grid) -> Batch:
 
 
 def rows(batch: Batch, grid: Grid) -> Batch:
+    """This replica's."""
     share = ROWS // grid.dp
-    return batch.part(torch.arange(grid.dp_rank * share, (grid.dp_rank + 1) * share), SEQUENCE)
+    own_rows = torch.arange(grid.dp_rank * share, (grid.dp_rank + 1) * share)
+    return batch.part(own_rows, SEQUENCE)
 
 
 def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[str, float]:
     """Relative errors against one process; of a tensor: norm of the difference / norm."""
     alone = Grid()
-    models = [make_model(tied, dtype, g) for g in (grid, alone)]
-    models[0].recompute = "block" if tied else "mlp" if dtype == torch.float64 else "none"  # with communication inside
+    models = [make_model(tied, dtype, grid), make_model(tied, dtype, alone)]
+    # recomputed with communication inside
+    if tied:
+        models[0].recompute = "block"
+    elif dtype == torch.float64:
+        models[0].recompute = "mlp"
+    else:
+        models[0].recompute = "none"
     m = SEQUENCE // (grid.cp * grid.tp)
-    models[0].tile = (m // 2 + 1) * micro_batch * grid.tp  # two uneven tiles of a block; each more is a round of messages
+    # two uneven tiles of a block; each more is a round of messages
+    models[0].tile = (m // 2 + 1) * micro_batch * grid.tp
     models[0].offload = tied and dtype == torch.float64
-    optimizers = [ShardedAdamW(m, g) for m, g in zip(models, (grid, alone))]
+    optimizers = [ShardedAdamW(models[0], grid), ShardedAdamW(models[1], alone)]
     dims = optimizers[0].dims
     errors = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
 
@@ -74,34 +97,41 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
 
     for step in range(STEPS):
         batch = make_batch(step, grid)
-        losses, norms = [], []
-        for model, optimizer, part in zip(models, optimizers, (rows(batch, grid), batch)):
+        losses = []
+        parts = (rows(batch, grid), batch)
+        for model, optimizer, part in zip(models, optimizers, parts, strict=True):
             losses.append(training_step(model, optimizer, part, micro_batch)[0])
         for name, theirs in optimizers[1].parameters.items():
             among = "all" if dims[name] is None else "dp_cp"
             ours = grid.all_reduce(optimizers[0].parameters[name].grad.clone(), among)
             note("gradients", ours, own(theirs.grad, dims[name], grid))
-        for optimizer in optimizers:
-            norms.append(optimizer.step(1e-4, max_norm=1.0))
+        norms = [optimizer.step(1e-4, max_norm=1.0) for optimizer in optimizers]
         note("loss", *torch.tensor(losses, dtype=torch.float64))
         note("norm", *torch.tensor(norms, dtype=torch.float64))
     for name, theirs in optimizers[1].parameters.items():
-        note("weights", optimizers[0].parameters[name].detach(), own(theirs.detach(), dims[name], grid))
-    return {what: grid.all_reduce(torch.tensor(error, dtype=torch.float64), "all", dist.ReduceOp.MAX).item() for what, error in errors.items()}
+        note("weights", optimizers[0].parameters[name].detach(),
+             own(theirs.detach(), dims[name], grid))
+    for what, error in errors.items():  # the worst of all ranks
+        error = torch.tensor(error, dtype=torch.float64)
+        errors[what] = grid.all_reduce(error, "all", dist.ReduceOp.MAX).item()
+    return errors
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found, grids = {}, []
+    found = {}
+    grids = []
     for text in sys.argv[2:]:
         grid = Grid.create(*map(int, text.split(",")), device="cpu")
         grids.append(grid)
         for dtype in (torch.float32, torch.float64):
             for tied in (False, True):
-                parts = 2 if tied and dtype == torch.float64 else 1  # gradients add up over two micro-batches
+                # gradients add up over two micro-batches
+                parts = 2 if tied and dtype == torch.float64 else 1
                 errors = run(grid, tied, dtype, micro_batch=ROWS // grid.dp // parts)
-                key = f"{grid.tp},{grid.cp},{grid.dp} {str(dtype).removeprefix('torch.')} {'tied' if tied else 'untied'}"
-                found[key] = errors
+                shape = f"{grid.tp},{grid.cp},{grid.dp}"
+                name = str(dtype).removeprefix("torch.")
+                found[f"{shape} {name} {'tied' if tied else 'untied'}"] = errors
     if grid.is_first:
         Path(sys.argv[1]).write_text(json.dumps(found))
     grids[0].close()

@@ -1,4 +1,5 @@
-"""Worker: ranks that hang, or only work for long, under a timeout of three seconds: sleeps, deadlock, works; or end without close()."""
+"""Worker: ranks that hang, or only work for long, under a timeout of three seconds: sleeps,
+deadlock, works; or end without close()."""
 import sys
 import time
 
@@ -25,7 +26,8 @@ def deadlock(grid: Grid) -> None:
 
 
 def works(grid: Grid) -> None:
-    """Each stretch is shorter than the timeout, all together are longer; then the others wait for three of rank 1."""
+    """Each stretch is shorter than the timeout, all together are longer; then the others wait for
+    three of rank 1."""
     for _ in range(3):
         grid.restart_timer()
         time.sleep(1.5)

@@ -1,4 +1,5 @@
-"""Run a script on several processes of this machine, one thread each, and read what its first rank wrote."""
+"""Run a script on several processes of this machine, one thread each, and read what its first rank
+wrote."""
 import json
 import os
 import runpy
@@ -23,26 +24,33 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def torchrun(processes: int, *arguments) -> subprocess.CompletedProcess:
-    """The command `torchrun --standalone --nproc-per-node PROCESSES ARGUMENTS`, in the repository's root."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *map(str, arguments)]
+    """The command `torchrun --standalone --nproc-per-node PROCESSES ARGUMENTS`, in the repository's
+    root."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", str(processes), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=240)
 
 
 class Job:
-    """A script on several ranks, started by torchrun's launcher, but as forks of a server that has imported torch: several times
-    faster. What each rank prints is in a file of its own under `logs`. Leaving `with` kills what still runs.
+    """A script on several ranks, started by torchrun's launcher, but as forks of a server that has
+    imported torch: several times faster. What each rank prints is in a file of its own under
+    `logs`. Leaving `with` kills what still runs.
     """
 
     def __init__(self, processes: int, *arguments, logs: Path, restarts: int = 0) -> None:
         fork_context()  # before the launcher starts the server
-        self.logs, self.arguments = logs, list(map(str, arguments))
-        self.config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                                   max_restarts=restarts, start_method="forkserver",
-                                   logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL))
+        self.logs = logs
+        self.arguments = list(map(str, arguments))
+        self.config = LaunchConfig(
+            1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0", max_restarts=restarts, start_method="forkserver",
+            logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL))
 
     def __enter__(self):
-        self.code = ThreadPoolExecutor(1).submit(self.run)  # in a thread, the launcher leaves this process's signals alone
+        # in a thread, the launcher leaves this process's signals alone
+        self.code = ThreadPoolExecutor(1).submit(self.run)
         return self
 
     def __exit__(self, *_) -> None:
@@ -77,12 +85,14 @@ class Job:
 
 def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
     """Run a job to its end."""
-    with tempfile.TemporaryDirectory() as place, Job(processes, *arguments, logs=Path(place)) as job:
-        return job.result()
+    with tempfile.TemporaryDirectory() as place:
+        with Job(processes, *arguments, logs=Path(place)) as job:
+            return job.result()
 
 
 def be_rank(logs: str, *arguments: str) -> None:
-    """Run a script or module in this fork, which then, unlike `python`, ends without atexit or finalisation."""
+    """Run a script or module in this fork, which then, unlike `python`, ends without atexit or
+    finalisation."""
     Path(logs, f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     os.chdir(ROOT)
     torch.set_num_threads(1)

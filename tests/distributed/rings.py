@@ -1,6 +1,7 @@
 """Worker: ring attention on all processes against dense attention in float64.
 
-    torchrun --standalone --nproc-per-node 3 tests/distributed/rings.py results.json parallel.py [mutated.py ...]
+    torchrun --standalone --nproc-per-node 3 tests/distributed/rings.py \\
+        results.json parallel.py [mutated.py ...]
 """
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 HEADS = [(4, 4), (8, 2), (8, 1)]
+RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 
 def load(file: str):
@@ -23,11 +25,19 @@ def load(file: str):
     return module
 
 
-def inputs(batch: int, heads: int, kv_heads: int, length: int, width: int, dtype: torch.dtype, scale: float) -> list:
+def inputs(batch: int, heads: int, kv_heads: int, length: int, width: int, dtype: torch.dtype,
+           scale: float) -> list:
     """q, k, v and the gradient of the output; `scale` makes the scores large."""
     generator = torch.Generator().manual_seed(heads + kv_heads)
-    shapes = [(batch, n, length, width) for n in (heads, kv_heads, kv_heads, heads)]
-    q, k, v, d_out = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+    def draw(heads: int) -> torch.Tensor:
+        shape = (batch, heads, length, width)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q = draw(heads)
+    k = draw(kv_heads)
+    v = draw(kv_heads)
+    d_out = draw(heads)
     return [x.to(dtype) for x in (q * scale, k, v, d_out)]
 
 
@@ -36,9 +46,11 @@ def dense(q, k, v, d_out) -> dict[str, torch.Tensor]:
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     gradients = torch.autograd.grad(out, (q, k, v), d_out.double())
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) / math.sqrt(q.shape[3])
-    lse = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool).triu(1), -torch.inf).logsumexp(-1)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *gradients)))
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q @ keys.transpose(2, 3) / math.sqrt(q.shape[3])
+    future = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
+    lse = scores.masked_fill(future, -torch.inf).logsumexp(-1)
+    return dict(zip(RESULTS, (out.detach(), lse.detach(), *gradients), strict=True))
 
 
 def ring(parallel, grid, q, k, v, d_out) -> dict[str, torch.Tensor]:
@@ -48,7 +60,8 @@ def ring(parallel, grid, q, k, v, d_out) -> dict[str, torch.Tensor]:
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = parallel.ring_attention(*leaves, grid)
     shards = (out.detach(), lse, *torch.autograd.grad(out, leaves, d_out))
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (parallel.zigzag_unshard(x, grid, 2) for x in shards)))
+    whole = [parallel.zigzag_unshard(x, grid, 2) for x in shards]
+    return dict(zip(RESULTS, whole, strict=True))
 
 
 def errors(parallel, grid, *arguments) -> dict[str, float]:
@@ -56,24 +69,34 @@ def errors(parallel, grid, *arguments) -> dict[str, float]:
     given = inputs(*arguments)
     expected = dense(*given)
     found = ring(parallel, grid, *given)
-    return {name: float((found[name].double() - x).norm() / x.norm()) for name, x in expected.items()}
+    relative = {}
+    for name, x in expected.items():
+        difference = found[name].double() - x
+        relative[name] = float(difference.norm() / x.norm())
+    return relative
 
 
 def earlier_error(parallel, grid) -> float:
-    """New tokens over earlier ones, of which every rank has another number, the last one none (but on a ring of one)."""
+    """New tokens over earlier ones, of which every rank has another number, the last one none (but
+    on a ring of one)."""
     new = 2 * grid.cp
     q, k, v, _ = inputs(3, 8, 2, 40 + new, 16, torch.float64, 1.0)
-    borders = [round(40 * (rank / max(1, grid.cp - 1)) ** 2) for rank in range(grid.cp)] + [40] if grid.cp > 1 else [0, 40]
+    borders = [0]
+    for rank in range(1, grid.cp):
+        borders.append(round(40 * (rank / (grid.cp - 1)) ** 2))
+    borders.append(40)
     mine = slice(borders[grid.cp_rank], borders[grid.cp_rank + 1])
     last = [parallel.zigzag_shard(x[:, :, 40:], grid, 2) for x in (q, k, v)]
-    found = parallel.attend_earlier(last[0], *parallel.ring_forward(*last, grid), k[:, :, mine], v[:, :, mine], grid)
+    found = parallel.attend_earlier(last[0], *parallel.ring_forward(*last, grid), k[:, :, mine],
+                                    v[:, :, mine], grid)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[:, :, 40:]
     return float((parallel.zigzag_unshard(found, grid, 2) - expected).abs().max())
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found, grids = {}, []
+    found = {}
+    grids = []
     for file in sys.argv[2:]:
         parallel = load(file)
         grid = parallel.Grid.create(cp=parallel.launched()[1], device="cpu")
@@ -81,8 +104,9 @@ if __name__ == "__main__":
         case = found[Path(file).stem] = {}
         for heads in HEADS:
             for scale in (1.0, 400.0):  # scores up to thousands: exp of a raw log-sum-exp overflows
-                case[f"float64 {heads[0]}:{heads[1]} x{scale:g}"] = errors(
-                    parallel, grid, 3, *heads, 2 * grid.cp * 5, 16, torch.float64, scale)
+                name = f"float64 {heads[0]}:{heads[1]} x{scale:g}"
+                length = 2 * grid.cp * 5
+                case[name] = errors(parallel, grid, 3, *heads, length, 16, torch.float64, scale)
         case["bfloat16"] = errors(parallel, grid, 1, 4, 2, 960, 64, torch.bfloat16, 1.0)
         case["earlier"] = {"out": earlier_error(parallel, grid)}
     if grid.is_first:

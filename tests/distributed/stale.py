@@ -1,4 +1,5 @@
-"""Worker: train.py on two machines whose --out is not one file system: the second rank's name ends in .1."""
+"""Worker: train.py on two machines whose --out is not one file system: the second rank's name ends
+in .1."""
 import os
 import sys
 

@@ -20,9 +20,13 @@ from tools import prepare
 from tools.train_tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 12"},
-                {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Bye"},
-                {"role": "assistant", "content": "So long 👋"}]
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi 12"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "So long 👋"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,9 @@ def texts(directory, split, tokenizer):
 
 
 def content(directory):
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    """What is in its files, by name."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(file.relative_to(directory)): file.read_bytes() for file in files}
 
 
 def write_lines(path, texts):
@@ -49,72 +55,101 @@ def write_lines(path, texts):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------- reading
 
 
 def test_read_documents_takes_text_files_in_sorted_order_and_passes_over_the_rest(tmp_path):
-    for name in ("b.py", "a/z.md", "a/b.txt", ".hidden/x.py", "__pycache__/x.py", "site-packages/x.py", "x.bin", ".x.py"):
+    names = ["b.py", "a/z.md", "a/b.txt", ".hidden/x.py", "__pycache__/x.py", "site-packages/x.py",
+             "x.bin", ".x.py"]
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name + "\r\n")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe bad")
     (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere.txt")
-    (tmp_path / "c.jsonl").write_text('{"text": "line 1", "id": 7}\n\n{"prompt": "p", "completion": "c"}\n')
+    lines = ['{"text": "line 1", "id": 7}', "", '{"prompt": "p", "completion": "c"}', ""]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
     with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
         file.write(json.dumps({"messages": CONVERSATION}))
     assert [document for _, document in prepare.read_documents(tmp_path)] == [
-        {"text": "b.py\r\n"}, {"text": "line 1"}, {"prompt": "p", "completion": "c"}, {"messages": CONVERSATION},
-        {"text": "a/b.txt\r\n"}, {"text": "a/z.md\r\n"}]
+        {"text": "b.py\r\n"},
+        {"text": "line 1"},
+        {"prompt": "p", "completion": "c"},
+        {"messages": CONVERSATION},
+        {"text": "a/b.txt\r\n"},
+        {"text": "a/z.md\r\n"},
+    ]
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"text": "unclosed', "line 2: not valid JSON"), ("[1, 2]", "line 2: needs"), ('"text"', "line 2: needs"), ("7", "line 2"),
-    ('{"txt": "x"}', "line 2: needs"), ('{"text": 5}', "line 2: needs"), ('{"prompt": "p"}', "line 2: needs"),
-    ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: messages have no assistant"), (b"\xff", "line 2|UTF-8")])
+    ('{"text": "unclosed', "line 2: not valid JSON"),
+    ("[1, 2]", "line 2: needs"),
+    ('"text"', "line 2: needs"),
+    ("7", "line 2"),
+    ('{"txt": "x"}', "line 2: needs"),
+    ('{"text": 5}', "line 2: needs"),
+    ('{"prompt": "p"}', "line 2: needs"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: messages have no assistant"),
+    (b"\xff", "line 2|UTF-8"),
+])
 def test_a_bad_json_line_is_named(tmp_path, line, message):
     path = tmp_path / "d.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + (line if isinstance(line, bytes) else line.encode()))
+    if isinstance(line, str):
+        line = line.encode()
+    path.write_bytes(b'{"text": "fine"}\n' + line)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*({message})"):
         list(prepare.read_documents(path))
 
 
 def test_damaged_gzip_and_binary_files_are_named(tmp_path):
     whole = gzip.compress(b'{"text": "abc"}\n' * 1000)
-    for name, content in (("a.jsonl.gz", whole[:-20]), ("b.jsonl.gz", b"plain"), ("c.txt", b"\xff\xfe")):
+    damaged = [("a.jsonl.gz", whole[:-20]), ("b.jsonl.gz", b"plain"), ("c.txt", b"\xff\xfe")]
+    for name, content in damaged:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             list(prepare.read_documents(tmp_path / name))
 
 
-# ---------------------------------------------------------------------------------------------------------- corpus
+# ----------------------------------------------------------------------------------------- corpus
 
 
 def write_text_files(folder, count=60, seed=0, words=80):
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        (folder / f"{i:03}.py").write_text(" ".join(f"name{rng.randrange(10**5)}" for _ in range(words)))
+        text = " ".join(f"name{rng.randrange(10**5)}" for _ in range(words))
+        (folder / f"{i:03}.py").write_text(text)
     return folder
 
 
 def test_loss_masks_of_the_three_kinds_of_document(tmp_path, tokenizer):
-    lines = [{"text": "all of it"}, {"prompt": "question ", "completion": "answer"}, {"messages": CONVERSATION}, {"text": ""}]
+    lines = [
+        {"text": "all of it"},
+        {"prompt": "question ", "completion": "answer"},
+        {"messages": CONVERSATION},
+        {"text": ""},
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    meta = prepare.prepare_corpus([("x", tmp_path / "d.jsonl")], tokenizer, tmp_path / "out", holdout=0)
+    meta = prepare.prepare_corpus([("x", tmp_path / "d.jsonl")], tokenizer, tmp_path / "out",
+                                  holdout=0)
     documents = read_back(tmp_path / "out", "train")
     carried = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in documents]
     assert carried == ["all of it", "answer", "Hello.<|eot_id|>So long 👋<|eot_id|>"]
     assert tokenizer.decode(documents[1][0].tolist()) == "question answer"
     [shard] = meta["splits"]["train"]  # the empty document is left out
-    assert shard == {"name": "train-00000", "source": "x", "documents": 3, "tokens": sum(len(t) for t, _ in documents)}
+    count = sum(len(tokens) for tokens, _ in documents)
+    assert shard == {"name": "train-00000", "source": "x", "documents": 3, "tokens": count}
 
 
 def test_ids_above_65535_survive(tmp_path):
     """uint16 storage wraps silently for Llama 3's 128,256 ids."""
-    ranks = {bytes([b]): b for b in range(256)} | {b"%06d" % i: i for i in range(256, 128_000)}
+    ranks = {bytes([b]): b for b in range(256)}
+    for i in range(256, 128_000):
+        ranks[b"%06d" % i] = i
     large = data.Tokenizer("large", data.LLAMA3, ranks, {})
     ids = [65_535, 65_536, 127_999, 0]
     prepare.write_corpus({"train": [("x", ids, None)]}, tmp_path / "out", large)
-    assert data.PackedDataset(tmp_path / "out", "train", 3, 0, "none").sequence(0)[0].tolist() == ids
+    tokens, _, _ = data.PackedDataset(tmp_path / "out", "train", 3, 0, "none").sequence(0)
+    assert tokens.tolist() == ids
 
 
 def test_holdout_is_by_content_whatever_the_order_and_copies_share_a_side(tmp_path, tokenizer):
@@ -122,11 +157,14 @@ def test_holdout_is_by_content_whatever_the_order_and_copies_share_a_side(tmp_pa
     sides = []
     for name, order, seed in (("a", lines, 0), ("b", [*lines[::-1], *lines], 0), ("c", lines, 1)):
         file = write_lines(tmp_path / f"{name}.jsonl", order)
-        prepare.prepare_corpus([("x", file)], tokenizer, tmp_path / name, 0.3, holdout_window=0, seed=seed)
+        prepare.prepare_corpus([("x", file)], tokenizer, tmp_path / name, 0.3, holdout_window=0,
+                               seed=seed)
         sides.append([texts(tmp_path / name, split, tokenizer) for split in ("train", "valid")])
     assert sides[0] == sides[1] != sides[2]
     train, valid = sides[0]
-    assert not train & valid and train | valid == set(lines) and 5 <= len(valid) <= 30
+    assert not train & valid
+    assert train | valid == set(lines)
+    assert 5 <= len(valid) <= 30
 
 
 def test_windows_shared_with_training_documents_are_cut_out_of_held_out_ones(tmp_path, tokenizer):
@@ -136,50 +174,76 @@ def test_windows_shared_with_training_documents_are_cut_out_of_held_out_ones(tmp
     folder = write_text_files(tmp_path / "text", words=120)
     for i, path in enumerate(sorted(folder.iterdir())):
         own = path.read_text()
-        path.write_text(own[:300] + "\n" + licence + "\n" + own[300:] if i % 2 else own)
+        if i % 2:
+            path.write_text(f"{own[:300]}\n{licence}\n{own[300:]}")
     prepare.prepare_corpus([("x", folder)], tokenizer, tmp_path / "out", 0.3, holdout_window=48)
     prepare.prepare_corpus([("x", folder)], tokenizer, tmp_path / "uncut", 0.3, holdout_window=0)
+
     def windows(documents):
+        """All runs of 48 tokens."""
         return {tuple(t[i:i + 48].tolist()) for t, _ in documents for i in range(len(t) - 47)}
-    train, valid, uncut = (read_back(tmp_path / d, s) for d, s in (("out", "train"), ("out", "valid"), ("uncut", "valid")))
-    assert windows(uncut) & windows(train) and not windows(valid) & windows(train)
-    assert min(len(tokens) for tokens, _ in valid) >= 48
-    lost = sum(len(t) for t, _ in uncut) - sum(len(t) for t, _ in valid)
-    assert 0 < lost < 0.6 * sum(len(t) for t, _ in uncut)  # the documents' own text is kept
+
+    def size(documents):
+        return sum(len(tokens) for tokens, _ in documents)
+
+    train = read_back(tmp_path / "out", "train")
+    valid = read_back(tmp_path / "out", "valid")
+    uncut = read_back(tmp_path / "uncut", "valid")
+    assert windows(uncut) & windows(train)
+    assert not windows(valid) & windows(train)
     assert windows(valid) <= windows(uncut)
+    assert min(len(tokens) for tokens, _ in valid) >= 48
+    assert 0 < size(uncut) - size(valid) < 0.6 * size(uncut)  # the documents' own text is kept
 
 
 def test_exactly_the_shared_tokens_are_cut_and_short_remainders_dropped():
-    held_out = (np.arange(100, dtype=np.uint32), np.arange(100) < 90)
+    tokens = np.arange(100, dtype=np.uint32)
     training = np.array([7, *range(20, 33), 8, *range(38, 47), *range(60, 70), 9], dtype=np.uint32)
-    shared = np.intersect1d(prepare.window_hashes(held_out[0], 10), prepare.window_hashes(training, 10))
-    assert len(shared) == 5
-    pieces = [tokens.tolist() for tokens, _ in prepare.cut_shared_windows(*held_out, 10, shared)]
-    assert pieces == [list(range(20)), list(range(33, 60)), list(range(70, 100))]
-    short = [tokens.tolist() for tokens, _ in prepare.cut_shared_windows(held_out[0][12:80], held_out[1][12:80], 10, shared)]
-    assert short == [list(range(33, 60)), list(range(70, 80))]  # 12 to 19 is too short to keep
-    silent = (held_out[0], np.arange(100) < 60)  # the last piece has no token with loss
-    assert [tokens[0] for tokens, _ in prepare.cut_shared_windows(*silent, 10, shared)] == [0, 33]
+    shared = np.intersect1d(prepare.window_hashes(tokens, 10), prepare.window_hashes(training, 10))
+    assert len(shared) == 5  # four begin at 20 to 23, one at 60; 38 to 46 is too short
+
+    def pieces(tokens, mask):
+        cut = prepare.cut_shared_windows(tokens, mask, 10, shared)
+        return [piece.tolist() for piece, _ in cut]
+
+    mask = tokens < 90
+    assert pieces(tokens, mask) == [
+        list(range(20)),
+        list(range(33, 60)),
+        list(range(70, 100)),
+    ]
+    assert pieces(tokens[12:80], mask[12:80]) == [  # 12 to 19 is too short to keep
+        list(range(33, 60)),
+        list(range(70, 80)),
+    ]
+    assert pieces(tokens, tokens < 60) == [  # the last piece has no token with loss
+        list(range(20)),
+        list(range(33, 60)),
+    ]
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 48, 64])
 def test_window_hashes_tell_windows_apart_and_find_equal_ones(window):
     tokens = np.random.default_rng(0).integers(0, 3, 3000).astype(np.uint32)
     hashes = prepare.window_hashes(tokens, window)
-    expected = [tuple(tokens[i:i + window].tolist()) for i in range(len(tokens) - window + 1)]
-    assert len(hashes) == len(expected)
-    assert len(set(zip(hashes.tolist(), expected))) == len(set(expected)) == len(set(hashes.tolist()))
+    windows = [tuple(tokens[i:i + window].tolist()) for i in range(len(tokens) - window + 1)]
+    pairs = set(zip(hashes.tolist(), windows, strict=True))
+    assert len(pairs) == len(set(windows))  # equal windows have equal hashes
+    assert len(pairs) == len(set(hashes.tolist()))  # others have others
 
 
 def test_a_full_disk_is_one_line_with_the_path_and_leaves_nothing(tmp_path, tokenizer):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # like a full disk, for this process only
+    # like a full disk, for this process only
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    message = f"{re.escape(str(tmp_path / 'out'))}: not written"
     try:
-        with pytest.raises(OSError, match=f"{re.escape(str(tmp_path / 'out'))}: not written") as caught:
+        with pytest.raises(OSError, match=message) as caught:
             prepare.write_corpus({"train": [("x", [5] * 9000, None)]}, tmp_path / "out", tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prepare_refuses_before_it_reads(tmp_path, tokenizer):
@@ -188,23 +252,31 @@ def test_prepare_refuses_before_it_reads(tmp_path, tokenizer):
         (tmp_path / name).mkdir()
     (tmp_path / "full" / "file").write_text("keep me")
     (tmp_path / "whole" / "meta.json").write_text("{}")
-    for sources, out, message in (
-            ([("x", folder)], "full", "already exists, and has file, which prepare did not write"),
-            ([("x", folder)], "whole", "already exists; remove it"), ([("x", folder), ("x", folder)], "o", "names must differ"),
-            ([("x", tmp_path / "no")], "o", "no such file"), ([("x", tmp_path / "empty")], "o", "no training documents"),
-            ([("x", tmp_path / "whole")], "o", "is a corpus")):
+    foreign = "already exists, and has file, which prepare did not write"
+    cases = [
+        ([("x", folder)], "full", foreign),
+        ([("x", folder)], "whole", "already exists; remove it"),
+        ([("x", folder), ("x", folder)], "o", "names must differ"),
+        ([("x", tmp_path / "no")], "o", "no such file"),
+        ([("x", tmp_path / "empty")], "o", "no training documents"),
+        ([("x", tmp_path / "whole")], "o", "is a corpus"),
+    ]
+    for sources, out, message in cases:
         with pytest.raises((ValueError, OSError), match=message):
             prepare.prepare_corpus(sources, tokenizer, tmp_path / out)
-    assert (tmp_path / "full" / "file").read_text() == "keep me" and not (tmp_path / "o").exists()
+    assert (tmp_path / "full" / "file").read_text() == "keep me"
+    assert not (tmp_path / "o").exists()
 
 
-# ------------------------------------------------------------------------------------------------ jobs and processes
+# ----------------------------------------------------------------------------- jobs and processes
 
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
-    """Two JSON-lines files of 700 documents, sources "web" and "books" by a field, lengths from 20 to 20,000 characters."""
-    place, rng = tmp_path_factory.mktemp("web"), random.Random(5)
+    """Two JSON-lines files of 700 documents, sources "web" and "books" by a field, lengths from 20
+    to 20,000 characters."""
+    place = tmp_path_factory.mktemp("web")
+    rng = random.Random(5)
     for name in ("a.jsonl", "b.jsonl.gz"):
         lines = []
         for _ in range(350):
@@ -228,12 +300,15 @@ def test_shards_have_one_source_each_and_all_documents_in_order(web, tokenizer, 
     meta = prepared(web, tokenizer, tmp_path / "out", holdout=0)
     dataset = data.PackedDataset(tmp_path / "out", "train", 8, 0, "none")
     names = {shard["source"] for shard in meta["splits"]["train"]}
-    assert names == {"slim/web", "slim/books"} and len(meta["splits"]["train"]) > 10
+    assert names == {"slim/web", "slim/books"}
+    assert len(meta["splits"]["train"]) > 10
     found = {name: [] for name in names}
-    numbers = iter(range(700))
+    number = 0
     for shard in meta["splits"]["train"]:
         for _ in range(shard["documents"]):
-            found[shard["source"]].append(tokenizer.decode(dataset.document(next(numbers))[0].tolist()))
+            tokens, _ = dataset.document(number)
+            found[shard["source"]].append(tokenizer.decode(tokens.tolist()))
+            number += 1
     expected = {name: [] for name in names}
     for name in ("a.jsonl", "b.jsonl.gz"):
         for _, line in data.read_lines(web / name):
@@ -245,10 +320,12 @@ def test_shards_have_one_source_each_and_all_documents_in_order(web, tokenizer, 
 def test_any_number_of_processes_writes_the_same_bytes(web, tokenizer, tmp_path):
     for processes in (1, 4):
         prepared(web, tokenizer, tmp_path / str(processes), processes=processes, seed=3)
-    assert content(tmp_path / "1") == content(tmp_path / "4")
+    files = content(tmp_path / "1")
+    assert files == content(tmp_path / "4")
+    kinds = {name.partition(".")[2] for name in files}
+    assert kinds == {"json", "tokens", "mask", "lengths"}  # and no parts
     prepared(web, tokenizer, tmp_path / "other", seed=4)
-    assert content(tmp_path / "other").keys() != content(tmp_path / "1").keys() or content(tmp_path / "other") != content(tmp_path / "1")
-    assert {name.partition(".")[2] for name in content(tmp_path / "1")} == {"json", "tokens", "mask", "lengths"}  # and no parts
+    assert content(tmp_path / "other") != files
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "4", "other"]
 
 
@@ -260,11 +337,12 @@ def prepare_in_a_process(web, tokenizer_path, out, options):
 def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp_path, processes):
     """Killed at random moments, with what an earlier run of another seed left lying there."""
     prepared(web, tokenizer, tmp_path / "whole")
-    out, rng = tmp_path / "out", random.Random(processes)
+    out = tmp_path / "out"
+    rng = random.Random(processes)
 
     def start(**options):
-        process = fork_context().Process(target=prepare_in_a_process, args=(
-            web, tokenizer.path, out, {"processes": processes} | options))
+        arguments = (web, tokenizer.path, out, {"processes": processes} | options)
+        process = fork_context().Process(target=prepare_in_a_process, args=arguments)
         process.start()
         return process
 
@@ -278,19 +356,25 @@ def test_a_prepare_killed_anywhere_goes_on_to_the_same_bytes(web, tokenizer, tmp
     def receipts():
         return len(list(out.glob("parts/*.json")))
 
-    kill_at(start(seed=1), lambda: receipts() >= 12)
-    assert receipts() >= 12 and not data.is_corpus(out)
-    for _ in range(8 if processes == 1 else 3):  # more processes take longer to start
+    def kill_at_random():
         wanted = rng.choice([1, 5, 20, 40])
-        process, moment = start(), time.monotonic() + rng.uniform(0, 0.6)
-        kill_at(process, lambda wanted=wanted, moment=moment: receipts() >= wanted and time.monotonic() > moment)
+        process = start()
+        moment = time.monotonic() + rng.uniform(0, 0.6)
+        kill_at(process, lambda: receipts() >= wanted and time.monotonic() > moment)
+
+    kill_at(start(seed=1), lambda: receipts() >= 12)
+    assert receipts() >= 12
+    assert not data.is_corpus(out)
+    for _ in range(8 if processes == 1 else 3):  # more processes take longer to start
+        kill_at_random()
     for files in ("parts/windows.npy", "valid-*"):  # it compares, it writes what is held out
         kill_at(start(), lambda files=files: data.is_corpus(out) or list(out.glob(files)))
     if not data.is_corpus(out):
         process = start()
         process.join()
         assert process.exitcode == 0
-    with pytest.raises(ValueError, match="already exists"):  # and if it was killed at the very end, this tidies up
+    # and if it was killed at the very end, this tidies up
+    with pytest.raises(ValueError, match="already exists"):
         prepared(web, tokenizer, out)
     assert content(out) == content(tmp_path / "whole")
 
@@ -300,22 +384,39 @@ def test_what_is_done_is_not_done_again_unless_it_would_differ(tmp_path, tokeniz
     job = prepare.Job(0, "x", [{"text": "12345 and more text"}])
     (tmp_path / "parts").mkdir()
 
-    def encode(job=job, settings="settings"):
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train*")}
-        prepare.encode_job(job, tokenizer.path, tmp_path, 0.1, 0, settings)
-        return before != {path: path.stat().st_mtime_ns for path in tmp_path.glob("train*")}
+    def written():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("train*")}
 
-    assert encode() and not encode()
+    def encode(job=job, settings="settings"):
+        """Whether anything is written."""
+        before = written()
+        prepare.encode_job(job, tokenizer.path, tmp_path, 0.1, 0, settings)
+        return before != written()
+
+    assert encode()
+    assert not encode()
     os.truncate(tmp_path / "train-00000.mask", 3)
-    assert encode() and not encode()
-    assert encode(settings="of a tokenizer with another pattern") and encode() and not encode()
-    assert encode(job._replace(documents=[{"text": "12345"}])) and encode(job._replace(source="y"))
+    assert encode()
+    assert not encode()
+    assert encode(settings="of a tokenizer with another pattern")
+    assert encode()
+    assert not encode()
+    assert encode(job._replace(documents=[{"text": "12345"}]))
+    assert encode(job._replace(source="y"))
+
+
+HOLD = """
+import data, sys, time
+with data.locked(sys.argv[1]):
+    print('held', flush=True)
+    time.sleep(30)
+"""
 
 
 def test_prepare_works_alone(web, tokenizer, tmp_path):
     (tmp_path / "out" / "parts").mkdir(parents=True)
-    hold = "import data, sys, time\nwith data.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(30)\n"
-    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "out" / "lock"], stdout=subprocess.PIPE,
+    command = [sys.executable, "-c", HOLD, tmp_path / "out" / "lock"]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         assert other.stdout.readline() == b"held\n"
@@ -327,8 +428,11 @@ def test_prepare_works_alone(web, tokenizer, tmp_path):
     assert prepared(web, tokenizer, tmp_path / "out")["splits"]["train"]
 
 
-@pytest.mark.parametrize("field, message", [("meta.sett.name", "gives no source"), ("meta", "gives no source"),
-                                            ("text", "gives more than 100")])
+@pytest.mark.parametrize("field, message", [
+    ("meta.sett.name", "gives no source"),
+    ("meta", "gives no source"),
+    ("text", "gives more than 100"),
+])
 def test_a_source_field_that_names_no_sources_is_refused(web, tokenizer, tmp_path, field, message):
     with pytest.raises(ValueError, match=f"--source-field {field}: {message}"):
         prepared(web, tokenizer, tmp_path / "out", source_field=field)
@@ -338,8 +442,10 @@ def test_a_bad_line_keeps_the_shards_that_are_done(web, tokenizer, tmp_path):
     bad = tmp_path / "z.jsonl"
     bad.write_text('{"txt": 1}')
     with pytest.raises(ValueError, match="z.jsonl, line 1: needs an object"):
-        prepare.prepare_corpus([("slim", web), ("bad", bad)], tokenizer, tmp_path / "out", **SMALL, processes=2)
-    assert len(list((tmp_path / "out" / "parts").glob("*.json"))) > 3 and not data.is_corpus(tmp_path / "out")
+        prepare.prepare_corpus([("slim", web), ("bad", bad)], tokenizer, tmp_path / "out", **SMALL,
+                               processes=2)
+    assert len(list((tmp_path / "out" / "parts").glob("*.json"))) > 3
+    assert not data.is_corpus(tmp_path / "out")
 
 
 WORKERS = """
@@ -365,8 +471,9 @@ if __name__ == "__main__":
 
 def start_workers(tmp_path, argument):
     (tmp_path / "program.py").write_text(WORKERS)
-    return subprocess.Popen([sys.executable, tmp_path / "program.py", argument], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    command = [sys.executable, tmp_path / "program.py", argument]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
@@ -385,20 +492,24 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 def test_a_killed_worker_is_one_clear_line(tmp_path):
     process = start_workers(tmp_path, "die")
     _, errors = process.communicate(timeout=60)
-    assert errors.splitlines()[-1].startswith("OSError: a worker process was killed (too little memory?)")
+    last = errors.splitlines()[-1]
+    assert last.startswith("OSError: a worker process was killed (too little memory?)")
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------- command line
 
 
 def test_command_line_prepares_a_corpus_and_prints_its_lengths(tmp_path, tokenizer, capsys):
     folder = write_text_files(tmp_path / "text", 40)
-    prepare.main(["--source", f"numbers={folder}", "--tokenizer", str(tokenizer.path), "--out", str(tmp_path / "c")])
+    prepare.main(["--source", f"numbers={folder}", "--tokenizer", str(tokenizer.path),
+                  "--out", str(tmp_path / "c")])
     printed = capsys.readouterr().out
     assert re.search(r"numbers +[\d.]+% ", printed)
     splits = json.loads((tmp_path / "c" / "meta.json").read_text())["splits"]
-    [train], [valid] = splits["train"], splits["valid"]
-    assert train["documents"] + valid["documents"] == 40 and f"train: {train['documents']} documents" in printed
+    [train] = splits["train"]
+    [valid] = splits["valid"]
+    assert train["documents"] + valid["documents"] == 40
+    assert f"train: {train['documents']} documents" in printed
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -406,15 +517,20 @@ def test_command_line_prepares_a_corpus_and_prints_its_lengths(tmp_path, tokeniz
     ("--source a=missing --tokenizer t --out o", "--source missing"),
     ("--source a=text --tokenizer missing --out o", "--tokenizer missing"),
     ("--source a=text --tokenizer t --out text", "already exists"),
-    ("--source a=text --tokenizer t --out o --processes 0", "--processes 0 must be a whole number, 1 or more"),
-    ("--source a=text --tokenizer t --out o --holdout 2", "--holdout 2 must be a number from 0 to 1"),
+    ("--source a=text --tokenizer t --out o --processes 0",
+     "--processes 0 must be a whole number, 1 or more"),
+    ("--source a=text --tokenizer t --out o --holdout 2",
+     "--holdout 2 must be a number from 0 to 1"),
     ("--source a=text --tokenizer t --out o --holdout 1", "leaves no training documents"),
-    ("--source a=text --tokenizer t --out o --tokens 9", "unrecognized arguments: --tokens 9")])
+    ("--source a=text --tokenizer t --out o --tokens 9", "unrecognized arguments: --tokens 9"),
+])
 def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_text_files(tmp_path / "text", 3)
     train_bpe([TRAINING_TEXT], 300, "t")
     with pytest.raises(SystemExit) as caught:
         prepare.main(arguments.split())
-    assert str(caught.value).startswith("error: ") and message in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("error: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t", "text"]

@@ -1,4 +1,5 @@
-"""tools.tiny_documents: documents of the lengths asked for, loss on their answers, conversations that fit."""
+"""tools.tiny_documents: documents of the lengths asked for, loss on their answers, conversations
+that fit."""
 import argparse
 import json
 import re
@@ -26,35 +27,50 @@ def place(tmp_path_factory):
 
 
 def made(place, what: str, out: str, *more):
-    words = [what, "--corpus", place / "corpus", "--tokenizer", place / "tokenizer", "--length", 300, "--count", 20, "--out", place / out]
+    words = [what, "--corpus", place / "corpus", "--tokenizer", place / "tokenizer",
+             "--length", 300, "--count", 20, "--out", place / out]
     tiny_documents.main([str(word) for word in (*words, *more)])
     return place / out
 
 
 def test_retrieval_documents_have_their_lengths_and_lose_on_answers_that_they_contain(place):
     place, tokenizer = place
-    dataset = PackedDataset(made(place, "retrieval", "retrieval", "--shortest", 150, "--text-loss", 0), "train", 8, 0, "none")
-    assert len(dataset.lengths) == 20 and 150 <= min(dataset.lengths) < max(dataset.lengths) <= 300
+    corpus = made(place, "retrieval", "retrieval", "--shortest", 150, "--text-loss", 0)
+    dataset = PackedDataset(corpus, "train", 8, 0, "none")
+    assert len(dataset.lengths) == 20
+    assert 150 <= min(dataset.lengths) < max(dataset.lengths) <= 300
     for tokens, mask in map(dataset.document, range(20)):
         edges = np.flatnonzero(np.diff(mask.astype(int), prepend=0) == 1)
         answers = [tokenizer.decode(tokens[edge:edge + 5].tolist()) for edge in edges]
         text = tokenizer.decode(tokens[:edges[0]].tolist())
-        assert answers and all(re.fullmatch(r"\d{5}", answer) and answer in text for answer in answers)
+        assert answers
+        for answer in answers:
+            assert re.fullmatch(r"\d{5}", answer)
+            assert answer in text
 
 
 def test_every_second_chat_sample_hides_a_fact_and_all_fit(place):
     place, tokenizer = place
-    samples = [json.loads(line)["messages"] for line in made(place, "chat", "chat.jsonl").read_text().splitlines()]
-    assert len(samples) == 20 and max(len(encode_chat(sample, tokenizer)[0]) for sample in samples) <= 300
-    numbers = [re.search(r"\d{5}", answer["content"]) for _, answer in samples]
-    assert sum(number is not None for number in numbers) == 10
-    assert all(number[0] in question["content"] for number, (question, _) in zip(numbers, samples) if number)
+    lines = made(place, "chat", "chat.jsonl").read_text().splitlines()
+    samples = [json.loads(line)["messages"] for line in lines]
+    assert len(samples) == 20
+    assert max(len(encode_chat(sample, tokenizer)[0]) for sample in samples) <= 300
+    hidden = 0
+    for question, answer in samples:
+        number = re.search(r"\d{5}", answer["content"])
+        if number:
+            hidden += 1
+            assert number[0] in question["content"]
+    assert hidden == 10
 
 
 def test_the_same_seed_gives_the_same_file_and_another_one_another(place):
     place, _ = place
-    files = [made(place, "chat", f"{i}.jsonl", "--seed", seed).read_bytes() for i, seed in enumerate((1, 1, 2))]
-    assert files[0] == files[1] != files[2]
+
+    def content(name, seed):
+        return made(place, "chat", name, "--seed", seed).read_bytes()
+
+    assert content("a.jsonl", 1) == content("b.jsonl", 1) != content("c.jsonl", 2)
 
 
 def test_a_shortest_length_beyond_the_longest_is_one_line(place):

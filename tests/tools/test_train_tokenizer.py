@@ -15,8 +15,9 @@ def tokenizer(tmp_path_factory):
 def test_the_most_frequent_pair_is_merged_first(tmp_path):
     """bc stands 7 times, abc 4, and xy 3 times."""
     tokenizer = train_bpe(["abc\nabc\nabc\nabc\nbc\nbc\nbc\nxy\nxy\nxy"], 259, tmp_path)
-    assert [tokenizer.decode_single_token_bytes(i) for i in range(256)] == [bytes([b]) for b in range(256)]
-    assert [tokenizer.decode_single_token_bytes(i) for i in (256, 257, 258)] == [b"bc", b"abc", b"xy"]
+    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(259)]
+    assert tokens[:256] == [bytes([byte]) for byte in range(256)]
+    assert tokens[256:] == [b"bc", b"abc", b"xy"]
 
 
 def test_one_token_is_one_digit(tmp_path):
@@ -49,14 +50,19 @@ def test_texts_end_after_so_many_bytes(tmp_path):
 def test_command_line_writes_a_tokenizer_that_loads(tmp_path, capsys):
     (tmp_path / "text").mkdir()
     for i in range(40):
-        (tmp_path / "text" / f"{i}.py").write_text(" ".join(f"name{7 ** i % 10**5 + j}" for j in range(80)))
-    train_tokenizer.main(["--source", str(tmp_path / "text"), "--vocab-size", "259", "--out", str(tmp_path / "t")])
-    assert "259 tokens, 256 special" in capsys.readouterr().out and data.load_tokenizer(tmp_path / "t").n_vocab == 515
+        names = [f"name{7 ** i % 10**5 + j}" for j in range(80)]
+        (tmp_path / "text" / f"{i}.py").write_text(" ".join(names))
+    train_tokenizer.main(["--source", str(tmp_path / "text"), "--vocab-size", "259",
+                          "--out", str(tmp_path / "t")])
+    assert "259 tokens, 256 special" in capsys.readouterr().out
+    assert data.load_tokenizer(tmp_path / "t").n_vocab == 515
 
 
 @pytest.mark.parametrize("arguments, message", [
     ("--source missing --vocab-size 300 --out o", "--source missing: no such file"),
-    ("--source text --vocab-size 3 --out o", "too small"), ("--source text --vocab-size 300 --out t", "already exists")])
+    ("--source text --vocab-size 3 --out o", "too small"),
+    ("--source text --vocab-size 300 --out t", "already exists"),
+])
 def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
@@ -64,5 +70,7 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, a
     train_bpe([TRAINING_TEXT], 300, "t")
     with pytest.raises(SystemExit) as caught:
         train_tokenizer.main(arguments.split())
-    assert str(caught.value).startswith("error: ") and message in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("error: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t", "text"]
