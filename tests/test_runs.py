@@ -245,6 +245,9 @@ def check(command: list[str]) -> None:
         assert a.module == program.startswith("tools.")
         assert a.training_script_args == options
         processes = int(a.nproc_per_node) * int(a.nnodes.split(":")[-1])
+    if program.startswith("benchmarks."):  # their options are nobody else's
+        assert (ROOT / f"{program.replace('.', '/')}.py").is_file()
+        return
     if program in ("train.py", "sft.py"):
         parser = train.stage1_parser() if program == "train.py" else sft.stage2_parser()
         a = parser.parse_args(options)
@@ -266,7 +269,7 @@ def check(command: list[str]) -> None:
         else:
             assert a.haystack
             assert a.lengths
-    else:
+    elif program != "tools.chat":
         assert launcher == ["python"]  # nothing else knows of other processes
     if program == "tools.ruler":
         assert a.tasks == ["all"] or set(a.tasks) <= set(ruler.TASKS)
@@ -502,3 +505,39 @@ def test_commands_of_tiny(record, processes):
     for program, times in (("train.py", 3), ("sft.py", 1), ("eval_niah.py", 5), ("tools.plot", 2)):
         assert len(of(commands, program)) == times, program
     assert "-m tools.chat out/tiny-0/stage2/final" in result.stdout.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------- README and docs
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/memory.md",
+                                  "docs/recipes.md", "docs/grids.md"])
+def test_commands_of_the_documentation(page, record, tmp_path):
+    """Every program that a page starts exists and takes the options that the page gives it."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    commands = re.sub(r"^bash runs/.*$", "", "".join(blocks), flags=re.MULTILINE)  # tested above
+    (tmp_path / "page.sh").write_text("set -eu\nM=model\n" + commands)
+    # what a reader has: models, texts, chat records; and what another page's commands have made
+    for name in ("SmolLM2-135M-Instruct", "Llama-3.1-8B-Instruct", "books", "slimpajama",
+                 "out/corpus", "out/chat", "out/stage1/final"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("sharegpt.json", "metamath.jsonl", "magicoder.jsonl", "gsm8k.jsonl", "mmlu.jsonl",
+                 "out/chat/train.jsonl", "out/chat/valid.jsonl"):
+        (tmp_path / name).touch()
+    result, commands = record("page.sh")
+    assert result.returncode == 0, result.stderr
+    assert commands
+    check_all(commands)
+
+
+def test_the_plan_in_the_readme_is_what_the_planner_says(capsys, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    line = readme.partition("# before that: ")[2].splitlines()[0]
+    monkeypatch.chdir(ROOT)
+    plan.main(["H100-80", "--config", "runs/llama31_8b.json", "--sequence-length", "1048576",
+               "--tp", "8", "--recompute", "mlp", "--offload"])
+    printed = capsys.readouterr().out
+    gib = float(re.search(r"total +([\d.]+) of 76.0: fits", printed)[1])
+    host = float(re.search(r"in host memory +([\d.]+)", printed)[1])
+    speed = re.search(r"(\d+) tokens/s a GPU", printed)[1]
+    assert f"{gib:.0f} of 76 GiB a GPU, {host + 0.01:.0f} on the host, {speed} tokens/s/GPU" in line
