@@ -8,10 +8,11 @@
 
 A run directory holds `metrics.jsonl`, the newest `checkpoint-STEP` directories (model, optimizer,
 data position: each is complete or absent) and, at the end, `final`, a Hugging Face model directory.
-`--resume` continues from the newest checkpoint to the last bit, and starts where there is none:
-with torchrun --max-restarts a failed job goes on by itself. SIGTERM or Ctrl-C writes a checkpoint
-and stops (under torchrun, if step and checkpoint fit into its --shutdown-timeout, 30 s by default).
-`python -m tools.plan H100-80` and the same options say what a run takes.
+`--resume` continues from the newest checkpoint, and starts where there is none: with torchrun
+--max-restarts a failed job goes on by itself. On CPUs, with the same grid and threads, the losses
+are the uninterrupted run's to the last bit; on GPUs or another grid they are to rounding. SIGTERM
+or Ctrl-C writes a checkpoint and stops (under torchrun, if step and checkpoint fit into its
+--shutdown-timeout, 30 s by default). `python -m tools.plan H100-80` says what a run takes.
 """
 from __future__ import annotations
 
@@ -42,12 +43,12 @@ from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-FREE_TO_CHANGE = (  # at a resume
+FREE_TO_CHANGE = (  # options that a resumed run may give otherwise
     "out", "resume", "checkpoint_every", "keep_checkpoints",
     "validate_every", "validation_sequences", "validation_data",
     "device", "timeout", "tp", "cp", "micro_batch_size",
     "recompute", "offload", "offload_optimizer", "tile",
-    "config")  # the checkpoint has the model
+    "config")  # a resumed run's model is its checkpoint's, so --config does not matter
 PEAKS = {  # dense bfloat16 FLOP/s
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 CHECKPOINT_FORMAT = 2
@@ -60,8 +61,8 @@ class Parser(argparse.ArgumentParser):
     """argparse that shows defaults, and whose usage errors are one line, as other mistakes are."""
 
     def __init__(self, description: str, **more) -> None:
-        shows_defaults = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=shows_defaults, **more)
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, **more)
 
     def print_help(self, file=None) -> None:
         if launched()[0] == 0:
@@ -113,7 +114,7 @@ nonnegative_number = option(float, lambda x: 0 <= x < math.inf, "a finite number
 fraction = option(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 below_one = option(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 positive_weight = option(float, lambda x: 0 < x < math.inf, "a weight above 0")
-seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0")
+seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0 and below 1e7")
 existing = option(Path, Path.exists, "a file or directory that exists")
 directory = option(Path, lambda path: not path.is_file(), "a directory, not a file")
 writable = option(Path, can_be_written, "a file in a directory that exists and can be written")
@@ -156,16 +157,15 @@ def compute_type(dtype: str | None, device: str) -> str:
 def argument_parser(description: str, planned: bool = False) -> Parser:
     """The options of both stages; a stage adds its data group.
 
-    For a run that is only planned, what it would read and where it would run need not be there, and
-    --steps, --data and --out need not be given.
+    planned: for tools.plan, which only reads the model's config.json: a tokenizer and a GPU need
+    not be there, and --steps, --data and --out need not be given.
     """
     parser = Parser(description)
     required = not planned
     readable = Path if planned else existing
 
     group = parser.add_argument_group("model")
-    start = group.add_mutually_exclusive_group(required=True)
-    add = start.add_argument
+    add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--model", type=existing, help="start from this Hugging Face model directory")
     add("--config", type=existing, help="start from random weights of this config.json")
     add = group.add_argument
@@ -248,10 +248,10 @@ def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
 
 
 def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
-    """(training, validation) datasets of packed documents, see PackedDataset. Raises ValueError.
+    """(training, validation) datasets of packed documents, see PackedDataset.
 
-    Training blends the sources of --data by their weights. Validation is the first source's
-    held-out split, its documents as they come, or None with --validation-sequences 0.
+    Training blends the corpora of --data by their weights. Validation is the first one's held-out
+    split, its documents as they come, or None with --validation-sequences 0.
     """
     def documents(path: Path, split: str, short_weight: float = 1.0, long_weight: float = 1.0):
         return data.PackedDataset(
@@ -267,12 +267,13 @@ def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
     count = options.validation_sequences
     if not count:
         return training, None
-    first, _ = options.data[0]
-    validation = documents(first, "valid")
+    corpus, _ = options.data[0]
+    validation = documents(corpus, "valid")
     needed = count * options.sequence_length + 1
     held_out = validation.lengths.sum()
-    if held_out < needed:  # a document seen twice in one sequence would be copied
-        raise ValueError(f"--validation-sequences {count} need {needed} tokens, but {first} holds "
+    # a document twice in a sequence: the model would copy it, and the loss would look too good
+    if held_out < needed:
+        raise ValueError(f"--validation-sequences {count} need {needed} tokens, but {corpus} holds "
                          f"out {held_out}; ask for fewer, or prepare it with a larger --holdout")
     return training, validation
 
@@ -280,24 +281,26 @@ def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
 # ------------------------------------------------------------------------------- model and schedule
 
 
-def extension(config: ModelConfig, length: int) -> str:
+def extension_hint(config: ModelConfig, length: int) -> str:
     """The options that extend a model's window to `length`, for people."""
     scaling = config.rope_scaling
-    known = config.window_before()
-    original = known or round(config.max_position_embeddings / scaling.factor)
-    options = f"train.py --rope-kind yarn --rope-factor {math.ceil(length / original)}"
-    if scaling.kind == "default":
+    stated = config.window_before()
+    old_window = stated or round(config.max_position_embeddings / scaling.factor)
+    options = f"train.py --rope-kind yarn --rope-factor {math.ceil(length / old_window)}"
+    if scaling.kind == "default":  # there is no rule yet
         return options
-    which = "which" if known else "if that was its window before; it"
-    rule = f"the model's own {scaling.kind} rule"
-    return f"{options} --original-length {original}, {which} replaces {rule}"
+    options += f" --original-length {old_window}"
+    if stated:
+        return f"{options}, which replaces the model's own {scaling.kind} rule"
+    return (f"{options}, if that was its window before; it replaces the model's own "
+            f"{scaling.kind} rule")
 
 
 def load_start(options: Namespace, grid: Grid,
                scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
-    """Configuration, with the rope scaling that was asked for, and tokenizer to start from.
+    """Configuration, under the rope scaling that was asked for, and tokenizer to start from.
 
-    Checked against each other and the options. Raises ValueError, OSError.
+    They are checked against each other and the options. Raises ValueError, OSError.
     """
     own = read_config(options.model or options.config)
     config = rescale(own, scaling)
@@ -305,13 +308,13 @@ def load_start(options: Namespace, grid: Grid,
     window = config.max_position_embeddings
     if length > window:
         raise ValueError(f"--sequence-length {length} is beyond the model's window of {window}; "
-                         f"extend it ({extension(own, length)}) or shorten the sequences")
+                         f"extend it ({extension_hint(own, length)}) or shorten the sequences")
     check_run(options, grid, config)
-    source = options.tokenizer or options.model
-    if not source:
+    path = options.tokenizer or options.model
+    if not path:
         raise ValueError("--tokenizer is needed with --config: the one that the corpus was "
                          "prepared with")
-    tokenizer = data.load_tokenizer(source, config.vocab_size)
+    tokenizer = data.load_tokenizer(path, config.vocab_size)
     stops = data.stop_tokens(tokenizer, config.hf.get("eos_token_id"))
     exported = config.hf | {"eos_token_id": stops}  # where servers should stop
     return replace(config, hf=exported), tokenizer
@@ -351,62 +354,58 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
     head_weights = config.vocab_size * hidden
     weights = layers * (attention_weights + mlp_weights) + head_weights
     products = 2 * length * weights  # a multiplication and an addition a weight
-    attention = layers * 2 * length**2 * width  # Q K^T and P V: 2 x 2 S^2 / 2 each
+    attention = layers * 2 * length**2 * width  # Q K^T and P V: 2 S^2 width / 2 each
     return products, attention
 
 
 # -------------------------------------------------------------------------------------- checkpoints
 
 
-def copy_tokenizer(source: Path, target: Path, config: ModelConfig) -> None:
-    """Put the tokenizer's files beside the weights, with what a server reads of the new model."""
-    if source.is_file():
-        shutil.copyfile(source, target / f"tokenizer{source.suffix}")
+def written_once(path: Path, grid: Grid):
+    """A directory to fill on all ranks: the first fills it, complete or absent, the others help."""
+    if grid.is_first:
+        return data.complete_or_absent(path)
+    return nullcontext(path)
+
+
+def save_model(path: Path, model: Llama, tokenizer: Path) -> None:
+    """Write a model directory: weights, the tokenizer's files, what a server reads of the model."""
+    model.save_pretrained(path)
+    if not model.grid.is_first:
+        return
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, path / f"tokenizer{tokenizer.suffix}")
         return
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, path / name)
     new = {
-        "tokenizer_config.json": {"model_max_length": config.max_position_embeddings},
-        "generation_config.json": {"eos_token_id": config.hf["eos_token_id"]},
+        "tokenizer_config.json": {"model_max_length": model.config.max_position_embeddings},
+        "generation_config.json": {"eos_token_id": model.config.hf["eos_token_id"]},
     }
     for name, values in new.items():
-        file = target / name
+        file = path / name
         if file.is_file():
             content = json.loads(file.read_text()) | values
             file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-@contextmanager
-def written_once(path: Path, model: Llama, tokenizer: Path) -> Iterator[Path]:
-    """Write a model directory, complete or absent, and let the caller add to it.
-
-    Every rank calls this, the first writes.
-    """
-    is_first = model.grid.is_first
-    with data.complete_or_absent(path) if is_first else nullcontext(path) as aside:
-        model.save_pretrained(aside)
-        if is_first:
-            copy_tokenizer(tokenizer, aside, model.config)
-        yield aside
-
-
 def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW, tokenizer: Path,
-                    agreed: dict, keep: int) -> Path:
-    """Write `run/checkpoint-STEP`, complete or absent, then drop all but the newest `keep`.
+                    settings: dict, keep: int) -> Path:
+    """Write `run/checkpoint-STEP`, then drop all but the newest `keep` checkpoints.
 
-    Every rank calls this; the first writes what one process would write, so any grid can continue:
+    It holds what one process would write, so any grid can continue:
 
         checkpoint-00000300/
             config.json, model-*.safetensors, tokenizer     a Hugging Face model directory
             optimizer/master-*, exp_avg-*, exp_avg_sq-*     whole tensors, float32
-            training.json                                   format, step, agreed settings
+            training.json                                   format, step, settings
     """
     grid = model.grid
     path = run / f"checkpoint-{step:08d}"
-    # 1. The model, in a directory aside.
-    with written_once(path, model, tokenizer) as aside:
-        # 2. The optimizer: a gradient has the shape and the type of its parameter's state.
+    with written_once(path, grid) as aside:
+        save_model(aside, model, tokenizer)
+        # a gradient has the shape and the type of its parameter's state
         like = {name: parameter.grad for name, parameter in optimizer.parameters.items()}
         target = aside / "optimizer"
         if grid.is_first:
@@ -414,14 +413,14 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
         for kind in optimizer.KINDS:
             state = optimizer.state(kind)
             data.write_weights(target, kind, state, like, optimizer.dims, grid)
-        # 3. The step, which is the data position too: step i takes the i-th batch of sequences.
+        # the step is the data position too: step i takes the i-th batch of sequences
         if grid.is_first:
-            progress = {"format": CHECKPOINT_FORMAT, "step": step, "settings": agreed}
+            progress = {"format": CHECKPOINT_FORMAT, "step": step, "settings": settings}
             (aside / "training.json").write_text(json.dumps(progress, indent=2) + "\n")
-    # 4. The new one is complete and has its name: now old ones may go.
+    # the new one is complete and has its name: now old ones may go
     if grid.is_first:
         for old in checkpoints(run)[:-keep]:
-            old.rename(f"{old}.partial")  # no checkpoint any more, should deletion be cut short
+            old.rename(f"{old}.partial")  # first: a half-deleted one must not look complete
         for leftover in run.glob("checkpoint-*.partial"):
             shutil.rmtree(leftover)
     grid.barrier()
@@ -430,11 +429,10 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
 
 def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, step: int) -> None:
     """Restore the optimizer from a checkpoint of any grid: each rank reads its own part."""
-    path = checkpoint / "optimizer"
-    like = optimizer.parameters
     for kind in optimizer.KINDS:
         # one at a time, by way of the host: the device may have no room for more
-        shards = data.read_weights(path, kind, like, optimizer.dims, optimizer.grid, None, "cpu")
+        shards = data.read_weights(checkpoint / "optimizer", kind, optimizer.parameters,
+                                   optimizer.dims, optimizer.grid, None, "cpu")
         optimizer.load_state(kind, shards, step)
 
 
@@ -448,23 +446,23 @@ def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
 
     Files count by what is in them, not by their path: they may move, but not change.
     """
-    agreed = {}
+    settings = {}
     for name, value in sorted(vars(options).items()):
         if name not in FREE_TO_CHANGE:
-            agreed[name] = value
-    agreed["dtype"] = compute_type(options.dtype, options.device)
-    agreed["tokenizer"] = data.fingerprint(tokenizer)
-    agreed["model"] = options.model and data.digest(options.model)
-    agreed["data"] = [[data.digest(path), weight] for path, weight in options.data]
-    return json.loads(json.dumps(agreed, default=str))  # as a checkpoint gives it back
+            settings[name] = value
+    settings["dtype"] = compute_type(options.dtype, options.device)
+    settings["tokenizer"] = data.fingerprint(tokenizer)
+    settings["model"] = data.digest(options.model) if options.model else None
+    settings["data"] = [[data.digest(path), weight] for path, weight in options.data]
+    return json.loads(json.dumps(settings, default=str))  # as a checkpoint gives it back
 
 
-def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, int]:
+def load_progress(out: Path, resume: bool, settings: dict) -> tuple[Path | None, int]:
     """(newest checkpoint, its step) of the run in `out`; (None, 0) at the start.
 
-    Raises ValueError if there is a run that may not be continued, or something else.
+    Raises ValueError if there is a run that may not be continued, or foreign files.
     """
-    # 1. What is there: nothing, a run, or files of somebody else's?
+    # 1. What is there: nothing, a run, or foreign files?
     names = [path.name for path in out.iterdir()] if out.exists() else []
     ours = ("checkpoint-", "final", "metrics")
     foreign = [name for name in names if not name.startswith(ours)]
@@ -483,7 +481,7 @@ def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, i
         raise ValueError(f"{newest}: a checkpoint of an earlier version, which this one cannot "
                          f"resume; start a new run from it with --model {newest}")
     # 3. Is this the same run? Other settings would make one that no command describes.
-    for name, value in agreed.items():
+    for name, value in settings.items():
         before = saved["settings"].get(name)
         if before != value:
             raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in {out} has "
@@ -516,7 +514,7 @@ def validate(model: Llama, dataset, sequences: int) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, targets
     for index in range(grid.dp_rank, sequences, grid.dp):
         grid.restart_timer()
-        batch = data.batch(dataset, index, 1).to(device)
+        batch = data.batch(dataset, index, 1).to(device)  # of one sequence
         loss, targets = model.loss(batch.tokens, batch.targets, batch.document_ids)
         total += torch.stack((loss, targets))
     grid.restart_timer()  # other replicas may have a sequence more
@@ -528,15 +526,15 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
                   micro_batch_size: int) -> tuple[float, int]:
     """Accumulate one global batch's gradients in the optimizer, from this replica's rows of it.
 
-    Returns the mean loss over the whole batch's targets and the positions computed, the same on
-    every rank. A mean over all targets, so that every token counts alike: say that one rank has one
-    target of loss 4, and another has three of loss 2.
+    Returns the mean loss and the positions computed, of the global batch. The mean is over all its
+    targets, so that each counts alike: say that one rank has one target of loss 4, and another has
+    three of loss 2.
 
         mean of all targets     (4 + 2 + 2 + 2) / 4 = 2.5     each weighs 1/4
         mean of the two means   (4 / 1 + 6 / 3) / 2 = 3.0     the first one weighs 1/2: wrong
 
-    Both ranks divide by 4 before their backward, and their gradients need only be summed. So this 4
-    must be known before any backward, and neither rank can count it alone.
+    Both divide by 4 before their backward, and their gradients need only be summed. So this 4 must
+    be known before any backward, and neither can count it alone.
     """
     grid = model.grid
     device = model.head_weight.device
@@ -544,8 +542,7 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
 
     # 1. Count the targets of the whole global batch.
     targets = torch.tensor(int((batch.targets != -100).sum()), device=device)
-    targets = grid.all_reduce(targets, "dp").item()
-    targets = max(1, targets)  # a batch without one has loss 0, not NaN
+    targets = max(1, grid.all_reduce(targets, "dp").item())  # without one the loss is 0, not NaN
 
     # 2. Forward and backward of a micro-batch at a time: gradients add up in the optimizer.
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, positions
@@ -589,11 +586,11 @@ def signals_received() -> Iterator[list[int]]:
 
 
 def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace,
-          save: Callable[[int], Path], first_step: int, stop: list[int]) -> int:
+          save: Callable[[int], Path], first_step: int, received: list[int]) -> int:
     """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made.
 
     training, validation: datasets, see `data.batch`; without the second there is no validation. A
-    signal in `stop` ends the run early, with a checkpoint after the step in which it came.
+    signal `received` ends the run early, with a checkpoint after the step in which it came.
     """
     grid = model.grid
     device = model.head_weight.device
@@ -601,34 +598,34 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
     share = options.batch_size // grid.dp  # sequences a step of this replica
     micro_batch_size = options.micro_batch_size or share
 
-    # FLOPs of a whole sequence, forward and backward; shorter ones take a little less
+    # FLOPs of a whole sequence, forward and backward; shorter ones take a little less a token
     length = training.sequence_length
     flops, attention = forward_flops(model.config, length)
-    if not training.document_mask:  # masked documents: their matrix products alone
+    if not training.document_mask:  # what a mask leaves of attention is not counted
         flops += attention
     flops *= 3
     peak = None  # what an MFU of 100 % means
     if device.type == "cuda":
         peak = PEAKS.get(torch.cuda.get_device_name(device))
 
-    step = first_step
     log = open_metrics(options.out / "metrics.jsonl", first_step) if grid.is_first else None
     bar = tqdm(range(first_step + 1, steps + 1), initial=first_step, total=steps,
                desc=options.out.name, mininterval=1.0, disable=not grid.is_first)
 
-    def note(**values) -> None:
+    def note(step: int, **values) -> None:
         if log:
             print(json.dumps({"step": step, **values}), file=log)
 
-    def is_due(every: int) -> bool:
+    def is_due(step: int, every: int) -> bool:
         """Every so many steps, and at the end."""
         return step == steps or (every > 0 and step % every == 0)
 
+    step = first_step  # all may have been made: then there is no loop
     for step in bar:
         # 1. Batch: a step takes the next --batch-size sequences of the data, a replica its share.
         start = time.perf_counter()
         first = (step - 1) * options.batch_size + grid.dp_rank * share
-        batch = data.batch(training, first, share)
+        batch = data.batch(training, first, share)  # this replica's rows
         waited = time.perf_counter() - start
 
         # 2. Step: gradients, then the update, unless it would make every weight NaN.
@@ -650,32 +647,31 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
         gib = peak_memory_gib(device)
         speed = positions / duration / grid.size("all")  # tokens a second and process
         mfu = speed * flops / length / peak if peak else None
-        note(loss=loss, learning_rate=rate, gradient_norm=norm, tokens=positions,
+        note(step, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=positions,
              tokens_per_second=round(speed * grid.size("all")),
              tokens_per_second_per_gpu=round(speed),
-             mfu=mfu and round(mfu, 4),
-             data_wait=round(waited / duration, 4),
-             peak_memory_gib=round(gib, 3))
+             mfu=round(mfu, 4) if mfu else None,
+             data_wait=round(waited / duration, 4), peak_memory_gib=round(gib, 3))
         utilisation = f"MFU {mfu:.0%}, " if mfu else ""
         bar.set_postfix_str(
             f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {utilisation}{gib:.1f} GiB, "
             f"data {waited / duration:.0%}", refresh=False)
 
         # 4. Validate.
-        if validation and is_due(options.validate_every):
+        if validation and is_due(step, options.validate_every):
             held_out = validate(model, validation, options.validation_sequences)
-            note(validation_loss=held_out)
+            note(step, validation_loss=held_out)
             if grid.is_first:
                 bar.write(f"step {step}: held-out loss {held_out:.3f}")
 
         # 5. Save. A signal reaches one rank before this line and another after it. If each obeyed
         # alone, the first would wait in its save, the second in its next step, each for the other.
         # The sum of all signals is the same on all ranks: they stop after the same step.
-        signals = torch.tensor(len(stop), device=device)
-        is_last = grid.all_reduce(signals, "all").item() > 0
-        if is_last or is_due(options.checkpoint_every):
+        signals = torch.tensor(len(received), device=device)
+        must_stop = grid.all_reduce(signals, "all").item() > 0
+        if must_stop or is_due(step, options.checkpoint_every):
             path = save(step)
-        if is_last:
+        if must_stop:
             if grid.is_first:
                 bar.write(f"stopped by a signal after step {step}; "
                           f"continue with --resume from {path}")
@@ -706,21 +702,19 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
 
     Checks come first: a large model takes minutes to load, on every GPU of a job, and a mistake in
     the options should cost seconds. Nor is a directory made for a run that cannot be.
-
-    options: those of `argument_parser`. Raises ValueError, OSError, ArithmeticError.
     """
     # 1. Check that the kernel takes this model, and that --out holds no other run.
     out = options.out
-    agreed = agreed_settings(options, tokenizer)
-    dtype = getattr(torch, agreed["dtype"])
+    settings = agreed_settings(options, tokenizer)
+    dtype = getattr(torch, settings["dtype"])
     kernel = attention_kernel(options.device, dtype, config.head_dim)
-    checkpoint, step = load_progress(out, options.resume, agreed)
+    checkpoint, step = load_progress(out, options.resume, settings)
     is_done = (out / "final" / "config.json").exists()
 
     # 2. Check that all ranks see the same files: on machines with disks of their own they may not.
-    settings = zlib.crc32(json.dumps(agreed).encode())
-    seen = torch.tensor([step, settings, is_done], device=options.device)
-    if (grid.all_gather(seen, "all") != seen).any():
+    checksum = zlib.crc32(json.dumps(settings).encode())  # a number that fits into a tensor
+    own = torch.tensor([step, checksum, is_done], device=options.device)
+    if (grid.all_gather(own, "all") != own).any():
         raise ValueError(f"the ranks have found different checkpoints in {out}, options or data; "
                          "--out and --data must be the same for all of them")
     if is_done:
@@ -743,7 +737,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
         parameters += parameter.numel() * (grid.tp if is_cut else 1)
     begun = f"resumed after step {step}" if checkpoint else "from the first step on"
     print_once(
-        f"{parameters / 1e6:.2f}M parameters, {agreed['dtype']} on {options.device}, "
+        f"{parameters / 1e6:.2f}M parameters, {settings['dtype']} on {options.device}, "
         f"window {model.config.max_position_embeddings}, rope {model.config.rope_scaling.kind}, "
         f"{options.batch_size} x {training.sequence_length} tokens a step, {begun}")
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
@@ -752,27 +746,27 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     tokenizer_files = options.tokenizer or options.model
 
     def save(step: int) -> Path:
-        return save_checkpoint(out, step, model, optimizer, tokenizer_files, agreed,
+        return save_checkpoint(out, step, model, optimizer, tokenizer_files, settings,
                                options.keep_checkpoints)
 
-    with signals_received() as stop:
-        step = train(model, optimizer, training, validation, options, save, step, stop)
+    with signals_received() as received:
+        step = train(model, optimizer, training, validation, options, save, step, received)
 
     # 6. Export, unless a signal has stopped the run.
     if step == options.steps:
-        with written_once(out / "final", model, tokenizer_files):
-            pass
+        with written_once(out / "final", grid) as aside:
+            save_model(aside, model, tokenizer_files)
         print_once(f"wrote {out}/final")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Stage 1."""
     with one_line_errors():
-        a = stage1_parser().parse_args(argv)
-        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        config, tokenizer = load_start(a, grid, scaling_from_options(vars(a)))
-        training, validation = stage1_datasets(a, tokenizer)
-        run_stage(a, grid, config, tokenizer, training, validation)
+        options = stage1_parser().parse_args(argv)
+        grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
+        config, tokenizer = load_start(options, grid, scaling_from_options(vars(options)))
+        training, validation = stage1_datasets(options, tokenizer)
+        run_stage(options, grid, config, tokenizer, training, validation)
         grid.close()
 
 
