@@ -28,7 +28,7 @@ import time
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,12 +43,10 @@ from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-FREE_TO_CHANGE = (  # options that a resumed run may give otherwise
-    "out", "resume", "checkpoint_every", "keep_checkpoints",
-    "validate_every", "validation_sequences", "validation_data",
-    "device", "timeout", "tp", "cp", "micro_batch_size",
-    "recompute", "offload", "offload_optimizer", "tile",
-    "config")  # a resumed run's model is its checkpoint's, so --config does not matter
+FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is its checkpoint's
+    "out", "resume", "checkpoint_every", "keep_checkpoints", "validate_every",
+    "validation_sequences", "validation_data", "device", "timeout", "tp", "cp", "micro_batch_size",
+    "recompute", "offload", "offload_optimizer", "tile", "config")
 PEAKS = {  # dense bfloat16 FLOP/s
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 CHECKPOINT_FORMAT = 2
@@ -77,17 +75,13 @@ class Parser(argparse.ArgumentParser):
 
 def option(kind: Callable, fits: Callable, right: str) -> Callable[[str], object]:
     """An option's type: its text as a `kind` that `fits`; else the error says what is `right`.
-
-    `positive` below makes 3 of "3"; of "0" it says "0 must be a whole number, 1 or more".
-    """
+    `positive` below makes 3 of "3"; of "0" it says "0 must be a whole number, 1 or more"."""
     def check(text: str):
-        try:
+        with suppress(ValueError):  # "ten" is no int
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {right}")
-        return value
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} must be {right}")
 
     return check
 
@@ -113,13 +107,11 @@ nonnegative = option(int, lambda n: n >= 0, "a whole number, 0 or more")
 nonnegative_number = option(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 fraction = option(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 below_one = option(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-positive_weight = option(float, lambda x: 0 < x < math.inf, "a weight above 0")
 seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0 and below 1e7")
 existing = option(Path, Path.exists, "a file or directory that exists")
 directory = option(Path, lambda path: not path.is_file(), "a directory, not a file")
 writable = option(Path, can_be_written, "a file in a directory that exists and can be written")
-device_here = option(
-    str, is_here, "cpu, or cuda where there is a GPU (of several processes each takes its own)")
+device_here = option(str, is_here, "cpu, or cuda where there is a GPU (one process: also cuda:1)")
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
@@ -127,14 +119,11 @@ def weighted_path(text: str) -> tuple[Path, float]:
     path, _, weight = text.rpartition("=")
     if not path or "/" in weight:  # this '=' belongs to the path
         path, weight = text, "1"
-    return existing(path), positive_weight(weight)
+    return existing(path), nonnegative_number(weight)  # a Blend refuses 0
 
 
 def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = device_here) -> None:
-    """How a model is computed: type, device (an option's type) and grid.
-
-    Processes that tp and cp leave over are data parallel: of 16 with --tp 2 --cp 4, two replicas.
-    """
+    """How a model is computed. Of 16 processes, --tp 2 --cp 4 makes two replicas of 8."""
     title = "compute; parallel under torchrun --standalone --nproc-per-node N (data: N / tp / cp)"
     here = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument_group(title).add_argument
@@ -150,36 +139,28 @@ def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = de
 
 def compute_type(dtype: str | None, device: str) -> str:
     """The --dtype that was asked for; else bfloat16 on a GPU, and float32 on a CPU."""
-    usual = "bfloat16" if device.startswith("cuda") else "float32"  # few CPUs have bfloat16 units
-    return dtype or usual
+    return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
 
 def argument_parser(description: str, planned: bool = False) -> Parser:
-    """The options of both stages; a stage adds its data group.
-
-    planned: for tools.plan, which only reads the model's config.json: a tokenizer and a GPU need
-    not be there, and --steps, --data and --out need not be given.
-    """
+    """The options of both stages; a stage adds its data group. For tools.plan, where a run is only
+    `planned`, tokenizer and GPU need not be there, nor --steps, --data and --out be given."""
     parser = Parser(description)
-    required = not planned
     readable = Path if planned else existing
-
     group = parser.add_argument_group("model")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--model", type=existing, help="start from this Hugging Face model directory")
     add("--config", type=existing, help="start from random weights of this config.json")
     add = group.add_argument
     add("--tokenizer", type=readable, help="directory or file (if not given: the model's own)")
-
     add = parser.add_argument_group("memory").add_argument
     add("--recompute", choices=RECOMPUTE, default="none",
         help="what backward computes again: nothing, all but attention, blocks")
     add("--offload", action="store_true", help="keep what recomputed blocks keep in host memory")
     add("--offload-optimizer", action="store_true", help="keep the optimizer in host memory")
     add("--tile", type=positive, help="positions a tile of block or loss (if not given: as fit)")
-
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=positive, required=required, help="optimizer steps in all")
+    add("--steps", type=positive, required=not planned, help="optimizer steps in all")
     add("--batch-size", type=positive, default=1, help="sequences a step, over all processes")
     add("--micro-batch-size", type=positive, help="sequences a forward (if not given: all at once)")
     add("--learning-rate", type=nonnegative_number, default=3e-5, help="the peak")
@@ -189,11 +170,9 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
     add("--betas", type=below_one, nargs=2, default=(0.9, 0.95), help="of AdamW")
     add("--clip", type=nonnegative_number, default=1.0, help="limit of the gradient norm; 0: none")
     add("--seed", type=nonnegative, default=0, help="weights (with --config) and data order")
-
     add_compute_arguments(parser, str if planned else device_here)
-
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=directory, required=required, help="run directory")
+    add("--out", type=directory, required=not planned, help="run directory")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--checkpoint-every", type=nonnegative, default=0, help="steps; 0: at the end or a signal")
     add("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
@@ -204,8 +183,7 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
 
 def stage1_parser(planned: bool = False) -> Parser:
     """Stage 1's options: packed documents, length up-sampling, rope scaling."""
-    title = "Continued pretraining on packed documents (stage 1), or pretraining from scratch."
-    parser = argument_parser(title, planned)
+    parser = argument_parser("Continued pretraining, or training from scratch (stage 1).", planned)
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", action="extend", type=str if planned else weighted_path,
         required=not planned, metavar="DIR[=WEIGHT]",
@@ -223,7 +201,7 @@ def stage1_parser(planned: bool = False) -> Parser:
 
 
 def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
-    """Raise ValueError for options that this grid cannot train, naming one and what is right."""
+    """Raise ValueError for options that this grid cannot train."""
     config.check_tp(grid.tp)
     length = options.sequence_length
     multiple = grid.sequence_multiple
@@ -238,43 +216,37 @@ def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of the {grid.dp} "
                          "data-parallel replicas")
     share = options.batch_size // grid.dp
-    micro_batch_size = options.micro_batch_size or share
-    if share % micro_batch_size:
-        raise ValueError(f"--micro-batch-size {micro_batch_size} does not divide a replica's share "
-                         f"of --batch-size, {share}")
+    if options.micro_batch_size and share % options.micro_batch_size:
+        raise ValueError(f"--micro-batch-size {options.micro_batch_size} does not divide a "
+                         f"replica's share of --batch-size, {share}")
     if options.offload and options.recompute == "none":
         raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or "
                          "--recompute mlp")
 
 
 def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
-    """(training, validation) datasets of packed documents, see PackedDataset.
-
-    Training blends the corpora of --data by their weights. Validation is the first one's held-out
-    split, its documents as they come, or None with --validation-sequences 0.
-    """
+    """(training, validation): the corpora of --data, blended by weight; what the first holds out,
+    its documents as they come, or None with --validation-sequences 0."""
     def documents(path: Path, split: str, short_weight: float = 1.0, long_weight: float = 1.0):
         return data.PackedDataset(
             path, split, options.sequence_length, options.seed, options.separator,
             options.short_length, options.long_length, short_weight, long_weight,
             tokenizer, options.document_mask)
 
-    corpora, weights = [], []
-    for path, weight in options.data:
-        corpora.append(documents(path, "train", options.short_weight, options.long_weight))
-        weights.append(weight)
+    paths, weights = zip(*options.data, strict=True)
+    drawn = (options.short_weight, options.long_weight)
+    corpora = [documents(path, "train", *drawn) for path in paths]
     training = data.Blend(corpora, weights, options.seed)
     count = options.validation_sequences
     if not count:
         return training, None
-    corpus, _ = options.data[0]
-    validation = documents(corpus, "valid")
+    validation = documents(paths[0], "valid")
     needed = count * options.sequence_length + 1
     held_out = validation.lengths.sum()
     # a document twice in a sequence: the model would copy it, and the loss would look too good
     if held_out < needed:
-        raise ValueError(f"--validation-sequences {count} need {needed} tokens, but {corpus} holds "
-                         f"out {held_out}; ask for fewer, or prepare it with a larger --holdout")
+        raise ValueError(f"--validation-sequences {count} need {needed} tokens, but {paths[0]} "
+                         f"holds out {held_out}; ask for fewer, or prepare with a larger --holdout")
     return training, validation
 
 
@@ -290,18 +262,15 @@ def extension_hint(config: ModelConfig, length: int) -> str:
     if scaling.kind == "default":  # there is no rule yet
         return options
     options += f" --original-length {old_window}"
+    rule = f"the model's own {scaling.kind} rule"
     if stated:
-        return f"{options}, which replaces the model's own {scaling.kind} rule"
-    return (f"{options}, if that was its window before; it replaces the model's own "
-            f"{scaling.kind} rule")
+        return f"{options}, which replaces {rule}"
+    return f"{options}, if that was its window before; it replaces {rule}"
 
 
 def load_start(options: Namespace, grid: Grid,
                scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
-    """Configuration, under the rope scaling that was asked for, and tokenizer to start from.
-
-    They are checked against each other and the options. Raises ValueError, OSError.
-    """
+    """Configuration and tokenizer to start from, checked against each other and the options."""
     own = read_config(options.model or options.config)
     config = rescale(own, scaling)
     length = options.sequence_length
@@ -316,8 +285,8 @@ def load_start(options: Namespace, grid: Grid,
                          "prepared with")
     tokenizer = data.load_tokenizer(path, config.vocab_size)
     stops = data.stop_tokens(tokenizer, config.hf.get("eos_token_id"))
-    exported = config.hf | {"eos_token_id": stops}  # where servers should stop
-    return replace(config, hf=exported), tokenizer
+    config = replace(config, hf=config.hf | {"eos_token_id": stops})  # where servers should stop
+    return config, tokenizer
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int,
@@ -340,10 +309,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int,
 
 
 def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
-    """FLOPs of one sequence's forward pass: of matrix products, and of causal attention.
-
-    Backward takes twice as many. Causal: each query sees half of the keys on average. Counting all,
-    as is common, doubles attention's share.
+    """FLOPs of one sequence's forward pass: of matrix products, and of causal attention. There a
+    query sees half of the keys on average; to count all, as is common, doubles attention's share.
     """
     hidden = config.hidden_size
     width = config.num_attention_heads * config.head_dim
@@ -362,10 +329,8 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
 
 
 def written_once(path: Path, grid: Grid):
-    """A directory to fill on all ranks: the first fills it, complete or absent, the others help."""
-    if grid.is_first:
-        return data.complete_or_absent(path)
-    return nullcontext(path)
+    """A directory that all ranks fill together, the first one writing: complete or absent."""
+    return data.complete_or_absent(path) if grid.is_first else nullcontext(path)
 
 
 def save_model(path: Path, model: Llama, tokenizer: Path) -> None:
@@ -427,25 +392,14 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
     return path
 
 
-def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, step: int) -> None:
-    """Restore the optimizer from a checkpoint of any grid: each rank reads its own part."""
-    for kind in optimizer.KINDS:
-        # one at a time, by way of the host: the device may have no room for more
-        shards = data.read_weights(checkpoint / "optimizer", kind, optimizer.parameters,
-                                   optimizer.dims, optimizer.grid, None, "cpu")
-        optimizer.load_state(kind, shards, step)
-
-
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(run.glob("checkpoint-" + 8 * "[0-9]"))
 
 
 def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
-    """What a resumed run must share with the run it continues, as JSON.
-
-    Files count by what is in them, not by their path: they may move, but not change.
-    """
+    """What a resumed run must share with the run it continues, as JSON. Files count by what is in
+    them, not by their path: they may move, but not change."""
     settings = {}
     for name, value in sorted(vars(options).items()):
         if name not in FREE_TO_CHANGE:
@@ -458,10 +412,7 @@ def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
 
 
 def load_progress(out: Path, resume: bool, settings: dict) -> tuple[Path | None, int]:
-    """(newest checkpoint, its step) of the run in `out`; (None, 0) at the start.
-
-    Raises ValueError if there is a run that may not be continued, or foreign files.
-    """
+    """(newest checkpoint, its step) of the run in `out`; (None, 0) at the start."""
     # 1. What is there: nothing, a run, or foreign files?
     names = [path.name for path in out.iterdir()] if out.exists() else []
     ours = ("checkpoint-", "final", "metrics")
@@ -472,10 +423,9 @@ def load_progress(out: Path, resume: bool, settings: dict) -> tuple[Path | None,
         raise ValueError(f"--out {out}: holds an earlier run; add --resume to continue it, or "
                          "choose another directory")
     # 2. Where did the run stop?
-    complete = checkpoints(out)
-    if not complete:
+    if not checkpoints(out):
         return None, 0
-    newest = complete[-1]
+    newest = checkpoints(out)[-1]
     saved = data.read_object(newest / "training.json")
     if saved.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{newest}: a checkpoint of an earlier version, which this one cannot "
@@ -490,10 +440,7 @@ def load_progress(out: Path, resume: bool, settings: dict) -> tuple[Path | None,
 
 
 def open_metrics(path: Path, step: int):
-    """metrics.jsonl, open for one line a step or validation.
-
-    A resumed run first drops what it will do again: lines after its step, and half a line.
-    """
+    """metrics.jsonl, without what a resumed run will write again: lines after its step, or half."""
     past = []
     if path.exists():
         for line in path.read_text().splitlines(keepends=True):
@@ -526,9 +473,8 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
                   micro_batch_size: int) -> tuple[float, int]:
     """Accumulate one global batch's gradients in the optimizer, from this replica's rows of it.
 
-    Returns the mean loss and the positions computed, of the global batch. The mean is over all its
-    targets, so that each counts alike: say that one rank has one target of loss 4, and another has
-    three of loss 2.
+    Returns the batch's mean loss and the positions computed. The mean is over all targets, so that
+    each counts alike: say that one rank has one target of loss 4, and another three of loss 2.
 
         mean of all targets     (4 + 2 + 2 + 2) / 4 = 2.5     each weighs 1/4
         mean of the two means   (4 / 1 + 6 / 3) / 2 = 3.0     the first one weighs 1/2: wrong
@@ -587,18 +533,15 @@ def signals_received() -> Iterator[list[int]]:
 
 def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace,
           save: Callable[[int], Path], first_step: int, received: list[int]) -> int:
-    """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made.
-
-    training, validation: datasets, see `data.batch`; without the second there is no validation. A
-    signal `received` ends the run early, with a checkpoint after the step in which it came.
-    """
+    """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made: a signal in
+    `received` ends the run early, with a checkpoint after the step in which it came."""
     grid = model.grid
     device = model.head_weight.device
     steps = options.steps
     share = options.batch_size // grid.dp  # sequences a step of this replica
     micro_batch_size = options.micro_batch_size or share
 
-    # FLOPs of a whole sequence, forward and backward; shorter ones take a little less a token
+    # FLOPs of a whole sequence, and twice as many backward; shorter ones take a little less a token
     length = training.sequence_length
     flops, attention = forward_flops(model.config, length)
     if not training.document_mask:  # what a mask leaves of attention is not counted
@@ -679,9 +622,9 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
     return step
 
 
-def build_model(config: ModelConfig, checkpoint: Path | None, grid: Grid, dtype: torch.dtype,
-                options: Namespace) -> Llama:
-    """The model that a run starts with, or continues."""
+def build(config: ModelConfig, checkpoint: Path | None, step: int, grid: Grid, dtype: torch.dtype,
+          options: Namespace) -> tuple[Llama, ShardedAdamW]:
+    """The model and the optimizer that a run starts with, or continues with after `step`."""
     if checkpoint:  # as it is, whatever has become of --model and --config
         model = Llama.from_pretrained(checkpoint, grid, dtype, options.device)
     elif options.model:  # its weights, under the window and rule that were asked for
@@ -693,16 +636,23 @@ def build_model(config: ModelConfig, checkpoint: Path | None, grid: Grid, dtype:
     model.recompute = options.recompute
     model.offload = options.offload
     model.tile = options.tile
-    return model
+    # after the weights are loaded: the optimizer's master weights begin as their copy
+    optimizer = ShardedAdamW(model, grid, options.betas, options.weight_decay,
+                             options.offload_optimizer)
+    if checkpoint:
+        for kind in optimizer.KINDS:
+            # one at a time, by way of the host: the device may have no room for more
+            shards = data.read_weights(checkpoint / "optimizer", kind, optimizer.parameters,
+                                       optimizer.dims, grid, None, "cpu")
+            optimizer.load_state(kind, shards, step)
+    return model, optimizer
 
 
 def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: data.Tokenizer,
               training, validation) -> None:
-    """Check, build, train, export: what is the same in both stages.
-
-    Checks come first: a large model takes minutes to load, on every GPU of a job, and a mistake in
-    the options should cost seconds. Nor is a directory made for a run that cannot be.
-    """
+    """Check, build, train, export: what is the same in both stages. Checks come first: a large model
+    takes minutes to load, on every GPU of a job, and a mistake in the options should cost seconds.
+    Nor is a directory made for a run that cannot be."""
     # 1. Check that the kernel takes this model, and that --out holds no other run.
     out = options.out
     settings = agreed_settings(options, tokenizer)
@@ -721,16 +671,10 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
         print_once(f"{out}/final is already there; nothing to do")
         return
 
-    # 3. Build: the model first, since the optimizer's master weights begin as its weights.
-    model = build_model(config, checkpoint, grid, dtype, options)
-    optimizer = ShardedAdamW(model, grid, options.betas, options.weight_decay,
-                             options.offload_optimizer)
-    if checkpoint:
-        load_optimizer(checkpoint, optimizer, step)
+    # 3. Build, and say what is trained.
+    model, optimizer = build(config, checkpoint, step, grid, dtype, options)
     if grid.is_first:
         out.mkdir(parents=True, exist_ok=True)
-
-    # 4. Say what is trained.
     parameters = 0
     for name, parameter in model.named_parameters():
         is_cut = optimizer.dims[name] is not None
@@ -742,7 +686,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
         f"{options.batch_size} x {training.sequence_length} tokens a step, {begun}")
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
 
-    # 5. Train. The last step too leaves a checkpoint, so a failing export loses nothing.
+    # 4. Train. The last step too leaves a checkpoint, so a failing export loses nothing.
     tokenizer_files = options.tokenizer or options.model
 
     def save(step: int) -> Path:
@@ -752,7 +696,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     with signals_received() as received:
         step = train(model, optimizer, training, validation, options, save, step, received)
 
-    # 6. Export, unless a signal has stopped the run.
+    # 5. Export, unless a signal has stopped the run.
     if step == options.steps:
         with written_once(out / "final", grid) as aside:
             save_model(aside, model, tokenizer_files)
