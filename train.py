@@ -16,7 +16,6 @@ or Ctrl-C writes a checkpoint and stops (under torchrun, if step and checkpoint 
 """
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -26,7 +25,7 @@ import signal
 import sys
 import time
 import zlib
-from argparse import Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -55,12 +54,12 @@ CHECKPOINT_FORMAT = 2
 # ------------------------------------------------------------------------------------------ options
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """argparse that shows defaults, and whose usage errors are one line, as other mistakes are."""
 
     def __init__(self, description: str, **more) -> None:
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, **more)
+        super().__init__(description=description, **more,
+                         formatter_class=ArgumentDefaultsHelpFormatter)
 
     def print_help(self, file=None) -> None:
         if launched()[0] == 0:
@@ -81,25 +80,21 @@ def option(kind: Callable, fits: Callable, right: str) -> Callable[[str], object
             value = kind(text)
             if fits(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text} must be {right}")
-
+        raise ArgumentTypeError(f"{text} must be {right}")
     return check
 
 
 def can_be_written(path: Path) -> bool:
     """Whether a file can be made there."""
-    directory = path.parent
-    return directory.is_dir() and not path.is_dir() and os.access(directory, os.W_OK)
+    return path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def is_here(device: str) -> bool:
     """Whether this machine has the device."""
-    if device == "cpu":
-        return True
     if not torch.cuda.is_available():
-        return False
+        return device == "cpu"
     # of several processes each takes a GPU of its own, so none names one
-    return device == "cuda" or (device.startswith("cuda:") and launched()[1] == 1)
+    return device in ("cpu", "cuda") or (device.startswith("cuda:") and launched()[1] == 1)
 
 
 positive = option(int, lambda n: n >= 1, "a whole number, 1 or more")
@@ -122,7 +117,7 @@ def weighted_path(text: str) -> tuple[Path, float]:
     return existing(path), nonnegative_number(weight)  # a Blend refuses 0
 
 
-def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = device_here) -> None:
+def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here) -> None:
     """How a model is computed. Of 16 processes, --tp 2 --cp 4 makes two replicas of 8."""
     title = "compute; parallel under torchrun --standalone --nproc-per-node N (data: N / tp / cp)"
     here = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,13 +141,12 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
     """The options of both stages; a stage adds its data group. For tools.plan, where a run is only
     `planned`, tokenizer and GPU need not be there, nor --steps, --data and --out be given."""
     parser = Parser(description)
-    readable = Path if planned else existing
     group = parser.add_argument_group("model")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--model", type=existing, help="start from this Hugging Face model directory")
     add("--config", type=existing, help="start from random weights of this config.json")
     add = group.add_argument
-    add("--tokenizer", type=readable, help="directory or file (if not given: the model's own)")
+    add("--tokenizer", type=Path if planned else existing, help="if not given: the model's own")
     add = parser.add_argument_group("memory").add_argument
     add("--recompute", choices=RECOMPUTE, default="none",
         help="what backward computes again: nothing, all but attention, blocks")
@@ -309,9 +303,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int,
 
 
 def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
-    """FLOPs of one sequence's forward pass: of matrix products, and of causal attention. There a
-    query sees half of the keys on average; to count all, as is common, doubles attention's share.
-    """
+    """FLOPs of one sequence's forward pass: of matrix products, and of causal attention, where a
+    query sees half of the keys on average (to count all of them, as is common, doubles it)."""
     hidden = config.hidden_size
     width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
@@ -357,9 +350,8 @@ def save_model(path: Path, model: Llama, tokenizer: Path) -> None:
 
 def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW, tokenizer: Path,
                     settings: dict, keep: int) -> Path:
-    """Write `run/checkpoint-STEP`, then drop all but the newest `keep` checkpoints.
-
-    It holds what one process would write, so any grid can continue:
+    """Write `run/checkpoint-STEP`, then drop all but the newest `keep`. A checkpoint holds what one
+    process would write, so any grid can continue:
 
         checkpoint-00000300/
             config.json, model-*.safetensors, tokenizer     a Hugging Face model directory
@@ -480,16 +472,13 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
         mean of the two means   (4 / 1 + 6 / 3) / 2 = 3.0     the first one weighs 1/2: wrong
 
     Both divide by 4 before their backward, and their gradients need only be summed. So this 4 must
-    be known before any backward, and neither can count it alone.
-    """
+    be known before any backward, and neither can count it alone."""
     grid = model.grid
     device = model.head_weight.device
     optimizer.zero_gradients()
-
     # 1. Count the targets of the whole global batch.
     targets = torch.tensor(int((batch.targets != -100).sum()), device=device)
     targets = max(1, grid.all_reduce(targets, "dp").item())  # without one the loss is 0, not NaN
-
     # 2. Forward and backward of a micro-batch at a time: gradients add up in the optimizer.
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, positions
     for rows in torch.arange(len(batch.tokens)).split(micro_batch_size):
@@ -503,7 +492,6 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
         (loss / targets).backward()
         total[0] += loss.detach()
         total[1] += part.tokens.numel()
-
     # 3. Sum what is reported. The gradients are summed once, in the optimizer's step.
     loss, positions = grid.all_reduce(total, "dp").tolist()
     return loss / targets, int(positions)
@@ -514,14 +502,14 @@ def peak_memory_gib(device: torch.device | str) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gib = 2**30 if sys.platform == "darwin" else 2**20  # in bytes on macOS, in KiB on Linux
-    return largest / gib
+    return largest / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else KiB
 
 
 @contextmanager
 def signals_received() -> Iterator[list[int]]:
     """Yield a list of this block's SIGTERM and SIGINT (Ctrl-C), which then do nothing else."""
-    received, previous = [], {}
+    received = []
+    previous = {}  # the handlers that are given back
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
@@ -560,7 +548,6 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
             print(json.dumps({"step": step, **values}), file=log)
 
     def is_due(step: int, every: int) -> bool:
-        """Every so many steps, and at the end."""
         return step == steps or (every > 0 and step % every == 0)
 
     step = first_step  # all may have been made: then there is no loop
@@ -616,8 +603,7 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
             path = save(step)
         if must_stop:
             if grid.is_first:
-                bar.write(f"stopped by a signal after step {step}; "
-                          f"continue with --resume from {path}")
+                bar.write(f"stopped by a signal after step {step}: --resume continues from {path}")
             break
     return step
 
@@ -650,9 +636,9 @@ def build(config: ModelConfig, checkpoint: Path | None, step: int, grid: Grid, d
 
 def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: data.Tokenizer,
               training, validation) -> None:
-    """Check, build, train, export: what is the same in both stages. Checks come first: a large model
-    takes minutes to load, on every GPU of a job, and a mistake in the options should cost seconds.
-    Nor is a directory made for a run that cannot be."""
+    """Check, build, train, export: what both stages do. Checks come first: a large model takes
+    minutes to load, on every GPU of a job, and a mistake in the options should cost seconds. Nor is
+    a directory made for a run that cannot be."""
     # 1. Check that the kernel takes this model, and that --out holds no other run.
     out = options.out
     settings = agreed_settings(options, tokenizer)
