@@ -145,8 +145,8 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--model", type=existing, help="start from this Hugging Face model directory")
     add("--config", type=existing, help="start from random weights of this config.json")
-    add = group.add_argument
-    add("--tokenizer", type=Path if planned else existing, help="if not given: the model's own")
+    group.add_argument("--tokenizer", type=Path if planned else existing,
+                       help="directory or file (if not given: the model's own)")
     add = parser.add_argument_group("memory").add_argument
     add("--recompute", choices=RECOMPUTE, default="none",
         help="what backward computes again: nothing, all but attention, blocks")
@@ -237,7 +237,7 @@ def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
     validation = documents(paths[0], "valid")
     needed = count * options.sequence_length + 1
     held_out = validation.lengths.sum()
-    # a document twice in a sequence: the model would copy it, and the loss would look too good
+    # else a document may come twice: the model would copy it, and the loss would look too good
     if held_out < needed:
         raise ValueError(f"--validation-sequences {count} need {needed} tokens, but {paths[0]} "
                          f"holds out {held_out}; ask for fewer, or prepare with a larger --holdout")
@@ -285,9 +285,8 @@ def load_start(options: Namespace, grid: Grid,
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int,
                   final_share: float) -> float:
-    """The rate of a step, counted from 1 to `steps`.
-
-    With a peak of 2.0, 10 of 110 steps of warm-up and a final share of 0.1:
+    """The rate of a step, counted from 1 to `steps`. With a peak of 2.0, 10 of 110 steps of warm-up
+    and a final share of 0.1:
 
         step      1     5     10    35      60     85      110
         rate      0.2   1.0   2.0   1.736   1.1    0.464   0.2
@@ -377,7 +376,7 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
     # the new one is complete and has its name: now old ones may go
     if grid.is_first:
         for old in checkpoints(run)[:-keep]:
-            old.rename(f"{old}.partial")  # first: a half-deleted one must not look complete
+            old.rename(f"{old}.partial")  # at first: a half-deleted one must not look complete
         for leftover in run.glob("checkpoint-*.partial"):
             shutil.rmtree(leftover)
     grid.barrier()
@@ -392,15 +391,12 @@ def checkpoints(run: Path) -> list[Path]:
 def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
     """What a resumed run must share with the run it continues, as JSON. Files count by what is in
     them, not by their path: they may move, but not change."""
-    settings = {}
-    for name, value in sorted(vars(options).items()):
-        if name not in FREE_TO_CHANGE:
-            settings[name] = value
+    settings = {name: value for name, value in vars(options).items() if name not in FREE_TO_CHANGE}
     settings["dtype"] = compute_type(options.dtype, options.device)
     settings["tokenizer"] = data.fingerprint(tokenizer)
     settings["model"] = data.digest(options.model) if options.model else None
     settings["data"] = [[data.digest(path), weight] for path, weight in options.data]
-    return json.loads(json.dumps(settings, default=str))  # as a checkpoint gives it back
+    return json.loads(json.dumps(settings, default=str, sort_keys=True))  # as a checkpoint has it
 
 
 def load_progress(out: Path, resume: bool, settings: dict) -> tuple[Path | None, int]:
