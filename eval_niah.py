@@ -18,7 +18,6 @@ import random
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,20 +73,18 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
                  rng: random.Random, task: str = "passkey", chat: bool = False, digits: int = 5,
                  system: str | None = None) -> Prompt:
     """One prompt of exactly `length` tokens; a pure function of its arguments and of rng's state.
-
     haystack_tokens: 1-D ids, at least `length`. depth in [0, 1] is where among them the fact goes.
     With 400 tokens, a depth of 0.5 and the tests' tokenizer, to which 48213 is two tokens:
 
         head                    1    <|begin_of_text|>, or what opens a chat
-        haystack, first part  168    164 is half of 327; a line ends four tokens later
+        haystack, first part  168    164 is half of the 327 that fit; a line ends four tokens later
         fact                   34    \\nThe pass key is 48213. Remember it.\\n
         haystack, the rest    159
         tail                   36    \\nWhat is the pass key? The pass key is
         answer                  2    48213, of which the model is told nothing before it answers
 
-    All else is made first, and 327 tokens of haystack fill the room that it leaves. Each piece is
-    tokenised alone and joined as ids: so lengths add up, and the number has the same tokens in fact
-    and answer."""
+    Each piece is tokenised alone and joined as ids: so lengths add up, and the number has the same
+    tokens in fact and answer."""
     assert 0 <= depth <= 1, depth
     assert len(haystack_tokens) >= length
     passage = np.asarray(haystack_tokens[:length]).tolist()
@@ -109,7 +106,7 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
         head = begin_of_text(tokenizer)
         tail = encode(f"{question} {lead}")
     # 3. As much haystack as there is room for.
-    others = len(head) + len(fact) + len(tail) + len(answer)
+    others = len(head + fact + tail + answer)
     room = length - others
     if room < 1:
         raise ValueError(f"length {length} is too small: fact, question and answer take {others}")
@@ -117,19 +114,19 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
     # 4. The fact, near its depth, where it cuts no line.
     place = insertion_point(tokenizer, passage, round(depth * room))
     tokens = head + passage[:place] + fact + passage[place:] + tail + answer
-    return Prompt(tokens, length - len(answer), len(head) + place, number, task, key)
+    answer_start = length - len(answer)
+    return Prompt(tokens, answer_start, len(head) + place, number, task, key)
 
 
 def draw_fact(rng: random.Random, text: bytes, digits: int, task: str) -> tuple[str | None, str]:
     """A key (None for a pass key) and a number, neither of which stands in lower-case `text`."""
-    def absent(what: str, draw: Callable[[], str]) -> str:
+    def absent(what, draw):
         for _ in range(1000):
             candidate = draw()
             if candidate.encode() not in text:
                 return candidate
         raise ValueError(f"the haystack holds nearly all {what}: longer numbers (--digits) or "
                          "another haystack are needed")
-
     least = 10 ** (digits - 1)
     number = absent(f"numbers of {digits} digits", lambda: str(rng.randrange(least, 10 * least)))
     if task == "passkey":
@@ -151,21 +148,19 @@ def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int
     """What a chat template puts before a user's message, and after it up to the answer."""
     tokens = encode_question("", tokenizer, system)  # around an empty message
     end = end_of_turn(tokenizer)
-    border = max(i for i, token in enumerate(tokens) if token == end)  # a system message has one
+    border = len(tokens) - 1 - tokens[::-1].index(end)  # the last one: a system message has one too
     return tokens[:border], tokens[border:]
 
 
 def insertion_point(tokenizer: Encoding, passage: list[int], target: int) -> int:
-    """The place nearest to `target` where a fact damages no text.
-
-    In "He sat down.\\nThe caterpillar slept" with the target inside "caterpillar" that is before
-    "The", where a line begins. Without a line border within 2 % of the passage (8 to 256 tokens) it
-    is between two words, and without these at least between two characters."""
+    """The place nearest to `target` where a fact damages no text: in "I sat down.\\nThe caterpillar
+    slept" with the target inside "caterpillar" before "The", where a line begins. Without a border
+    of lines within 2 % of the passage (8 to 256 tokens) it is between two words, and without that
+    at least between two characters."""
     def spelling(i: int) -> bytes:  # of token i; what lies outside counts as a line break
         if not 0 <= i < len(passage):
             return b"\n"
         return tokenizer.decode_single_token_bytes(passage[i])
-
     reach = min(max(8, len(passage) // 50), 256)
     first = max(0, target - reach)
     last = min(len(passage), target + reach)
@@ -251,7 +246,7 @@ class Reader:
         batch, length = rows.shape
         # 1. A cache that is large enough. Where what was truncated lay on other ranks of the ring,
         # a rank has more than its share of what is left: we allow 1.5 times, see step 3.
-        allowed = length if grid.cp == 1 else math.ceil(1.5 * length / grid.cp)
+        allowed = min(length, math.ceil(1.5 * length / grid.cp))
         needed = allowed + grid.sequence_multiple + self.more
         if self.rows is None or len(self.rows) != batch or self.cache.capacity < needed:
             self.rows = rows
@@ -274,17 +269,16 @@ class Reader:
 
     def counts(self) -> list[int]:
         """`read` and `computed` of all replicas."""
-        counts = torch.tensor([self.read, self.computed], device=self.model.head_weight.device)
+        device = self.model.head_weight.device
+        counts = torch.tensor([self.read, self.computed], device=device)
         return self.model.grid.all_reduce(counts, "dp").tolist()
 
 
 @torch.inference_mode()
 def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
-    """Argmax for each answer token and the one after, of prompts of equal length.
-
-    One forward a replica: data-parallel replicas share the prompts, and every rank returns all
-    predictions. Position i predicts token i + 1: with an answer of 2 tokens in a prompt of 400, the
-    last 3 positions, 397 to 399, predict tokens 398 and 399, and what follows."""
+    """Argmax for each answer token and the one after, of prompts of equal length. Replicas share
+    the prompts; every rank returns all predictions. Position i predicts token i + 1: with an answer
+    of 2 tokens in a prompt of 400, positions 397 to 399 predict tokens 398, 399 and what follows."""
     model = reader.model
     grid = model.grid
     device = model.head_weight.device
@@ -310,14 +304,13 @@ def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
 def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *,
                 seed: int = 1234, task: str = "passkey", **options) -> Prompt:
     """Prompt number `sample` of one cell, see `build_prompt`; it depends on no other cell. "mixed"
-    alternates tasks by sample. A sample begins at the same place of a long haystack in all cells
-    (one with OFFSETS tokens more than the longest prompt), so its prompts begin alike."""
+    alternates tasks by sample. A sample's text begins at the same place of the haystack in all
+    cells, if that has OFFSETS tokens more than the longest prompt: so its prompts begin alike."""
     if task == "mixed":
         task = ("passkey", "needle")[sample % 2]
     starts = min(OFFSETS, len(haystack_tokens) - length + 1)
     rng = random.Random(f"{seed} {sample}")  # the same in every cell
-    start = rng.randrange(max(1, starts))
-    passage = haystack_tokens[start:]
+    passage = haystack_tokens[rng.randrange(starts):]
     rng = random.Random(f"{seed} {length} {depth:.6f} {sample}")  # of this prompt alone
     return build_prompt(tokenizer, passage, length, depth, rng, task, **options)
 
@@ -337,17 +330,16 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
         length 10, depth 0      F h a y s t a c k q     all
 
     Samples share forwards of up to `batch_tokens` tokens a replica: no result changes, but by
-    rounding. `options` are those of `cell_prompt`. Returns {"lengths", "depths", "means", "cells",
-    "read", "computed"}, see `summary` and `Reader`."""
+    rounding. `options` are those of `cell_prompt`. For the results see `summary` and `Reader`."""
     lengths = sorted(set(lengths))
     records = {cell: [] for cell in itertools.product(lengths, depths)}
-    order = sorted(records, key=lambda cell: cell[0] * cell[1], reverse=True)  # by length x depth
+    order = sorted(records, key=math.prod, reverse=True)  # by length x depth
     reader = Reader(model)
     size = max(1, batch_tokens // lengths[-1]) * model.grid.dp  # prompts read side by side
     disable = None if model.grid.is_first else True  # None: unless this is a terminal
     bar = tqdm(total=len(records) * samples, unit="prompt", disable=disable)
     for start in range(0, samples, size):
-        group = range(start, min(start + size, samples))
+        group = range(samples)[start:start + size]
         for length, depth in order:
             prompts = [cell_prompt(tokenizer, haystack_tokens, length, depth, sample, **options)
                        for sample in group]
@@ -394,9 +386,8 @@ def summary(records: dict[tuple[int, float], list[dict]]) -> dict:
 
 
 def standard_error(right: np.ndarray) -> float:
-    """Standard error of the mean of `right` (depths, samples): over samples, since the prompts of
-    one share their text and fail together. A single sample has no spread: then binomial, as if
-    every prompt were drawn alone."""
+    """Standard error of the mean of `right` (depths, samples): over samples, whose prompts share
+    their text and fail together. One sample has no spread: binomial, as if all were drawn alone."""
     mean = right.mean()
     samples = right.shape[1]
     if samples == 1:
@@ -418,7 +409,9 @@ def short_length(length: int) -> str:
 
 def accuracy_grid(results: dict) -> list[list[float]]:
     """Accuracy in %, one row a depth, one column a length."""
-    accuracy = {(cell["length"], cell["depth"]): cell["accuracy"] for cell in results["cells"]}
+    accuracy = {}
+    for cell in results["cells"]:
+        accuracy[cell["length"], cell["depth"]] = cell["accuracy"]
     grid = []
     for depth in results["depths"]:
         grid.append([accuracy[length, depth] for length in results["lengths"]])
@@ -436,8 +429,7 @@ def terminal_map(results: dict, colour: bool) -> str:
     """The heat map as text: rows are depths, columns lengths, a bar where the old window ends."""
     border = lengths_inside(results)
     tones = (208, 214, 222, 187, 115, 79, 36)  # of 256: orange for 0 %, sand, green for 100 %
-
-    def line(name: str, texts: list[str], values: list[float] | None = None) -> str:
+    def line(name, texts, values=None):
         parts = [f"{text:^7}" for text in texts]
         if values and colour:
             for column, value in enumerate(values):
@@ -446,7 +438,6 @@ def terminal_map(results: dict, colour: bool) -> str:
         if border:
             parts.insert(border, " | ")
         return f"{name:>7} " + "".join(parts)
-
     lines = [line("depth", [short_length(length) for length in results["lengths"]])]
     for depth, row in zip(results["depths"], accuracy_grid(results), strict=True):
         lines.append(line(f"{100 * depth:.0f} %", [f"{value:.0f}" for value in row], row))
@@ -484,12 +475,12 @@ def load_model(options: Namespace, grid: Grid) -> Llama:
 
 
 def results_header(options: Namespace, config: ModelConfig) -> dict:
-    """What a file of results says first: the settings, and the window to mark in a figure."""
-    dtype = compute_type(options.dtype, options.device)
+    """What a file of results says first: the settings, and the old window to mark in a figure."""
     window = config.max_position_embeddings
     if config.rope_scaling.kind != "llama3":  # Llama 3.1's own scaling is no extension
         window = config.window_before() or window
-    return {"settings": vars(options) | {"dtype": dtype}, "window": options.window or window}
+    settings = vars(options) | {"dtype": compute_type(options.dtype, options.device)}
+    return {"settings": settings, "window": options.window or window}
 
 
 def note_lengths(config: ModelConfig, longest: int) -> None:
@@ -510,39 +501,35 @@ def checkpoint_parser(description: str) -> Parser:
 
 def as_json(results: dict) -> bytes:
     """Results as a file; a path among the settings as its text."""
-    text = json.dumps(results, indent=1, default=str)
-    return f"{text}\n".encode()
+    return f"{json.dumps(results, indent=1, default=str)}\n".encode()
 
 
 def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
-    """The first `needed` tokens (int64) of a haystack; all, if it has no more. It is a corpus, whose
-    held-out split is taken, or one file of text. Text with facts in our wording is refused."""
+    """The first `needed` tokens (int64) of a haystack; all, if it has no more. It is a corpus, of
+    which the held-out split is taken, or a text file. Facts in our wording are refused."""
     if data.is_corpus(path):
         split = data.PackedDataset(path, "valid", sequence_length=1, seed=0, separator="none",
                                    tokenizer=tokenizer)
-        parts, filled = [], 0
+        tokens = []
         for index in split.plan(0):  # all documents, each once
-            tokens, _ = split.document(index)
-            parts.append(tokens)
-            filled += len(tokens)
-            if filled >= needed:
-                break
-        tokens = np.concatenate(parts)[:needed].astype(np.int64)
+            if len(tokens) < needed:
+                document, _ = split.document(index)
+                tokens += document.tolist()
     else:
         try:
             text = path.read_bytes().decode()
         except (IsADirectoryError, UnicodeDecodeError):
             raise ValueError(f"--haystack {path}: neither a corpus nor one file of UTF-8 text; "
                              "prepare a corpus from it (python -m tools.prepare)") from None
-        tokens = np.array(tokenizer.encode_ordinary(text)[:needed], dtype=np.int64)
-    content = tokenizer.decode_bytes(tokens.tolist())
+        tokens = tokenizer.encode_ordinary(text)
+    tokens = tokens[:needed]
+    content = tokenizer.decode_bytes(tokens)
     for wording in WORDING.values():
         lead = wording["lead"].replace("{key}", r"\S+").encode()
         fact = re.search(lead + rb"\d+", content)
         if fact:
-            raise ValueError(f"--haystack {path}: holds {fact.group()!r}, "
-                             "like the facts to be hidden")
-    return tokens
+            raise ValueError(f"--haystack {path}: holds {fact[0]!r}, like the facts to be hidden")
+    return np.array(tokens, dtype=np.int64)
 
 
 def parser() -> Parser:
@@ -574,23 +561,24 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
         grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
         config, tokenizer = read_checkpoint(options)
-        lengths = options.lengths
-        note_lengths(config, max(lengths))
-        haystack = load_haystack(options.haystack, tokenizer, OFFSETS + max(lengths))
-        if len(haystack) < max(lengths):
+        longest = max(options.lengths)
+        note_lengths(config, longest)
+        haystack = load_haystack(options.haystack, tokenizer, OFFSETS + longest)
+        if len(haystack) < longest:
             raise ValueError(f"--haystack {options.haystack}: {len(haystack)} tokens; "
-                             f"length {max(lengths)} needs as many")
+                             f"length {longest} needs as many")
         depths = [0.5]
         if options.depths > 1:
-            depths = [round(i / (options.depths - 1), 6) for i in range(options.depths)]
+            last = options.depths - 1
+            depths = [round(i / last, 6) for i in range(options.depths)]
         prompt_options = {"seed": options.seed, "task": options.task, "digits": options.digits,
                           "chat": options.prompt == "chat", "system": options.system}
         # a length that is too small shows here, before the weights are read
         for depth, sample in itertools.product(depths, range(options.samples)):
-            cell_prompt(tokenizer, haystack, min(lengths), depth, sample, **prompt_options)
+            cell_prompt(tokenizer, haystack, min(options.lengths), depth, sample, **prompt_options)
         model = load_model(options, grid)
         results = results_header(options, config)
-        results |= evaluate(model, tokenizer, haystack, lengths, depths, options.samples,
+        results |= evaluate(model, tokenizer, haystack, options.lengths, depths, options.samples,
                             batch_tokens=options.batch_tokens, **prompt_options)
         if grid.is_first:
             print(terminal_map(results, sys.stdout.isatty()))
