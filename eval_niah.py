@@ -223,9 +223,8 @@ def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[
 
 
 class Reader:
-    """Reads rows of tokens with a model, and leaves out what they share with the rows before.
-
-    The tokens with which rows begin like those read last are still in the KV cache:
+    """Reads rows of tokens with a model. The tokens with which they begin like the rows read last
+    are still in the KV cache, and are left out:
 
         first row     h a y s t a c k F q      10 tokens read, 10 computed
         second row    h a y s F t a c k q      10 tokens read, 6 computed: h a y s are there
@@ -278,7 +277,7 @@ class Reader:
 def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
     """Argmax for each answer token and the one after, of prompts of equal length. Replicas share
     the prompts; every rank returns all predictions. Position i predicts token i + 1: with an answer
-    of 2 tokens in a prompt of 400, positions 397 to 399 predict tokens 398, 399 and what follows."""
+    of 2 tokens in a prompt of 400, positions 397 to 399 predict tokens 398 to 400."""
     model = reader.model
     grid = model.grid
     device = model.head_weight.device
@@ -317,10 +316,9 @@ def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float,
 
 def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int],
              depths: list[float], samples: int, *, batch_tokens: int = 16384, **options) -> dict:
-    """Retrieval accuracy of every length x depth, a cell, `samples` prompts each.
-
-    Cells are computed from the last place of a fact to the first: so each prompt begins like the
-    one before, up to its own fact F, and only the rest is computed. With a letter for a token:
+    """Retrieval accuracy of every length x depth, a cell, `samples` prompts each. Cells are computed
+    from the last place of a fact to the first: so each prompt begins like the one before, up to its
+    own fact F, and only the rest is computed. With a letter for a token:
 
         length 10, depth 1      h a y s t a c k F q     all
         length 6, depth 1       h a y s F q             F q
