@@ -46,7 +46,7 @@ WORDING = {
         "lead": "The magic number of {key} is ",
     },
 }
-OFFSETS = 2**20  # how many start positions in the haystack a sample may draw
+OFFSETS = 2**20  # how many start positions in the haystack a sample may draw from
 KEYS = """amber anchor apple arrow badge basket beacon berry blanket bottle bridge button cabin
 candle canyon carpet castle cedar cherry circle clover cobalt copper coral cotton crystal dagger
 desert diamond dragon eagle ember engine falcon feather forest garden ginger glacier hammer harbor
@@ -316,7 +316,7 @@ def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float,
 
 def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int],
              depths: list[float], samples: int, *, batch_tokens: int = 16384, **options) -> dict:
-    """Retrieval accuracy of every length x depth, a cell, `samples` prompts each. Cells are computed
+    """Retrieval accuracy of every length x depth, a cell, `samples` prompts each. Cells are taken
     from the last place of a fact to the first: so each prompt begins like the one before, up to its
     own fact F, and only the rest is computed. With a letter for a token:
 
