@@ -18,7 +18,6 @@ import random
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +31,7 @@ from model import KVCache, Llama, ModelConfig, read_config, rescale
 from parallel import Grid, attention_kernel, one_line_errors, print_once
 from rope_yarn import add_scaling_arguments, scaling_from_options
 from sft import encode_question, end_of_turn
-from train import (
-    Parser,
-    add_compute_arguments,
-    compute_type,
-    existing,
-    nonnegative,
-    positive,
-    writable,
-)
+from train import Parser, add_compute_arguments, compute_type, existing, positive, writable
 
 # A fact stands on a line of its own, its number between the two parts. The lead begins an answer.
 WORDING = {
@@ -55,7 +46,7 @@ WORDING = {
         "lead": "The magic number of {key} is ",
     },
 }
-OFFSETS = 2**20  # a window begins at one of the haystack's first places, the same in every cell
+OFFSETS = 2**20  # how many start positions in the haystack a sample may draw from
 KEYS = """amber anchor apple arrow badge basket beacon berry blanket bottle bridge button cabin
 candle canyon carpet castle cedar cherry circle clover cobalt copper coral cotton crystal dagger
 desert diamond dragon eagle ember engine falcon feather forest garden ginger glacier hammer harbor
@@ -82,30 +73,24 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
                  rng: random.Random, task: str = "passkey", chat: bool = False, digits: int = 5,
                  system: str | None = None) -> Prompt:
     """One prompt of exactly `length` tokens; a pure function of its arguments and of rng's state.
-
     haystack_tokens: 1-D ids, at least `length`. depth in [0, 1] is where among them the fact goes.
     With 400 tokens, a depth of 0.5 and the tests' tokenizer, to which 48213 is two tokens:
 
         head                    1    <|begin_of_text|>, or what opens a chat
-        haystack, first part  168    164 is half of 327; a line ends four tokens later
+        haystack, first part  168    164 is half of the 327 that fit; a line ends four tokens later
         fact                   34    \\nThe pass key is 48213. Remember it.\\n
         haystack, the rest    159
         tail                   36    \\nWhat is the pass key? The pass key is
         answer                  2    48213, of which the model is told nothing before it answers
 
-    All else is made first, and 327 tokens of haystack fill the room that it leaves. Each piece is
-    tokenised alone and joined as ids: so lengths add up, and the number has the same tokens in fact
-    and answer. Raises ValueError if the length is too small, or the haystack holds all numbers.
-    """
+    Each piece is tokenised alone and joined as ids: so lengths add up, and the number has the same
+    tokens in fact and answer."""
     assert 0 <= depth <= 1, depth
-    count = len(haystack_tokens)
-    assert count >= length, f"the haystack has {count} tokens, not {length}"
-    window = np.asarray(haystack_tokens[:length]).tolist()
-
+    assert len(haystack_tokens) >= length
+    passage = np.asarray(haystack_tokens[:length]).tolist()
     # 1. A number, and its key, that do not stand in the haystack: else it has two right places.
-    text = tokenizer.decode_bytes(window).lower()
+    text = tokenizer.decode_bytes(passage).lower()
     key, number = draw_fact(rng, text, digits, task)
-
     # 2. All that is no haystack.
     encode = tokenizer.encode_ordinary
     wording = WORDING[task]
@@ -120,37 +105,35 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
     else:
         head = begin_of_text(tokenizer)
         tail = encode(f"{question} {lead}")
-
     # 3. As much haystack as there is room for.
-    others = len(head) + len(fact) + len(tail) + len(answer)
+    others = len(head + fact + tail + answer)
     room = length - others
     if room < 1:
         raise ValueError(f"length {length} is too small: fact, question and answer take {others}")
-    window = window[:room]
-
+    passage = passage[:room]
     # 4. The fact, near its depth, where it cuts no line.
-    place = insertion_point(tokenizer, window, round(depth * room))
-    tokens = head + window[:place] + fact + window[place:] + tail + answer
-    return Prompt(tokens, length - len(answer), len(head) + place, number, task, key)
+    place = insertion_point(tokenizer, passage, round(depth * room))
+    tokens = head + passage[:place] + fact + passage[place:] + tail + answer
+    answer_start = length - len(answer)
+    return Prompt(tokens, answer_start, len(head) + place, number, task, key)
 
 
 def draw_fact(rng: random.Random, text: bytes, digits: int, task: str) -> tuple[str | None, str]:
     """A key (None for a pass key) and a number, neither of which stands in lower-case `text`."""
-    def absent(what: str, draw: Callable[[], str]) -> str:
+    def absent(what, draw):
         for _ in range(1000):
             candidate = draw()
             if candidate.encode() not in text:
                 return candidate
         raise ValueError(f"the haystack holds nearly all {what}: longer numbers (--digits) or "
                          "another haystack are needed")
-
     least = 10 ** (digits - 1)
     number = absent(f"numbers of {digits} digits", lambda: str(rng.randrange(least, 10 * least)))
     if task == "passkey":
         return None, number
     free = [key for key in KEYS if key.encode() not in text]
     if free:
-        return rng.sample(free, 1)[0], number
+        return rng.choice(free), number
     # a million tokens of prose hold every common word, but not every two of them joined
     return absent("keys", lambda: "-".join(rng.sample(KEYS, 2))), number
 
@@ -158,48 +141,41 @@ def draw_fact(rng: random.Random, text: bytes, digits: int, task: str) -> tuple[
 def begin_of_text(tokenizer: Encoding) -> list[int]:
     """Llama 3 sees its begin-of-text token before any text; most other tokenizers have none."""
     name = "<|begin_of_text|>"
-    if name not in tokenizer.special_tokens_set:
-        return []
-    return [tokenizer.encode_single_token(name)]
+    return [tokenizer.encode_single_token(name)] if name in tokenizer.special_tokens_set else []
 
 
 def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int], list[int]]:
     """What a chat template puts before a user's message, and after it up to the answer."""
     tokens = encode_question("", tokenizer, system)  # around an empty message
     end = end_of_turn(tokenizer)
-    ends = [i for i, token in enumerate(tokens) if token == end]  # a system message has one too
-    border = ends[-1]
+    border = len(tokens) - 1 - tokens[::-1].index(end)  # the last one: a system message has one too
     return tokens[:border], tokens[border:]
 
 
-def insertion_point(tokenizer: Encoding, window: list[int], target: int) -> int:
-    """Where a fact meant for `target` goes: to the nearest place that damages no text.
-
-    In "He sat down.\\nThe caterpillar slept" with the target inside "caterpillar" the fact goes
-    before "The", where a line begins. Without a line border within 2 % of the window (8 to 256
-    tokens) it goes between two words, and without these at least between two characters.
-    """
-    def text(i: int) -> bytes:
-        """What token i spells; the window lies between two line breaks."""
-        if not 0 <= i < len(window):
+def insertion_point(tokenizer: Encoding, passage: list[int], target: int) -> int:
+    """The place nearest to `target` where a fact damages no text: in "I sat down.\\nThe caterpillar
+    slept" with the target inside "caterpillar" before "The", where a line begins. Without a border
+    of lines within 2 % of the passage (8 to 256 tokens) it is between two words, and without that
+    at least between two characters."""
+    def spelling(i: int) -> bytes:  # of token i; what lies outside counts as a line break
+        if not 0 <= i < len(passage):
             return b"\n"
-        return tokenizer.decode_single_token_bytes(window[i])
-
-    reach = min(max(8, len(window) // 50), 256)
+        return tokenizer.decode_single_token_bytes(passage[i])
+    reach = min(max(8, len(passage) // 50), 256)
     first = max(0, target - reach)
-    last = min(len(window), target + reach)
+    last = min(len(passage), target + reach)
     places = sorted(range(first, last + 1), key=lambda place: abs(place - target))
-    # 1. The nearest border of lines.
+    # 1. A border of lines.
     for place in places:
-        if text(place - 1).endswith(b"\n") or text(place).startswith(b"\n"):
+        if spelling(place - 1).endswith(b"\n") or spelling(place).startswith(b"\n"):
             return place
-    # 2. The nearest border of words.
+    # 2. A border of words.
     for place in places:
-        if text(place - 1)[-1:].isspace() or text(place)[:1].isspace():
+        if spelling(place - 1)[-1:].isspace() or spelling(place)[:1].isspace():
             return place
-    # 3. The nearest border of characters: UTF-8 continues one with bytes 80 to BF.
+    # 3. A border of characters: UTF-8 continues one with bytes 80 to BF.
     for place in places:
-        if not b"\x80" <= text(place)[:1] < b"\xc0":
+        if not b"\x80" <= spelling(place)[:1] < b"\xc0":
             return place
     return target
 
@@ -208,9 +184,8 @@ def insertion_point(tokenizer: Encoding, window: list[int], target: int) -> int:
 
 
 def exact_number_match(text: str, number: str) -> bool:
-    """Whether the first number in `text` is `number`, whole.
-
-    A number is a run of digits, with any '.' or ',' that stands between digits. Against 48213:
+    """Whether the first number in `text` is `number`, whole. A number is a run of digits, with any
+    '.' or ',' that stands between digits. Against 48213:
 
         right    "48213."   "It is 48213, I think"
         wrong    "482135"   "048213"   "48,213"   "48213.5"   "1 48213", whose first number is 1
@@ -240,8 +215,7 @@ def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[
         48|213|.    wrong: 213 was said after 482, which was fed; after 48 nobody has asked
 
     The fact in the prompt is split as the answer is, so a model that copies gives 482|13. The score
-    may be too low for a model that would give 48|213, never too high.
-    """
+    may be too low for a model that would give 48|213, never too high."""
     answer = prompt.tokens[prompt.answer_start:]
     given = text_of(tokenizer, predictions)
     correct = predictions[:-1] == answer and exact_number_match(given, prompt.answer)
@@ -249,15 +223,13 @@ def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[
 
 
 class Reader:
-    """Reads rows of tokens with a model, and leaves out what they share with the rows before.
-
-    The tokens with which rows begin like those read last are still in the KV cache:
+    """Reads rows of tokens with a model. The tokens with which they begin like the rows read last
+    are still in the KV cache, and are left out:
 
         first row     h a y s t a c k F q      10 tokens read, 10 computed
         second row    h a y s F t a c k q      10 tokens read, 6 computed: h a y s are there
 
-    `read` and `computed` count them. `more` tokens may be generated after a row.
-    """
+    `read` and `computed` count them. `more` tokens may be generated after a row."""
 
     def __init__(self, model: Llama, more: int = 0) -> None:
         self.model = model
@@ -267,29 +239,27 @@ class Reader:
         self.read = 0
         self.computed = 0
 
-    def begin(self, rows: torch.Tensor, most: int) -> KVCache:
-        """The cache, truncated to what it shares with rows (B, S) int64: `most` tokens at most."""
+    def begin(self, rows: torch.Tensor, limit: int) -> KVCache:
+        """The cache, truncated to what it shares with rows (B, S) int64: `limit` tokens at most."""
         grid = self.model.grid
         batch, length = rows.shape
         # 1. A cache that is large enough. Where what was truncated lay on other ranks of the ring,
-        # a rank holds more than its share of what is left: up to 1.5 times.
-        most_held = length if grid.cp == 1 else math.ceil(1.5 * length / grid.cp)
-        needed = most_held + grid.sequence_multiple + self.more
+        # a rank has more than its share of what is left: we allow 1.5 times, see step 3.
+        allowed = min(length, math.ceil(1.5 * length / grid.cp))
+        needed = allowed + grid.sequence_multiple + self.more
         if self.rows is None or len(self.rows) != batch or self.cache.capacity < needed:
             self.rows = rows
             self.cache = None  # given back before the next one is made
             room = needed + needed // 32  # a little over, for rows a little longer
             self.cache = self.model.new_cache(batch, room)
-
-        # 2. Forget what follows the first place where any row differs from the one before.
-        width = min(self.rows.shape[1], most, self.cache.length)
+        # 2. Forget what follows the first column in which any row differs from the one before.
+        width = min(self.rows.shape[1], limit, self.cache.length)
         differs = (self.rows[:, :width] != rows[:, :width]).any(0)  # (width,)
-        places = differs.nonzero()  # (n, 1)
-        self.cache.truncate(int(places[0]) if len(places) else width)
-
+        columns = differs.nonzero()  # (n, 1)
+        self.cache.truncate(int(columns[0]) if len(columns) else width)
         # 3. Begin anew if one rank would hold and do too much.
-        own = (length - self.cache.length) / grid.cp  # of the new tokens
-        if self.cache.fullest() + own > most_held:
+        new = (length - self.cache.length) / grid.cp  # tokens that each rank computes
+        if self.cache.fullest() + new > allowed:
             self.cache.truncate(0)
         self.rows = rows
         self.read += batch * length
@@ -298,18 +268,16 @@ class Reader:
 
     def counts(self) -> list[int]:
         """`read` and `computed` of all replicas."""
-        counts = torch.tensor([self.read, self.computed], device=self.model.head_weight.device)
+        device = self.model.head_weight.device
+        counts = torch.tensor([self.read, self.computed], device=device)
         return self.model.grid.all_reduce(counts, "dp").tolist()
 
 
 @torch.inference_mode()
 def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
-    """Argmax for each answer token and the one after, of prompts of equal length.
-
-    One forward a replica: data-parallel replicas share the prompts, and every rank returns all
-    predictions. Position i predicts token i + 1: with an answer of 2 tokens in a prompt of 400, the
-    last 3 positions, 397 to 399, predict tokens 398 and 399, and what follows.
-    """
+    """Argmax for each answer token and the one after, of prompts of equal length. Replicas share
+    the prompts; every rank returns all predictions. Position i predicts token i + 1: with an answer
+    of 2 tokens in a prompt of 400, positions 397 to 399 predict tokens 398 to 400."""
     model = reader.model
     grid = model.grid
     device = model.head_weight.device
@@ -317,65 +285,59 @@ def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
     counts = [len(prompt.tokens) - prompt.answer_start + 1 for prompt in prompts]
     widest = max(counts)
     best = torch.zeros(len(prompts), widest, dtype=torch.int64, device=device)
-    share = slice(grid.dp_rank, None, grid.dp)  # of the prompts, this replica's
-    rows = [prompt.tokens for prompt in prompts[share]]
+    own = slice(grid.dp_rank, None, grid.dp)  # this replica's prompts
+    rows = [prompt.tokens for prompt in prompts[own]]
     if rows:
         tokens = torch.tensor(rows, device=device)  # (B, S)
         length = tokens.shape[1]
-        first = length - widest  # the position that predicts the first answer token
-        cache = reader.begin(tokens, first)
-        positions = torch.arange(first, length, device=device)  # (widest,)
-        places = positions - cache.length  # in what is computed
+        start = length - widest  # the position that predicts the first answer token
+        cache = reader.begin(tokens, start)
+        places = torch.arange(start, length, device=device) - cache.length  # in what is computed
         places = places.expand(len(rows), -1)  # (B, widest)
         hidden = model.hidden_at(tokens[:, cache.length:], places, cache)  # (B, widest, hidden)
-        best[share] = model.logits(hidden).argmax(dim=-1)  # (B, widest); the head never sees S rows
+        best[own] = model.logits(hidden).argmax(dim=-1)  # (B, widest): lm_head sees no other row
     best = grid.all_reduce(best, "dp").tolist()  # a replica has zeros in the others' rows
     return [row[-count:] for row, count in zip(best, counts, strict=True)]
 
 
 def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *,
                 seed: int = 1234, task: str = "passkey", **options) -> Prompt:
-    """Prompt number `sample` of one cell, see `build_prompt`; it depends on no other cell.
-
-    "mixed" alternates tasks by sample. A sample's window of the haystack begins at the same place
-    in all cells, so that their prompts begin alike (if the haystack has OFFSETS tokens more than
-    the longest prompt; of a shorter one in most cells).
-    """
+    """Prompt number `sample` of one cell, see `build_prompt`; it depends on no other cell. "mixed"
+    alternates tasks by sample. A sample's text begins at the same place of the haystack in all
+    cells, if that has OFFSETS tokens more than the longest prompt: so its prompts begin alike."""
     if task == "mixed":
         task = ("passkey", "needle")[sample % 2]
-    places = min(OFFSETS, len(haystack_tokens) - length + 1)
+    starts = min(OFFSETS, len(haystack_tokens) - length + 1)
     rng = random.Random(f"{seed} {sample}")  # the same in every cell
-    start = rng.randrange(max(1, places))
-    window = haystack_tokens[start:]
+    passage = haystack_tokens[rng.randrange(starts):]
     rng = random.Random(f"{seed} {length} {depth:.6f} {sample}")  # of this prompt alone
-    return build_prompt(tokenizer, window, length, depth, rng, task, **options)
+    return build_prompt(tokenizer, passage, length, depth, rng, task, **options)
 
 
 def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int],
              depths: list[float], samples: int, *, batch_tokens: int = 16384, **options) -> dict:
-    """Retrieval accuracy of every length x depth, a cell, `samples` prompts each.
+    """Retrieval accuracy of every length x depth, a cell, `samples` prompts each. Cells are taken
+    from the last place of a fact to the first: so each prompt begins like the one before, up to its
+    own fact F, and only the rest is computed. With a letter for a token:
 
-    Cells are computed from the last place of a fact to the first: so each prompt begins like the
-    one before, up to its own fact F, and only the rest is computed.
-
-        length 8, depth 1      h a y s t a c k F q      all
-        length 4, depth 1      h a y s F q              F q
-        length 8, depth 0.5    h a y s F t a c k q      F t a c k q: each cell has its own number
-        length 8, depth 0      F h a y s t a c k q      all
+        length 10, depth 1      h a y s t a c k F q     all
+        length 6, depth 1       h a y s F q             F q
+        length 10, depth 0.5    h a y s F t a c k q     F t a c k q: each cell has its own number
+        length 6, depth 0.5     h a F y s q             F y s q
+        length 6, depth 0       F h a y s q             all
+        length 10, depth 0      F h a y s t a c k q     all
 
     Samples share forwards of up to `batch_tokens` tokens a replica: no result changes, but by
-    rounding. `options` are those of `cell_prompt`. Returns {"lengths", "depths", "means", "cells",
-    "read", "computed"}, see `summary` and `Reader`.
-    """
+    rounding. `options` are those of `cell_prompt`. For the results see `summary` and `Reader`."""
     lengths = sorted(set(lengths))
     records = {cell: [] for cell in itertools.product(lengths, depths)}
-    order = sorted(records, key=lambda cell: cell[0] * cell[1], reverse=True)  # by length x depth
+    order = sorted(records, key=math.prod, reverse=True)  # by length x depth
     reader = Reader(model)
     size = max(1, batch_tokens // lengths[-1]) * model.grid.dp  # prompts read side by side
     disable = None if model.grid.is_first else True  # None: unless this is a terminal
     bar = tqdm(total=len(records) * samples, unit="prompt", disable=disable)
     for start in range(0, samples, size):
-        group = range(start, min(start + size, samples))
+        group = range(samples)[start:start + size]
         for length, depth in order:
             prompts = [cell_prompt(tokenizer, haystack_tokens, length, depth, sample, **options)
                        for sample in group]
@@ -394,25 +356,24 @@ def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[i
             bar.update(len(group))
     bar.close()
     read, computed = reader.counts()
-    counts = {"read": read, "computed": computed}
-    return {"lengths": lengths, "depths": list(depths), **summary(records), **counts}
+    return {"lengths": lengths, "depths": list(depths), **summary(records),
+            "read": read, "computed": computed}
 
 
 def summary(records: dict[tuple[int, float], list[dict]]) -> dict:
-    """{"means": of every length, "cells": of every length and depth}, accuracies in %.
-
-    records: of each (length, depth), what each prompt expected and was given.
-    """
+    """{"means": of every length, "cells": of every length and depth}, accuracies in %. records: of
+    each (length, depth) its prompts, what each "expected", what the model has "given" as its
+    answer, and whether that is "correct"."""
     cells = []
-    rows = {}  # of each length, a row for each depth: which samples are right
+    by_length = {}  # a row for each depth: which samples are right
     for (length, depth), prompts in records.items():
         right = [prompt["correct"] for prompt in prompts]
         accuracy = 100 * sum(right) / len(right)
         cells.append({"length": length, "depth": depth, "prompts": prompts, "accuracy": accuracy})
-        rows.setdefault(length, []).append(right)
+        by_length.setdefault(length, []).append(right)
     means = []
-    for length in rows:
-        right = np.array(rows[length])  # (depths, samples)
+    for length, rows in by_length.items():
+        right = np.array(rows)  # (depths, samples)
         means.append({
             "length": length,
             "prompts": right.size,
@@ -423,11 +384,8 @@ def summary(records: dict[tuple[int, float], list[dict]]) -> dict:
 
 
 def standard_error(right: np.ndarray) -> float:
-    """Standard error of the mean of `right` (depths, samples).
-
-    Over samples, since the prompts of one share their text and fail together. A single sample has
-    no spread: then binomial, as if every prompt were drawn alone.
-    """
+    """Standard error of the mean of `right` (depths, samples): over samples, whose prompts share
+    their text and fail together. One sample has no spread: binomial, as if all were drawn alone."""
     mean = right.mean()
     samples = right.shape[1]
     if samples == 1:
@@ -452,10 +410,10 @@ def accuracy_grid(results: dict) -> list[list[float]]:
     accuracy = {}
     for cell in results["cells"]:
         accuracy[cell["length"], cell["depth"]] = cell["accuracy"]
-    rows = []
+    grid = []
     for depth in results["depths"]:
-        rows.append([accuracy[length, depth] for length in results["lengths"]])
-    return rows
+        grid.append([accuracy[length, depth] for length in results["lengths"]])
+    return grid
 
 
 def lengths_inside(results: dict) -> int:
@@ -469,8 +427,7 @@ def terminal_map(results: dict, colour: bool) -> str:
     """The heat map as text: rows are depths, columns lengths, a bar where the old window ends."""
     border = lengths_inside(results)
     tones = (208, 214, 222, 187, 115, 79, 36)  # of 256: orange for 0 %, sand, green for 100 %
-
-    def line(name: str, texts: list[str], values: list[float] | None = None) -> str:
+    def line(name, texts, values=None):
         parts = [f"{text:^7}" for text in texts]
         if values and colour:
             for column, value in enumerate(values):
@@ -479,7 +436,6 @@ def terminal_map(results: dict, colour: bool) -> str:
         if border:
             parts.insert(border, " | ")
         return f"{name:>7} " + "".join(parts)
-
     lines = [line("depth", [short_length(length) for length in results["lengths"]])]
     for depth, row in zip(results["depths"], accuracy_grid(results), strict=True):
         lines.append(line(f"{100 * depth:.0f} %", [f"{value:.0f}" for value in row], row))
@@ -500,10 +456,7 @@ def print_saved(read: int, computed: int) -> None:
 
 
 def read_checkpoint(options: Namespace) -> tuple[ModelConfig, data.Tokenizer]:
-    """All of a model directory but its weights: configuration and tokenizer, checked.
-
-    options: those of `checkpoint_parser`. Raises ValueError or OSError naming what is wrong.
-    """
+    """All of a model directory but its weights: configuration and tokenizer, checked."""
     scaling = scaling_from_options(vars(options))
     config = rescale(read_config(options.model), scaling)
     tokenizer = data.load_tokenizer(options.model, config.vocab_size)
@@ -519,20 +472,13 @@ def load_model(options: Namespace, grid: Grid) -> Llama:
     return Llama.from_pretrained(options.model, grid, dtype, options.device, scaling)
 
 
-def window_to_mark(config: ModelConfig) -> int:
-    """The window before extension: Llama 3.1's own scaling is no extension, other kinds are."""
-    own = config.max_position_embeddings
-    if config.rope_scaling.kind == "llama3":
-        return own
-    return config.window_before() or own
-
-
 def results_header(options: Namespace, config: ModelConfig) -> dict:
-    """What a file of results says first: the settings, and the window to mark in a figure."""
-    dtype = compute_type(options.dtype, options.device)
-    settings = vars(options) | {"dtype": dtype}
-    window = options.window or window_to_mark(config)
-    return {"settings": settings, "window": window}
+    """What a file of results says first: the settings, and the old window to mark in a figure."""
+    window = config.max_position_embeddings
+    if config.rope_scaling.kind != "llama3":  # Llama 3.1's own scaling is no extension
+        window = config.window_before() or window
+    settings = vars(options) | {"dtype": compute_type(options.dtype, options.device)}
+    return {"settings": settings, "window": options.window or window}
 
 
 def note_lengths(config: ModelConfig, longest: int) -> None:
@@ -547,54 +493,47 @@ def checkpoint_parser(description: str) -> Parser:
     parser = Parser(description)
     parser.add_argument("model", type=existing, help="Hugging Face model directory")
     add_compute_arguments(parser)
-    title = "context extension without training (replaces the checkpoint's scaling)"
-    add_scaling_arguments(parser, title)
+    add_scaling_arguments(parser, "context extension without training (replaces the model's own)")
     return parser
 
 
 def as_json(results: dict) -> bytes:
     """Results as a file; a path among the settings as its text."""
-    text = json.dumps(results, indent=1, default=str)
-    return f"{text}\n".encode()
+    return f"{json.dumps(results, indent=1, default=str)}\n".encode()
 
 
 def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
-    """The first `needed` tokens (int64), or all, of a corpus's held-out split or of one file.
-
-    Raises OSError, or ValueError if that is neither or states facts of its own in our wording.
-    """
+    """The first `needed` tokens (int64) of a haystack; all, if it has no more. It is a corpus, of
+    which the held-out split is taken, or a text file. Facts in our wording are refused."""
     if data.is_corpus(path):
-        split = data.PackedDataset(path, "valid", 1, 0, separator="none", tokenizer=tokenizer)
-        parts, filled = [], 0
+        split = data.PackedDataset(path, "valid", sequence_length=1, seed=0, separator="none",
+                                   tokenizer=tokenizer)
+        tokens = []
         for index in split.plan(0):  # all documents, each once
-            tokens, _ = split.document(index)
-            parts.append(tokens)
-            filled += len(tokens)
-            if filled >= needed:
-                break
-        tokens = np.concatenate(parts)[:needed].astype(np.int64)
+            if len(tokens) < needed:
+                document, _ = split.document(index)
+                tokens += document.tolist()
     else:
         try:
             text = path.read_bytes().decode()
         except (IsADirectoryError, UnicodeDecodeError):
             raise ValueError(f"--haystack {path}: neither a corpus nor one file of UTF-8 text; "
                              "prepare a corpus from it (python -m tools.prepare)") from None
-        tokens = np.array(tokenizer.encode_ordinary(text)[:needed], dtype=np.int64)
-
-    content = tokenizer.decode_bytes(tokens.tolist())
+        tokens = tokenizer.encode_ordinary(text)
+    tokens = tokens[:needed]
+    content = tokenizer.decode_bytes(tokens)
     for wording in WORDING.values():
         lead = wording["lead"].replace("{key}", r"\S+").encode()
         fact = re.search(lead + rb"\d+", content)
         if fact:
-            raise ValueError(f"--haystack {path}: holds {fact.group()!r}, "
-                             "like the facts to be hidden")
-    return tokens
+            raise ValueError(f"--haystack {path}: holds {fact[0]!r}, like the facts to be hidden")
+    return np.array(tokens, dtype=np.int64)
 
 
 def parser() -> Parser:
     """The options of an evaluation with needles."""
-    parser = checkpoint_parser("Needles over lengths and depths.")
-    add = parser.add_argument_group("prompts").add_argument
+    needles = checkpoint_parser("Needles over lengths and depths.")
+    add = needles.add_argument_group("prompts").add_argument
     add("--haystack", type=existing, required=True,
         help="text that was not trained on: a corpus (its held-out split is used) or a text file")
     add("--lengths", type=positive, nargs="+", required=True, help="tokens, the answer's included")
@@ -605,44 +544,45 @@ def parser() -> Parser:
     add("--system", help="a system message before each chat prompt")
     add("--digits", type=positive, default=5, help="length of the numbers")
     add("--batch-tokens", type=positive, default=16384, help="a forward of a replica (or a prompt)")
-    add("--seed", type=nonnegative, default=1234)
-    add = parser.add_argument_group("output").add_argument
+    add("--seed", type=int, default=1234)
+    add = needles.add_argument_group("output").add_argument
     add("--out", type=writable, help="results, JSON")
     add("--window", type=positive, help="old window to mark (if not given: before extension)")
-    return parser
+    return needles
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check everything, build the shortest prompts, load the model, evaluate, show and write."""
     with one_line_errors():
-        a = parser().parse_args(argv)
-        if a.system is not None and a.prompt != "chat":
+        options = parser().parse_args(argv)
+        if options.system is not None and options.prompt != "chat":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
-        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        config, tokenizer = read_checkpoint(a)
-        longest = max(a.lengths)
+        grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
+        config, tokenizer = read_checkpoint(options)
+        longest = max(options.lengths)
         note_lengths(config, longest)
-        haystack = load_haystack(a.haystack, tokenizer, OFFSETS + longest)
+        haystack = load_haystack(options.haystack, tokenizer, OFFSETS + longest)
         if len(haystack) < longest:
-            raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; "
+            raise ValueError(f"--haystack {options.haystack}: {len(haystack)} tokens; "
                              f"length {longest} needs as many")
         depths = [0.5]
-        if a.depths > 1:
-            depths = [round(i / (a.depths - 1), 6) for i in range(a.depths)]
-        options = {"seed": a.seed, "task": a.task, "chat": a.prompt == "chat", "digits": a.digits,
-                   "system": a.system}
+        if options.depths > 1:
+            last = options.depths - 1
+            depths = [round(i / last, 6) for i in range(options.depths)]
+        prompt_options = {"seed": options.seed, "task": options.task, "digits": options.digits,
+                          "chat": options.prompt == "chat", "system": options.system}
         # a length that is too small shows here, before the weights are read
-        for depth, sample in itertools.product(depths, range(a.samples)):
-            cell_prompt(tokenizer, haystack, min(a.lengths), depth, sample, **options)
-        model = load_model(a, grid)
-        results = results_header(a, config)
-        results |= evaluate(model, tokenizer, haystack, a.lengths, depths, a.samples,
-                            batch_tokens=a.batch_tokens, **options)
+        for depth, sample in itertools.product(depths, range(options.samples)):
+            cell_prompt(tokenizer, haystack, min(options.lengths), depth, sample, **prompt_options)
+        model = load_model(options, grid)
+        results = results_header(options, config)
+        results |= evaluate(model, tokenizer, haystack, options.lengths, depths, options.samples,
+                            batch_tokens=options.batch_tokens, **prompt_options)
         if grid.is_first:
             print(terminal_map(results, sys.stdout.isatty()))
             print_saved(results["read"], results["computed"])
-            if a.out:
-                data.write_complete(a.out, as_json(results))
+            if options.out:
+                data.write_complete(options.out, as_json(results))
         grid.close()
 
 

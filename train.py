@@ -8,14 +8,14 @@
 
 A run directory holds `metrics.jsonl`, the newest `checkpoint-STEP` directories (model, optimizer,
 data position: each is complete or absent) and, at the end, `final`, a Hugging Face model directory.
-`--resume` continues from the newest checkpoint to the last bit, and starts where there is none:
-with torchrun --max-restarts a failed job goes on by itself. SIGTERM or Ctrl-C writes a checkpoint
-and stops (under torchrun, if step and checkpoint fit into its --shutdown-timeout, 30 s by default).
-`python -m tools.plan H100-80` and the same options say what a run takes.
+`--resume` continues from the newest checkpoint, and starts where there is none: with torchrun
+--max-restarts a failed job goes on by itself. On CPUs, with the same grid and threads, the losses
+are the uninterrupted run's to the last bit; on GPUs or another grid they are to rounding. SIGTERM
+or Ctrl-C writes a checkpoint and stops (under torchrun, if step and checkpoint fit into its
+--shutdown-timeout, 30 s by default). `python -m tools.plan H100-80` says what a run takes.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -25,9 +25,9 @@ import signal
 import sys
 import time
 import zlib
-from argparse import Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,12 +42,10 @@ from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-FREE_TO_CHANGE = (  # at a resume
-    "out", "resume", "checkpoint_every", "keep_checkpoints",
-    "validate_every", "validation_sequences", "validation_data",
-    "device", "timeout", "tp", "cp", "micro_batch_size",
-    "recompute", "offload", "offload_optimizer", "tile",
-    "config")  # the checkpoint has the model
+FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is its checkpoint's
+    "out", "resume", "checkpoint_every", "keep_checkpoints", "validate_every",
+    "validation_sequences", "validation_data", "device", "timeout", "tp", "cp", "micro_batch_size",
+    "recompute", "offload", "offload_optimizer", "tile", "config")
 PEAKS = {  # dense bfloat16 FLOP/s
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 CHECKPOINT_FORMAT = 2
@@ -56,12 +54,12 @@ CHECKPOINT_FORMAT = 2
 # ------------------------------------------------------------------------------------------ options
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """argparse that shows defaults, and whose usage errors are one line, as other mistakes are."""
 
     def __init__(self, description: str, **more) -> None:
-        shows_defaults = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=shows_defaults, **more)
+        super().__init__(description=description, **more,
+                         formatter_class=ArgumentDefaultsHelpFormatter)
 
     def print_help(self, file=None) -> None:
         if launched()[0] == 0:
@@ -76,35 +74,27 @@ class Parser(argparse.ArgumentParser):
 
 def option(kind: Callable, fits: Callable, right: str) -> Callable[[str], object]:
     """An option's type: its text as a `kind` that `fits`; else the error says what is `right`.
-
-    `positive` below makes 3 of "3"; of "0" it says "0 must be a whole number, 1 or more".
-    """
+    `positive` below makes 3 of "3"; of "0" it says "0 must be a whole number, 1 or more"."""
     def check(text: str):
-        try:
+        with suppress(ValueError):  # "ten" is no int
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {right}")
-        return value
-
+            if fits(value):
+                return value
+        raise ArgumentTypeError(f"{text} must be {right}")
     return check
 
 
 def can_be_written(path: Path) -> bool:
     """Whether a file can be made there."""
-    directory = path.parent
-    return directory.is_dir() and not path.is_dir() and os.access(directory, os.W_OK)
+    return path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def is_here(device: str) -> bool:
     """Whether this machine has the device."""
-    if device == "cpu":
-        return True
     if not torch.cuda.is_available():
-        return False
+        return device == "cpu"
     # of several processes each takes a GPU of its own, so none names one
-    return device == "cuda" or (device.startswith("cuda:") and launched()[1] == 1)
+    return device in ("cpu", "cuda") or (device.startswith("cuda:") and launched()[1] == 1)
 
 
 positive = option(int, lambda n: n >= 1, "a whole number, 1 or more")
@@ -112,13 +102,11 @@ nonnegative = option(int, lambda n: n >= 0, "a whole number, 0 or more")
 nonnegative_number = option(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 fraction = option(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 below_one = option(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-positive_weight = option(float, lambda x: 0 < x < math.inf, "a weight above 0")
-seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0")
+seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0 and below 1e7")
 existing = option(Path, Path.exists, "a file or directory that exists")
 directory = option(Path, lambda path: not path.is_file(), "a directory, not a file")
 writable = option(Path, can_be_written, "a file in a directory that exists and can be written")
-device_here = option(
-    str, is_here, "cpu, or cuda where there is a GPU (of several processes each takes its own)")
+device_here = option(str, is_here, "cpu, or cuda where there is a GPU (one process: also cuda:1)")
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
@@ -126,14 +114,11 @@ def weighted_path(text: str) -> tuple[Path, float]:
     path, _, weight = text.rpartition("=")
     if not path or "/" in weight:  # this '=' belongs to the path
         path, weight = text, "1"
-    return existing(path), positive_weight(weight)
+    return existing(path), nonnegative_number(weight)  # a Blend refuses 0
 
 
-def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = device_here) -> None:
-    """How a model is computed: type, device (an option's type) and grid.
-
-    Processes that tp and cp leave over are data parallel: of 16 with --tp 2 --cp 4, two replicas.
-    """
+def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here) -> None:
+    """How a model is computed. Of 16 processes, --tp 2 --cp 4 makes two replicas of 8."""
     title = "compute; parallel under torchrun --standalone --nproc-per-node N (data: N / tp / cp)"
     here = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument_group(title).add_argument
@@ -149,37 +134,27 @@ def add_compute_arguments(parser: argparse.ArgumentParser, device: Callable = de
 
 def compute_type(dtype: str | None, device: str) -> str:
     """The --dtype that was asked for; else bfloat16 on a GPU, and float32 on a CPU."""
-    usual = "bfloat16" if device.startswith("cuda") else "float32"  # few CPUs have bfloat16 units
-    return dtype or usual
+    return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
 
 def argument_parser(description: str, planned: bool = False) -> Parser:
-    """The options of both stages; a stage adds its data group.
-
-    For a run that is only planned, what it would read and where it would run need not be there, and
-    --steps, --data and --out need not be given.
-    """
+    """The options of both stages; a stage adds its data group. For tools.plan, where a run is only
+    `planned`, tokenizer and GPU need not be there, nor --steps, --data and --out be given."""
     parser = Parser(description)
-    required = not planned
-    readable = Path if planned else existing
-
     group = parser.add_argument_group("model")
-    start = group.add_mutually_exclusive_group(required=True)
-    add = start.add_argument
+    add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--model", type=existing, help="start from this Hugging Face model directory")
     add("--config", type=existing, help="start from random weights of this config.json")
-    add = group.add_argument
-    add("--tokenizer", type=readable, help="directory or file (if not given: the model's own)")
-
+    group.add_argument("--tokenizer", type=Path if planned else existing,
+                       help="directory or file (if not given: the model's own)")
     add = parser.add_argument_group("memory").add_argument
     add("--recompute", choices=RECOMPUTE, default="none",
         help="what backward computes again: nothing, all but attention, blocks")
     add("--offload", action="store_true", help="keep what recomputed blocks keep in host memory")
     add("--offload-optimizer", action="store_true", help="keep the optimizer in host memory")
     add("--tile", type=positive, help="positions a tile of block or loss (if not given: as fit)")
-
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=positive, required=required, help="optimizer steps in all")
+    add("--steps", type=positive, required=not planned, help="optimizer steps in all")
     add("--batch-size", type=positive, default=1, help="sequences a step, over all processes")
     add("--micro-batch-size", type=positive, help="sequences a forward (if not given: all at once)")
     add("--learning-rate", type=nonnegative_number, default=3e-5, help="the peak")
@@ -189,11 +164,9 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
     add("--betas", type=below_one, nargs=2, default=(0.9, 0.95), help="of AdamW")
     add("--clip", type=nonnegative_number, default=1.0, help="limit of the gradient norm; 0: none")
     add("--seed", type=nonnegative, default=0, help="weights (with --config) and data order")
-
     add_compute_arguments(parser, str if planned else device_here)
-
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=directory, required=required, help="run directory")
+    add("--out", type=directory, required=not planned, help="run directory")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--checkpoint-every", type=nonnegative, default=0, help="steps; 0: at the end or a signal")
     add("--keep-checkpoints", type=positive, default=2, help="how many of the newest to keep")
@@ -204,8 +177,7 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
 
 def stage1_parser(planned: bool = False) -> Parser:
     """Stage 1's options: packed documents, length up-sampling, rope scaling."""
-    title = "Continued pretraining on packed documents (stage 1), or pretraining from scratch."
-    parser = argument_parser(title, planned)
+    parser = argument_parser("Continued pretraining, or training from scratch (stage 1).", planned)
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", action="extend", type=str if planned else weighted_path,
         required=not planned, metavar="DIR[=WEIGHT]",
@@ -223,7 +195,7 @@ def stage1_parser(planned: bool = False) -> Parser:
 
 
 def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
-    """Raise ValueError for options that this grid cannot train, naming one and what is right."""
+    """Raise ValueError for options that this grid cannot train."""
     config.check_tp(grid.tp)
     length = options.sequence_length
     multiple = grid.sequence_multiple
@@ -238,90 +210,83 @@ def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of the {grid.dp} "
                          "data-parallel replicas")
     share = options.batch_size // grid.dp
-    micro_batch_size = options.micro_batch_size or share
-    if share % micro_batch_size:
-        raise ValueError(f"--micro-batch-size {micro_batch_size} does not divide a replica's share "
-                         f"of --batch-size, {share}")
+    if options.micro_batch_size and share % options.micro_batch_size:
+        raise ValueError(f"--micro-batch-size {options.micro_batch_size} does not divide a "
+                         f"replica's share of --batch-size, {share}")
     if options.offload and options.recompute == "none":
         raise ValueError("--offload moves what recomputed blocks keep: add --recompute block or "
                          "--recompute mlp")
 
 
 def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
-    """(training, validation) datasets of packed documents, see PackedDataset. Raises ValueError.
-
-    Training blends the sources of --data by their weights. Validation is the first source's
-    held-out split, its documents as they come, or None with --validation-sequences 0.
-    """
+    """(training, validation): the corpora of --data, blended by weight; what the first holds out,
+    its documents as they come, or None with --validation-sequences 0."""
     def documents(path: Path, split: str, short_weight: float = 1.0, long_weight: float = 1.0):
         return data.PackedDataset(
             path, split, options.sequence_length, options.seed, options.separator,
             options.short_length, options.long_length, short_weight, long_weight,
             tokenizer, options.document_mask)
 
-    corpora, weights = [], []
-    for path, weight in options.data:
-        corpora.append(documents(path, "train", options.short_weight, options.long_weight))
-        weights.append(weight)
+    paths, weights = zip(*options.data, strict=True)
+    drawn = (options.short_weight, options.long_weight)
+    corpora = [documents(path, "train", *drawn) for path in paths]
     training = data.Blend(corpora, weights, options.seed)
     count = options.validation_sequences
     if not count:
         return training, None
-    first, _ = options.data[0]
-    validation = documents(first, "valid")
+    validation = documents(paths[0], "valid")
     needed = count * options.sequence_length + 1
     held_out = validation.lengths.sum()
-    if held_out < needed:  # a document seen twice in one sequence would be copied
-        raise ValueError(f"--validation-sequences {count} need {needed} tokens, but {first} holds "
-                         f"out {held_out}; ask for fewer, or prepare it with a larger --holdout")
+    # else a document may come twice: the model would copy it, and the loss would look too good
+    if held_out < needed:
+        raise ValueError(f"--validation-sequences {count} need {needed} tokens, but {paths[0]} "
+                         f"holds out {held_out}; ask for fewer, or prepare with a larger --holdout")
     return training, validation
 
 
 # ------------------------------------------------------------------------------- model and schedule
 
 
-def extension(config: ModelConfig, length: int) -> str:
+def extension_hint(config: ModelConfig, length: int) -> str:
     """The options that extend a model's window to `length`, for people."""
     scaling = config.rope_scaling
-    known = config.window_before()
-    original = known or round(config.max_position_embeddings / scaling.factor)
-    options = f"train.py --rope-kind yarn --rope-factor {math.ceil(length / original)}"
-    if scaling.kind == "default":
+    stated = config.window_before()
+    old_window = stated or round(config.max_position_embeddings / scaling.factor)
+    options = f"train.py --rope-kind yarn --rope-factor {math.ceil(length / old_window)}"
+    if scaling.kind == "default":  # there is no rule yet
         return options
-    which = "which" if known else "if that was its window before; it"
+    options += f" --original-length {old_window}"
     rule = f"the model's own {scaling.kind} rule"
-    return f"{options} --original-length {original}, {which} replaces {rule}"
+    if stated:
+        return f"{options}, which replaces {rule}"
+    return f"{options}, if that was its window before; it replaces {rule}"
 
 
 def load_start(options: Namespace, grid: Grid,
                scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
-    """Configuration, with the rope scaling that was asked for, and tokenizer to start from.
-
-    Checked against each other and the options. Raises ValueError, OSError.
-    """
+    """Configuration and tokenizer to start from, checked against each other and the options."""
     own = read_config(options.model or options.config)
     config = rescale(own, scaling)
     length = options.sequence_length
     window = config.max_position_embeddings
     if length > window:
         raise ValueError(f"--sequence-length {length} is beyond the model's window of {window}; "
-                         f"extend it ({extension(own, length)}) or shorten the sequences")
+                         f"extend it ({extension_hint(own, length)}) or shorten the sequences")
     check_run(options, grid, config)
-    source = options.tokenizer or options.model
-    if not source:
+    path = options.tokenizer or options.model
+    if not path:
         raise ValueError("--tokenizer is needed with --config: the one that the corpus was "
                          "prepared with")
-    tokenizer = data.load_tokenizer(source, config.vocab_size)
+    tokenizer = data.load_tokenizer(path, config.vocab_size)
     stops = data.stop_tokens(tokenizer, config.hf.get("eos_token_id"))
-    exported = config.hf | {"eos_token_id": stops}  # where servers should stop
-    return replace(config, hf=exported), tokenizer
+    config = replace(config, hf=config.hf | {"eos_token_id": stops})  # where servers should stop
+    return config, tokenizer
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int,
                   final_share: float) -> float:
-    """The rate of a step, counted from 1 to `steps`.
-
-    With a peak of 2.0, 10 of 110 steps of warm-up and a final share of 0.1:
+    """The rate of a step, counted from 1 to `steps`. With a peak of 2.0, 10 of 110 steps of warm-up
+    and a final share of 0.1:
 
         step      1     5     10    35      60     85      110
         rate      0.2   1.0   2.0   1.736   1.1    0.464   0.2
@@ -337,11 +302,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int,
 
 
 def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
-    """FLOPs of one sequence's forward pass: of matrix products, and of causal attention.
-
-    Backward takes twice as many. Causal: each query sees half of the keys on average. Counting all,
-    as is common, doubles attention's share.
-    """
+    """FLOPs of one sequence's forward pass: of matrix products, and of causal attention, where a
+    query sees half of the keys on average (to count all of them, as is common, doubles it)."""
     hidden = config.hidden_size
     width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
@@ -351,62 +313,55 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
     head_weights = config.vocab_size * hidden
     weights = layers * (attention_weights + mlp_weights) + head_weights
     products = 2 * length * weights  # a multiplication and an addition a weight
-    attention = layers * 2 * length**2 * width  # Q K^T and P V: 2 x 2 S^2 / 2 each
+    attention = layers * 2 * length**2 * width  # Q K^T and P V: 2 S^2 width / 2 each
     return products, attention
 
 
 # -------------------------------------------------------------------------------------- checkpoints
 
 
-def copy_tokenizer(source: Path, target: Path, config: ModelConfig) -> None:
-    """Put the tokenizer's files beside the weights, with what a server reads of the new model."""
-    if source.is_file():
-        shutil.copyfile(source, target / f"tokenizer{source.suffix}")
+def written_once(path: Path, grid: Grid):
+    """A directory that all ranks fill together, the first one writing: complete or absent."""
+    return data.complete_or_absent(path) if grid.is_first else nullcontext(path)
+
+
+def save_model(path: Path, model: Llama, tokenizer: Path) -> None:
+    """Write a model directory: weights, the tokenizer's files, what a server reads of the model."""
+    model.save_pretrained(path)
+    if not model.grid.is_first:
+        return
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, path / f"tokenizer{tokenizer.suffix}")
         return
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, path / name)
     new = {
-        "tokenizer_config.json": {"model_max_length": config.max_position_embeddings},
-        "generation_config.json": {"eos_token_id": config.hf["eos_token_id"]},
+        "tokenizer_config.json": {"model_max_length": model.config.max_position_embeddings},
+        "generation_config.json": {"eos_token_id": model.config.hf["eos_token_id"]},
     }
     for name, values in new.items():
-        file = target / name
+        file = path / name
         if file.is_file():
             content = json.loads(file.read_text()) | values
             file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-@contextmanager
-def written_once(path: Path, model: Llama, tokenizer: Path) -> Iterator[Path]:
-    """Write a model directory, complete or absent, and let the caller add to it.
-
-    Every rank calls this, the first writes.
-    """
-    is_first = model.grid.is_first
-    with data.complete_or_absent(path) if is_first else nullcontext(path) as aside:
-        model.save_pretrained(aside)
-        if is_first:
-            copy_tokenizer(tokenizer, aside, model.config)
-        yield aside
-
-
 def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW, tokenizer: Path,
-                    agreed: dict, keep: int) -> Path:
-    """Write `run/checkpoint-STEP`, complete or absent, then drop all but the newest `keep`.
-
-    Every rank calls this; the first writes what one process would write, so any grid can continue:
+                    settings: dict, keep: int) -> Path:
+    """Write `run/checkpoint-STEP`, then drop all but the newest `keep`. A checkpoint holds what one
+    process would write, so any grid can continue:
 
         checkpoint-00000300/
             config.json, model-*.safetensors, tokenizer     a Hugging Face model directory
             optimizer/master-*, exp_avg-*, exp_avg_sq-*     whole tensors, float32
-            training.json                                   format, step, agreed settings
+            training.json                                   format, step, settings
     """
     grid = model.grid
     path = run / f"checkpoint-{step:08d}"
-    # 1. The model, in a directory aside.
-    with written_once(path, model, tokenizer) as aside:
-        # 2. The optimizer: a gradient has the shape and the type of its parameter's state.
+    with written_once(path, grid) as aside:
+        save_model(aside, model, tokenizer)
+        # a gradient has the shape and the type of its parameter's state
         like = {name: parameter.grad for name, parameter in optimizer.parameters.items()}
         target = aside / "optimizer"
         if grid.is_first:
@@ -414,28 +369,18 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
         for kind in optimizer.KINDS:
             state = optimizer.state(kind)
             data.write_weights(target, kind, state, like, optimizer.dims, grid)
-        # 3. The step, which is the data position too: step i takes the i-th batch of sequences.
+        # the step is the data position too: step i takes the i-th batch of sequences
         if grid.is_first:
-            progress = {"format": CHECKPOINT_FORMAT, "step": step, "settings": agreed}
+            progress = {"format": CHECKPOINT_FORMAT, "step": step, "settings": settings}
             (aside / "training.json").write_text(json.dumps(progress, indent=2) + "\n")
-    # 4. The new one is complete and has its name: now old ones may go.
+    # the new one is complete and has its name: now old ones may go
     if grid.is_first:
         for old in checkpoints(run)[:-keep]:
-            old.rename(f"{old}.partial")  # no checkpoint any more, should deletion be cut short
+            old.rename(f"{old}.partial")  # at first: a half-deleted one must not look complete
         for leftover in run.glob("checkpoint-*.partial"):
             shutil.rmtree(leftover)
     grid.barrier()
     return path
-
-
-def load_optimizer(checkpoint: Path, optimizer: ShardedAdamW, step: int) -> None:
-    """Restore the optimizer from a checkpoint of any grid: each rank reads its own part."""
-    path = checkpoint / "optimizer"
-    like = optimizer.parameters
-    for kind in optimizer.KINDS:
-        # one at a time, by way of the host: the device may have no room for more
-        shards = data.read_weights(path, kind, like, optimizer.dims, optimizer.grid, None, "cpu")
-        optimizer.load_state(kind, shards, step)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -444,27 +389,19 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
-    """What a resumed run must share with the run it continues, as JSON.
-
-    Files count by what is in them, not by their path: they may move, but not change.
-    """
-    agreed = {}
-    for name, value in sorted(vars(options).items()):
-        if name not in FREE_TO_CHANGE:
-            agreed[name] = value
-    agreed["dtype"] = compute_type(options.dtype, options.device)
-    agreed["tokenizer"] = data.fingerprint(tokenizer)
-    agreed["model"] = options.model and data.digest(options.model)
-    agreed["data"] = [[data.digest(path), weight] for path, weight in options.data]
-    return json.loads(json.dumps(agreed, default=str))  # as a checkpoint gives it back
+    """What a resumed run must share with the run it continues, as JSON. Files count by what is in
+    them, not by their path: they may move, but not change."""
+    settings = {name: value for name, value in vars(options).items() if name not in FREE_TO_CHANGE}
+    settings["dtype"] = compute_type(options.dtype, options.device)
+    settings["tokenizer"] = data.fingerprint(tokenizer)
+    settings["model"] = data.digest(options.model) if options.model else None
+    settings["data"] = [[data.digest(path), weight] for path, weight in options.data]
+    return json.loads(json.dumps(settings, default=str, sort_keys=True))  # as a checkpoint has it
 
 
-def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, int]:
-    """(newest checkpoint, its step) of the run in `out`; (None, 0) at the start.
-
-    Raises ValueError if there is a run that may not be continued, or something else.
-    """
-    # 1. What is there: nothing, a run, or files of somebody else's?
+def load_progress(out: Path, resume: bool, settings: dict) -> tuple[Path | None, int]:
+    """(newest checkpoint, its step) of the run in `out`; (None, 0) at the start."""
+    # 1. What is there: nothing, a run, or foreign files?
     names = [path.name for path in out.iterdir()] if out.exists() else []
     ours = ("checkpoint-", "final", "metrics")
     foreign = [name for name in names if not name.startswith(ours)]
@@ -474,16 +411,15 @@ def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, i
         raise ValueError(f"--out {out}: holds an earlier run; add --resume to continue it, or "
                          "choose another directory")
     # 2. Where did the run stop?
-    complete = checkpoints(out)
-    if not complete:
+    if not checkpoints(out):
         return None, 0
-    newest = complete[-1]
+    newest = checkpoints(out)[-1]
     saved = data.read_object(newest / "training.json")
     if saved.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{newest}: a checkpoint of an earlier version, which this one cannot "
                          f"resume; start a new run from it with --model {newest}")
     # 3. Is this the same run? Other settings would make one that no command describes.
-    for name, value in agreed.items():
+    for name, value in settings.items():
         before = saved["settings"].get(name)
         if before != value:
             raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in {out} has "
@@ -492,10 +428,7 @@ def load_progress(out: Path, resume: bool, agreed: dict) -> tuple[Path | None, i
 
 
 def open_metrics(path: Path, step: int):
-    """metrics.jsonl, open for one line a step or validation.
-
-    A resumed run first drops what it will do again: lines after its step, and half a line.
-    """
+    """metrics.jsonl, without what a resumed run will write again: lines after its step, or half."""
     past = []
     if path.exists():
         for line in path.read_text().splitlines(keepends=True):
@@ -516,7 +449,7 @@ def validate(model: Llama, dataset, sequences: int) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, targets
     for index in range(grid.dp_rank, sequences, grid.dp):
         grid.restart_timer()
-        batch = data.batch(dataset, index, 1).to(device)
+        batch = data.batch(dataset, index, 1).to(device)  # of one sequence
         loss, targets = model.loss(batch.tokens, batch.targets, batch.document_ids)
         total += torch.stack((loss, targets))
     grid.restart_timer()  # other replicas may have a sequence more
@@ -528,25 +461,20 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
                   micro_batch_size: int) -> tuple[float, int]:
     """Accumulate one global batch's gradients in the optimizer, from this replica's rows of it.
 
-    Returns the mean loss over the whole batch's targets and the positions computed, the same on
-    every rank. A mean over all targets, so that every token counts alike: say that one rank has one
-    target of loss 4, and another has three of loss 2.
+    Returns the batch's mean loss and the positions computed. The mean is over all targets, so that
+    each counts alike: say that one rank has one target of loss 4, and another three of loss 2.
 
         mean of all targets     (4 + 2 + 2 + 2) / 4 = 2.5     each weighs 1/4
         mean of the two means   (4 / 1 + 6 / 3) / 2 = 3.0     the first one weighs 1/2: wrong
 
-    Both ranks divide by 4 before their backward, and their gradients need only be summed. So this 4
-    must be known before any backward, and neither rank can count it alone.
-    """
+    Both divide by 4 before their backward, and their gradients need only be summed. So this 4 must
+    be known before any backward, and neither can count it alone."""
     grid = model.grid
     device = model.head_weight.device
     optimizer.zero_gradients()
-
     # 1. Count the targets of the whole global batch.
     targets = torch.tensor(int((batch.targets != -100).sum()), device=device)
-    targets = grid.all_reduce(targets, "dp").item()
-    targets = max(1, targets)  # a batch without one has loss 0, not NaN
-
+    targets = max(1, grid.all_reduce(targets, "dp").item())  # without one the loss is 0, not NaN
     # 2. Forward and backward of a micro-batch at a time: gradients add up in the optimizer.
     total = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, positions
     for rows in torch.arange(len(batch.tokens)).split(micro_batch_size):
@@ -560,7 +488,6 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
         (loss / targets).backward()
         total[0] += loss.detach()
         total[1] += part.tokens.numel()
-
     # 3. Sum what is reported. The gradients are summed once, in the optimizer's step.
     loss, positions = grid.all_reduce(total, "dp").tolist()
     return loss / targets, int(positions)
@@ -571,14 +498,14 @@ def peak_memory_gib(device: torch.device | str) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gib = 2**30 if sys.platform == "darwin" else 2**20  # in bytes on macOS, in KiB on Linux
-    return largest / gib
+    return largest / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else KiB
 
 
 @contextmanager
 def signals_received() -> Iterator[list[int]]:
     """Yield a list of this block's SIGTERM and SIGINT (Ctrl-C), which then do nothing else."""
-    received, previous = [], {}
+    received = []
+    previous = {}  # the handlers that are given back
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
@@ -589,46 +516,42 @@ def signals_received() -> Iterator[list[int]]:
 
 
 def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: Namespace,
-          save: Callable[[int], Path], first_step: int, stop: list[int]) -> int:
-    """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made.
-
-    training, validation: datasets, see `data.batch`; without the second there is no validation. A
-    signal in `stop` ends the run early, with a checkpoint after the step in which it came.
-    """
+          save: Callable[[int], Path], first_step: int, received: list[int]) -> int:
+    """Steps first_step + 1 ... --steps, then a checkpoint. Returns the last step made: a signal in
+    `received` ends the run early, with a checkpoint after the step in which it came."""
     grid = model.grid
     device = model.head_weight.device
     steps = options.steps
     share = options.batch_size // grid.dp  # sequences a step of this replica
     micro_batch_size = options.micro_batch_size or share
 
-    # FLOPs of a whole sequence, forward and backward; shorter ones take a little less
+    # FLOPs of a whole sequence, and twice as many backward; shorter ones take a little less a token
     length = training.sequence_length
     flops, attention = forward_flops(model.config, length)
-    if not training.document_mask:  # masked documents: their matrix products alone
+    if not training.document_mask:  # what a mask leaves of attention is not counted
         flops += attention
     flops *= 3
     peak = None  # what an MFU of 100 % means
     if device.type == "cuda":
         peak = PEAKS.get(torch.cuda.get_device_name(device))
 
-    step = first_step
     log = open_metrics(options.out / "metrics.jsonl", first_step) if grid.is_first else None
     bar = tqdm(range(first_step + 1, steps + 1), initial=first_step, total=steps,
                desc=options.out.name, mininterval=1.0, disable=not grid.is_first)
 
-    def note(**values) -> None:
+    def note(step: int, **values) -> None:
         if log:
             print(json.dumps({"step": step, **values}), file=log)
 
-    def is_due(every: int) -> bool:
-        """Every so many steps, and at the end."""
+    def is_due(step: int, every: int) -> bool:
         return step == steps or (every > 0 and step % every == 0)
 
+    step = first_step  # all may have been made: then there is no loop
     for step in bar:
         # 1. Batch: a step takes the next --batch-size sequences of the data, a replica its share.
         start = time.perf_counter()
         first = (step - 1) * options.batch_size + grid.dp_rank * share
-        batch = data.batch(training, first, share)
+        batch = data.batch(training, first, share)  # this replica's rows
         waited = time.perf_counter() - start
 
         # 2. Step: gradients, then the update, unless it would make every weight NaN.
@@ -650,42 +573,40 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
         gib = peak_memory_gib(device)
         speed = positions / duration / grid.size("all")  # tokens a second and process
         mfu = speed * flops / length / peak if peak else None
-        note(loss=loss, learning_rate=rate, gradient_norm=norm, tokens=positions,
+        note(step, loss=loss, learning_rate=rate, gradient_norm=norm, tokens=positions,
              tokens_per_second=round(speed * grid.size("all")),
              tokens_per_second_per_gpu=round(speed),
-             mfu=mfu and round(mfu, 4),
-             data_wait=round(waited / duration, 4),
-             peak_memory_gib=round(gib, 3))
+             mfu=round(mfu, 4) if mfu else None,
+             data_wait=round(waited / duration, 4), peak_memory_gib=round(gib, 3))
         utilisation = f"MFU {mfu:.0%}, " if mfu else ""
         bar.set_postfix_str(
             f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {utilisation}{gib:.1f} GiB, "
             f"data {waited / duration:.0%}", refresh=False)
 
         # 4. Validate.
-        if validation and is_due(options.validate_every):
+        if validation and is_due(step, options.validate_every):
             held_out = validate(model, validation, options.validation_sequences)
-            note(validation_loss=held_out)
+            note(step, validation_loss=held_out)
             if grid.is_first:
                 bar.write(f"step {step}: held-out loss {held_out:.3f}")
 
         # 5. Save. A signal reaches one rank before this line and another after it. If each obeyed
         # alone, the first would wait in its save, the second in its next step, each for the other.
         # The sum of all signals is the same on all ranks: they stop after the same step.
-        signals = torch.tensor(len(stop), device=device)
-        is_last = grid.all_reduce(signals, "all").item() > 0
-        if is_last or is_due(options.checkpoint_every):
+        signals = torch.tensor(len(received), device=device)
+        must_stop = grid.all_reduce(signals, "all").item() > 0
+        if must_stop or is_due(step, options.checkpoint_every):
             path = save(step)
-        if is_last:
+        if must_stop:
             if grid.is_first:
-                bar.write(f"stopped by a signal after step {step}; "
-                          f"continue with --resume from {path}")
+                bar.write(f"stopped by a signal after step {step}: --resume continues from {path}")
             break
     return step
 
 
-def build_model(config: ModelConfig, checkpoint: Path | None, grid: Grid, dtype: torch.dtype,
-                options: Namespace) -> Llama:
-    """The model that a run starts with, or continues."""
+def build(config: ModelConfig, checkpoint: Path | None, step: int, grid: Grid, dtype: torch.dtype,
+          options: Namespace) -> tuple[Llama, ShardedAdamW]:
+    """The model and the optimizer that a run starts with, or continues with after `step`."""
     if checkpoint:  # as it is, whatever has become of --model and --config
         model = Llama.from_pretrained(checkpoint, grid, dtype, options.device)
     elif options.model:  # its weights, under the window and rule that were asked for
@@ -697,82 +618,81 @@ def build_model(config: ModelConfig, checkpoint: Path | None, grid: Grid, dtype:
     model.recompute = options.recompute
     model.offload = options.offload
     model.tile = options.tile
-    return model
+    # after the weights are loaded: the optimizer's master weights begin as their copy
+    optimizer = ShardedAdamW(model, grid, options.betas, options.weight_decay,
+                             options.offload_optimizer)
+    if checkpoint:
+        for kind in optimizer.KINDS:
+            # one at a time, by way of the host: the device may have no room for more
+            shards = data.read_weights(checkpoint / "optimizer", kind, optimizer.parameters,
+                                       optimizer.dims, grid, None, "cpu")
+            optimizer.load_state(kind, shards, step)
+    return model, optimizer
 
 
 def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: data.Tokenizer,
               training, validation) -> None:
-    """Check, build, train, export: what is the same in both stages.
-
-    Checks come first: a large model takes minutes to load, on every GPU of a job, and a mistake in
-    the options should cost seconds. Nor is a directory made for a run that cannot be.
-
-    options: those of `argument_parser`. Raises ValueError, OSError, ArithmeticError.
-    """
+    """Check, build, train, export: what both stages do. Checks come first: a large model takes
+    minutes to load, on every GPU of a job, and a mistake in the options should cost seconds. Nor is
+    a directory made for a run that cannot be."""
     # 1. Check that the kernel takes this model, and that --out holds no other run.
     out = options.out
-    agreed = agreed_settings(options, tokenizer)
-    dtype = getattr(torch, agreed["dtype"])
+    settings = agreed_settings(options, tokenizer)
+    dtype = getattr(torch, settings["dtype"])
     kernel = attention_kernel(options.device, dtype, config.head_dim)
-    checkpoint, step = load_progress(out, options.resume, agreed)
+    checkpoint, step = load_progress(out, options.resume, settings)
     is_done = (out / "final" / "config.json").exists()
 
     # 2. Check that all ranks see the same files: on machines with disks of their own they may not.
-    settings = zlib.crc32(json.dumps(agreed).encode())
-    seen = torch.tensor([step, settings, is_done], device=options.device)
-    if (grid.all_gather(seen, "all") != seen).any():
+    checksum = zlib.crc32(json.dumps(settings).encode())  # a number that fits into a tensor
+    own = torch.tensor([step, checksum, is_done], device=options.device)
+    if (grid.all_gather(own, "all") != own).any():
         raise ValueError(f"the ranks have found different checkpoints in {out}, options or data; "
                          "--out and --data must be the same for all of them")
     if is_done:
         print_once(f"{out}/final is already there; nothing to do")
         return
 
-    # 3. Build: the model first, since the optimizer's master weights begin as its weights.
-    model = build_model(config, checkpoint, grid, dtype, options)
-    optimizer = ShardedAdamW(model, grid, options.betas, options.weight_decay,
-                             options.offload_optimizer)
-    if checkpoint:
-        load_optimizer(checkpoint, optimizer, step)
+    # 3. Build, and say what is trained.
+    model, optimizer = build(config, checkpoint, step, grid, dtype, options)
     if grid.is_first:
         out.mkdir(parents=True, exist_ok=True)
-
-    # 4. Say what is trained.
     parameters = 0
     for name, parameter in model.named_parameters():
         is_cut = optimizer.dims[name] is not None
         parameters += parameter.numel() * (grid.tp if is_cut else 1)
     begun = f"resumed after step {step}" if checkpoint else "from the first step on"
     print_once(
-        f"{parameters / 1e6:.2f}M parameters, {agreed['dtype']} on {options.device}, "
+        f"{parameters / 1e6:.2f}M parameters, {settings['dtype']} on {options.device}, "
         f"window {model.config.max_position_embeddings}, rope {model.config.rope_scaling.kind}, "
         f"{options.batch_size} x {training.sequence_length} tokens a step, {begun}")
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
 
-    # 5. Train. The last step too leaves a checkpoint, so a failing export loses nothing.
+    # 4. Train. The last step too leaves a checkpoint, so a failing export loses nothing.
     tokenizer_files = options.tokenizer or options.model
 
     def save(step: int) -> Path:
-        return save_checkpoint(out, step, model, optimizer, tokenizer_files, agreed,
+        return save_checkpoint(out, step, model, optimizer, tokenizer_files, settings,
                                options.keep_checkpoints)
 
-    with signals_received() as stop:
-        step = train(model, optimizer, training, validation, options, save, step, stop)
+    with signals_received() as received:
+        step = train(model, optimizer, training, validation, options, save, step, received)
 
-    # 6. Export, unless a signal has stopped the run.
+    # 5. Export, unless a signal has stopped the run.
     if step == options.steps:
-        with written_once(out / "final", model, tokenizer_files):
-            pass
+        with written_once(out / "final", grid) as aside:
+            save_model(aside, model, tokenizer_files)
         print_once(f"wrote {out}/final")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Stage 1."""
     with one_line_errors():
-        a = stage1_parser().parse_args(argv)
-        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        config, tokenizer = load_start(a, grid, scaling_from_options(vars(a)))
-        training, validation = stage1_datasets(a, tokenizer)
-        run_stage(a, grid, config, tokenizer, training, validation)
+        options = stage1_parser().parse_args(argv)
+        grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
+        config, tokenizer = load_start(options, grid, scaling_from_options(vars(options)))
+        training, validation = stage1_datasets(options, tokenizer)
+        run_stage(options, grid, config, tokenizer, training, validation)
         grid.close()
 
 
