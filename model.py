@@ -200,6 +200,33 @@ class ModelConfig:
                 raise ValueError(f"--tp {tp} does not divide the model's {name}, {size}")
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """ModelConfig of a model directory or a config.json. Raises FileNotFoundError or ValueError."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
+                                "directory (of a run: its `final`)")
+    return ModelConfig.from_hf(read_object(file))
+
+
+def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
+    """`config` with `scaling` in place of its own, as two never stack, and its window."""
+    if scaling is None:  # nothing is asked for
+        return config
+    before = config.window_before()
+    if scaling.kind == "default":  # back to the old window, if the checkpoint says which that was
+        window = before or config.max_position_embeddings
+    else:
+        original = scaling.original_max_position or before
+        if original is None:
+            raise ValueError("--original-length is needed: a checkpoint with such "
+                             f"{config.rope_scaling.kind} scaling does not state its window before")
+        scaling = replace(scaling, original_max_position=original)
+        window = round(original * scaling.factor)
+    return replace(config, rope_scaling=scaling, max_position_embeddings=window)
+
+
 # ----------------------------------------------------------------------------------- architecture
 
 
@@ -295,12 +322,10 @@ class Block(nn.Module):
         return split(q), split(k), split(v)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, tile: int) -> Tensor:
-        """attend: (q, k, v) -> out, all (B, heads, S / cp, D): `ring_attention`, or in generation
-        the cache's `attend`."""
+        """attend: q, k, v -> out, (B, heads, S / cp, D): ring_attention, or that of a KVCache."""
         q, k, v = self.queries_keys_values(x, cos, sin, tile)
         attended = self.self_attn.join_heads(attend(q, k, v))  # (B, tp, m, heads x D)
-        (x,) = in_tiles(self.after, (x, attended), tile)
-        return x
+        return in_tiles(self.after, (x, attended), tile)[0]
 
 
 # -------------------------------------------------------------- less memory: tiles, recomputation
@@ -378,12 +403,9 @@ class RecomputedBlock(torch.autograd.Function):
         attended, lse = ring_forward(q, k, v, attention.grid, segments)
         del q, k, v
         attended = attention.join_heads(attended)  # contiguous: save_on_cpu gives back no other
-        if recompute == "mlp":
-            ctx.save_for_backward(x, attended, lse)
-        else:
-            ctx.save_for_backward(x, None, None)
-        (x,) = in_tiles(block.after, (x, attended), tile)
-        return x
+        out_lse = (attended, lse) if recompute == "mlp" else (None, None)
+        ctx.save_for_backward(x, *out_lse)
+        return in_tiles(block.after, (x, attended), tile)[0]
 
     @staticmethod
     @once_differentiable
@@ -422,7 +444,6 @@ class KVCache:
         second rank    2 3 4 5
 
     `truncate` forgets the last ones: prompts that begin alike compute their common beginning once.
-    `capacity` is how many tokens a rank has room for.
     """
 
     def __init__(self, config: ModelConfig, grid: Grid, batch: int, capacity: int,
@@ -432,7 +453,7 @@ class KVCache:
         shape = (config.num_hidden_layers, 2, batch, heads, capacity, config.head_dim)
         self.keys_values = like.new_empty(shape)
         self.grid = grid
-        self.capacity = capacity
+        self.capacity = capacity  # tokens that a rank has room for
         self.positions = torch.empty(0, dtype=torch.int64)  # of this rank's tokens, rising
         self.length = 0  # tokens of all ranks
 
@@ -462,16 +483,6 @@ class KVCache:
         return out
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks and final norm: what Hugging Face calls `model`."""
-
-    def __init__(self, config: ModelConfig, grid: Grid) -> None:
-        super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, grid)
-        self.layers = nn.ModuleList(Block(config, grid) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class Llama(nn.Module):
     """A Llama for causal language modelling, spread over a grid; its settings change no result:
 
@@ -486,15 +497,21 @@ class Llama(nn.Module):
 
     def __init__(self, config: ModelConfig, grid: Grid | None = None) -> None:
         super().__init__()
+        grid = grid or Grid()
+        config.check_tp(grid.tp)
         self.config = config
-        self.grid = grid or Grid()
+        self.grid = grid
         self.recompute = "none"
         self.offload = False
         self.tile = None
-        config.check_tp(self.grid.tp)
-        self.model = Decoder(config, self.grid)
+        vocabulary, hidden = config.vocab_size, config.hidden_size
+        blocks = [Block(config, grid) for _ in range(config.num_hidden_layers)]
+        self.model = nn.ModuleDict({
+            "embed_tokens": VocabParallelEmbedding(vocabulary, hidden, grid),
+            "layers": nn.ModuleList(blocks),
+            "norm": nn.RMSNorm(hidden, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
-            self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, self.grid)
+            self.lm_head = ColumnParallelLinear(hidden, vocabulary, grid)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Llama:
@@ -619,8 +636,7 @@ class Llama(nn.Module):
         return self.model.norm(grid.all_reduce(states, "cp_tp"))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token: normed states, on all ranks, (..., hidden) -> (..., V). For
-        inference: on several ranks no gradient flows."""
+        """Normed states (..., hidden), on all ranks -> scores (..., V). Inference: no gradients."""
         parts = F.linear(hidden, self.head_weight)  # (..., V / tp)
         parts = self.grid.all_gather(parts, "tp")  # (tp, ..., V / tp)
         return parts.movedim(0, -2).flatten(-2)
@@ -630,7 +646,7 @@ class Llama(nn.Module):
         return KVCache(self.config, self.grid, batch, capacity, self.head_weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`logits` of every position: (B, S) int64 -> (B, S, V). `loss` never builds them."""
+        """Logits of every position, for inference: (B, S) int64 -> (B, S, V). `loss` has none."""
         hidden = self.model.norm(self.hidden_states(tokens))  # (B, m, hidden)
         hidden = GatherSequence.apply(hidden, self.grid).flatten(1, 2)  # (B, S / cp, hidden)
         logits = zigzag_unshard(self.logits(hidden), self.grid, 1)  # (B, S, V), padded
@@ -709,8 +725,7 @@ class Llama(nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write a Hugging Face directory. Every rank calls this; the first writes what one process
-        would."""
+        """Write a Hugging Face directory. Every rank calls this; the grid changes no byte of it."""
         path = Path(path)
         if self.grid.is_first:
             if (path / "config.json").exists():
@@ -729,12 +744,10 @@ class Llama(nn.Module):
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise IndexError for a token outside the vocabulary: each tp rank would take it for
-    another's, and nobody would notice."""
+    """IndexError for an id outside the vocabulary: each tp rank would take it for another's."""
     low, high = ids.aminmax()
     if low < 0 or high >= vocab_size:
-        raise IndexError(f"token ids from {int(low)} to {int(high)} do not lie in the vocabulary "
-                         f"of {vocab_size}")
+        raise IndexError(f"ids from {int(low)} to {int(high)} leave the vocabulary of {vocab_size}")
 
 
 def block_bytes(config: ModelConfig, tp: int, itemsize: int) -> float:
@@ -765,9 +778,8 @@ class TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, norm_weight: Tensor, weight: Tensor, norm: nn.RMSNorm,
                 targets: Tensor, grid: Grid, tile: int) -> Tensor:
-        """x (B, m, hidden), weight W (V / tp, hidden), targets (B, tp, m) of all tp ranks, -100 for
-        none -> float32 (for float64: float64) scalar, the same on every rank. norm_weight is the
-        norm's own, an argument so that autograd sees it."""
+        """x (B, m, hidden), W (V / tp, hidden), targets (B, tp, m) of all tp ranks -> float32 scalar,
+        the same on every rank. norm_weight is norm.weight: an argument, so that autograd sees it."""
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         d_norm = torch.zeros_like(norm_weight, dtype=wide)
@@ -777,7 +789,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         targets = targets.movedim(1, 0).flatten(1)  # (tp, B m)
         tile = min(tile, len(states))
         # Two buffers (tp tile, V / tp) serve all tiles: `logits` in the compute type, for products,
-        # and `scores` in float32, for the softmax. In float32 they are one, and copies do nothing.
+        # and `scores` in float32, for the softmax; one if the types are one: copies then do nothing
         logits = x.new_empty(grid.tp * tile, len(weight))
         scores = logits if logits.dtype == wide else torch.empty_like(logits, dtype=wide)
         tiles = zip(states.split(tile), d_states.split(tile), targets.split(tile, 1), strict=True)
@@ -792,12 +804,13 @@ class TiledCrossEntropy(torch.autograd.Function):
             logits, scores = logits[:len(h)], scores[:len(h)]  # the last tile may be shorter
             torch.mm(h, weight.T, out=logits)
             scores.copy_(logits)
-            # 3. the loss; z becomes dz * normaliser, in both buffers
+            # 3. the loss; z becomes dz * normaliser, in both buffers. To divide there would be one
+            #    more pass over (tp tile, V / tp): dh and h are divided instead, which are narrower.
             losses, normaliser = vocab_parallel_cross_entropy(scores, target.clamp(min=0), grid)
             valid = (target != -100).to(wide)
             total += (losses * valid).sum()
             logits.copy_(scores)
-            scale = valid[:, None] / normaliser  # (tp tile, 1), for dh and h: narrower than dz
+            scale = valid[:, None] / normaliser  # (tp tile, 1)
             # 4. dh, of which every tp rank has a part of the sum, and through the norm dx
             d_h = torch.mm(logits, weight).mul_(scale)  # (tp tile, hidden)
             d_h = d_h.view(1, grid.tp, -1, d_h.shape[1])  # (1, tp, tile, hidden)
@@ -836,35 +849,3 @@ def sample(logits: Tensor, temperature: float, top_p: float,
     probabilities = probabilities.masked_fill(above >= top_p, 0.0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), a place in `order`
     return order.gather(1, drawn)[:, 0]
-
-
-# ---------------------------------------------------------------------- Hugging Face directories
-
-
-def read_config(path: str | Path) -> ModelConfig:
-    """ModelConfig of a model directory or a config.json. Raises FileNotFoundError or ValueError."""
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
-                                "directory (of a run: its `final`)")
-    return ModelConfig.from_hf(read_object(file))
-
-
-def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
-    """`config` with `scaling` in place of its own rope scaling (they never stack), and its window;
-    None changes nothing."""
-    if scaling is None:
-        return config
-    before = config.window_before()
-    if scaling.kind == "default":  # back to the old window, if the checkpoint says which that was
-        window = before or config.max_position_embeddings
-    else:
-        original = scaling.original_max_position or before
-        if original is None:
-            kind = config.rope_scaling.kind
-            raise ValueError(f"--original-length is needed: a checkpoint with such {kind} scaling "
-                             "does not state its window before")
-        scaling = replace(scaling, original_max_position=original)
-        window = round(original * scaling.factor)
-    return replace(config, rope_scaling=scaling, max_position_embeddings=window)
