@@ -778,8 +778,8 @@ class TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, norm_weight: Tensor, weight: Tensor, norm: nn.RMSNorm,
                 targets: Tensor, grid: Grid, tile: int) -> Tensor:
-        """x (B, m, hidden), W (V / tp, hidden), targets (B, tp, m) of all tp ranks -> float32 scalar,
-        the same on every rank. norm_weight is norm.weight: an argument, so that autograd sees it."""
+        """x (B, m, hidden), W (V / tp, hidden), targets (B, tp, m) of all tp ranks -> the sum in
+        float32, the same on every rank. norm_weight is norm.weight, for autograd to see it."""
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         d_norm = torch.zeros_like(norm_weight, dtype=wide)
