@@ -431,7 +431,7 @@ def test_the_output_trains(tmp_path, tokenizer):
     blend(tokenizer, tmp_path / "out", three_sources(tmp_path), "--count", 50, "--holdout", 10, "--max-tokens", 512)
     for split, size in (("train", 40), ("valid", 10)):
         dataset = ChatDataset(tmp_path / "out" / f"{split}.jsonl", data.load_tokenizer(tokenizer), 512, seed=0)
-        assert (len(dataset.rows), dataset.dropped) == (size, 0)
+        assert (len(dataset.samples), dataset.dropped) == (size, 0)
         assert dataset.sequence(0)[1].any()
 
 
