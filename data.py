@@ -11,9 +11,8 @@ and meta.json, written last: it names the shards of both splits (train, valid) a
 corpus is complete.
 
 A dataset has `sequence_length` S, `document_mask` (whether documents of a row are kept apart) and
-`sequence(index) -> (tokens int64, loss mask bool, document ids int64)`, each of S + 1 elements and
-a pure function of index and seed: resume anywhere, on any number of ranks. `batch` shifts the
-targets there and then, before anything is sharded: none is lost at a shard's border.
+`sequence(index) -> (tokens int64, loss mask bool, document ids int64)`, each of S + 1 elements.
+These depend on index and seed only: a run resumes anywhere, on any number of ranks.
 """
 from __future__ import annotations
 
@@ -50,8 +49,8 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2: digits are cut off before GPT-2's pattern runs, so its lookahead takes a digit for the
-# end of the text.
+# SmolLM2 cuts off digits first: GPT-2's pattern then finds the end of the text where a digit was,
+# and gives "  " whole in "a  1", but the second space to b in "a  b".
 GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
@@ -61,26 +60,26 @@ LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
 
 
 class Tokenizer(tiktoken.Encoding):
-    """tiktoken's Encoding, with what Hugging Face's byte-level BPE files need beyond it: text is
-    put into `normal_form` (Qwen2: NFC), bytes the vocabulary lacks are dropped (SmolLM2: 21).
-    `encode_ordinary` never makes special tokens of what a text spells."""
+    """tiktoken's Encoding, several times as fast as Hugging Face's tokenizers, and what it lacks to
+    give their ids: text is put into `normal_form` (Qwen2: NFC), bytes not in the vocabulary are
+    dropped (SmolLM2: 21). See load_tokenizer_json."""
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
                  normal_form: str | None = None, path: Path | None = None) -> None:
         size = max([*ranks.values(), *special.values()]) + 1
-        # tiktoken wants an id for each byte: those that are absent get ids beyond the vocabulary
+        # tiktoken wants an id for each byte: absent ones get ids beyond the vocabulary
         absent = sorted({bytes([b]) for b in range(256)} - ranks.keys())
         beyond = {byte: size + i for i, byte in enumerate(absent)}
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks | beyond,
                          special_tokens=special)
-        self.max_token_value = size - 1
+        self.max_token_value = size - 1  # tiktoken's, of which it makes n_vocab: without those
         self.normal_form = normal_form
         self.lacks_bytes = bool(absent)  # then `known` must drop them again
         self.path = path  # the file it was loaded from
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of plain text."""
-        # white space is cut after 100,000 in a row: at a million tiktoken panics
+        """Ids of plain text: a special token spelled there stays text."""
+        # at a million white spaces in a row tiktoken panics: cut at 100,000 (ids there may differ)
         pieces = re.split(r"(\s{100000})", self.normalise(text))
         encoded = map(super().encode_ordinary, pieces)
         return self.known(itertools.chain.from_iterable(encoded))
@@ -90,11 +89,10 @@ class Tokenizer(tiktoken.Encoding):
         return self.known(super().encode(self.normalise(text), **special))
 
     def normalise(self, text: str) -> str:
-        """The text in `normal_form`."""
         return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
     def known(self, tokens: Iterable[int]) -> list[int]:
-        """The ids that the vocabulary has."""
+        """Those of some ids that the vocabulary has."""
         if not self.lacks_bytes:
             return list(tokens)
         return [token for token in tokens if token <= self.max_token_value]
@@ -140,11 +138,11 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
 
     Both cut a text into pieces by a pattern, begin with a token a byte, and join two neighbours at
     a time. They choose the two differently: tokenizers takes the pair that stands first in
-    `merges`, tiktoken the pair whose result has the lowest id. With "h e" before "t h":
+    `merges`, tiktoken the pair whose result has the lowest id. With merges "h e", then "t h":
 
-        merges         ids                  "the" by tokenizers     by tiktoken
-        h e, t h       he 256, th 257       t he                    t he
-        h e, t h       th 256, he 257       t he                    th e
+        ids               "the" by tokenizers    by tiktoken
+        he 256, th 257    t he                   t he
+        th 256, he 257    t he                   th e
 
     For merges that BPE training found they agree if ids grow along `merges`, and if every longer
     token has a merge: tiktoken would make one without it, too, which tokenizers never does.
@@ -163,7 +161,6 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     except (KeyError, TypeError, AttributeError) as error:
         kind = type(error).__name__
         raise ValueError(f"{path}: not a BPE tokenizer.json ({kind}: {error})") from None
-
     # 2. Refuse what tiktoken does not have.
     splitting = content.get("pre_tokenizer") or {}
     pattern = split_pattern(splitting)
@@ -176,17 +173,16 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
         if model.get(name):
             raise ValueError(f"{path}: model.{name} {model[name]!r} is not supported, only none")
-
     # 3. Refuse merges that it would do differently; write tokens as the bytes they stand for.
-    otherwise = "so tiktoken would encode differently"
+    consequence = "so tiktoken would encode differently"
     if merged != sorted(merged):
-        raise ValueError(f"{path}: token ids do not grow in the order of merges, {otherwise}")
+        raise ValueError(f"{path}: token ids do not grow in the order of merges, {consequence}")
     byte_of = byte_characters()
     mergeable = set(merged)
     ranks = {}
     for token, i in vocab.items():
         if token not in byte_of and i not in mergeable:
-            raise ValueError(f"{path}: token {token!r} has no merge, {otherwise}")
+            raise ValueError(f"{path}: token {token!r} has no merge, {consequence}")
         ranks[bytes(byte_of[character] for character in token)] = i
     return Tokenizer(path.parent.name, pattern, ranks, special, normal_form, path)
 
@@ -220,10 +216,9 @@ def split_pattern(pre_tokenizer: dict) -> str | None:
     return None
 
 
-def stop_tokens(tokenizer: tiktoken.Encoding, known: int | list[int] | None) -> list[int]:
-    """Ids at which a server stops: `known` (a model's eos_token_id), ends of a text, of a turn."""
-    stated = [known] if isinstance(known, int) else known or []
-    stops = set(stated)
+def stop_tokens(tokenizer: tiktoken.Encoding, eos: int | list[int] | None) -> list[int]:
+    """Ids at which a server stops: a model's eos_token_id, and those that end a text or a turn."""
+    stops = {eos} if isinstance(eos, int) else set(eos or [])
     for name in ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>"):
         if name in tokenizer.special_tokens_set:
             stops.add(tokenizer.encode_single_token(name))
@@ -234,7 +229,7 @@ def stop_tokens(tokenizer: tiktoken.Encoding, known: int | list[int] | None) -> 
 
 
 def parse_json(content: bytes, place: object) -> object:
-    """The JSON value of some bytes. ValueError starts with `place`, where they stand."""
+    """The JSON value of some bytes, which stand at `place`."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -242,7 +237,7 @@ def parse_json(content: bytes, place: object) -> object:
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file. Raises OSError, or ValueError that names the file."""
+    """The JSON object in a file."""
     content = parse_json(path.read_bytes(), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -279,10 +274,7 @@ def sync(path: Path) -> None:
 @contextmanager
 def complete_or_absent(path: str | Path) -> Iterator[Path]:
     """Yield an empty directory to fill; on success it becomes `path`, on any error it is removed.
-
-    Whoever looks, at whatever moment, after whatever crash, sees all of `path` or nothing of it.
-    ValueError if `path` already holds something, OSError with the path if writing fails.
-    """
+    Whoever looks, even after a crash, sees all of `path` or nothing of it."""
     path = Path(path).absolute()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{path}: already exists; remove it or choose another place")
@@ -296,7 +288,7 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
         #    content: after a power cut `path` would hold empty files.
         for item in (*aside.rglob("*"), aside):
             sync(item)
-        # 3. Rename, all at once, and fsync the folder above, which is where the name stands.
+        # 3. Rename, and fsync the folder above, which is where the name stands.
         os.replace(aside, path)
         sync(path.parent)
     except OSError as error:
@@ -308,11 +300,11 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
 
 
 def write_complete(path: Path, content: bytes) -> None:
-    """Write a file so that it is there complete or not at all. OSError with the path."""
+    """Write a file so that it is there complete or not at all."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         aside.write_bytes(content)
-        sync(aside)  # before the rename: see complete_or_absent
+        sync(aside)
         os.replace(aside, path)
     except OSError as error:
         raise OSError(f"{path}: not written ({error.strerror or error})") from error
@@ -363,21 +355,20 @@ def locate_weights(path: Path, stem: str) -> dict[str, Path]:
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)")
         files = {name: path / str(file) for name, file in weight_map.items()}
-    # a small model has one file and no index
-    elif single.is_file():
+    elif single.is_file():  # a small model needs no index
         with open_weights(single) as tensors:
             files = dict.fromkeys(tensors.keys(), single)
     else:
         raise FileNotFoundError(f"{path}: neither {single.name} nor {index.name} is there")
     for file in files.values():  # all of them, before the first is read
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: named in the index, but missing; copy every shard")
+            raise FileNotFoundError(f"{file}: named in the index, but missing; copy every file")
     return files
 
 
 @contextmanager
 def open_weights(file: Path) -> Iterator[safe_open]:
-    """One safetensors file. Opening compares its size with its header: ValueError if truncated."""
+    """One safetensors file. Opening it compares its size with its header: one cut short is told."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -389,19 +380,19 @@ def read_weights(path: Path, stem: str, like: dict[str, Tensor], dims: dict[str,
                  grid: Grid, dtype: torch.dtype | None, device) -> Iterator[tuple[str, Tensor]]:
     """(name, this tp rank's shard) of a directory's tensors, one at a time.
 
-    Each rank reads only its own slice from the disk, here with hidden size 4 and tp = 2:
+    A shard is a tp rank's part of a tensor: only that is read. Hidden size 4, tp = 2:
 
         on disk           dims   rank 0 reads    rank 1 reads    shape in `like`
         q_proj  (8, 4)    0      [0:4]           [4:8]           (4, 4)
         o_proj  (4, 8)    1      [:, 0:4]        [:, 4:8]        (4, 4)
         norm    (4,)      None   all             all             (4,)
 
-    `like` has the names and the shards' shapes; dims: along which dimension tp cuts each. dtype
-    None keeps the file's. ValueError for files that are damaged or not of this model.
+    `like` has the names and the shards' shapes, dims along which dimension tp cuts each; dtype None
+    keeps the file's.
     """
     files = locate_weights(path, stem)
-    # 1. The names must be those of the model. Harmless are lm_head, as which a tied checkpoint may
-    #    repeat its embedding, and rotary tables in old Llama 2 files, which are computed here.
+    # 1. The names must be those of the model. Two more are harmless: lm_head of a tied model, which
+    #    is its embedding once more, and rotary tables of old Llama 2 files: we compute them.
     harmless = re.compile(r"lm_head\.weight|.*rotary_emb\.inv_freq")
     problems = [f"{name} is missing" for name in like if name not in files]
     for name in files:
@@ -417,8 +408,8 @@ def read_weights(path: Path, stem: str, like: dict[str, Tensor], dims: dict[str,
                 shape = like[name].shape
                 stored = read_shard(file, tensors, name, shape, dims[name], grid)
                 kind = dtype or stored.dtype
-                # a copy: `stored` is a view of the file, at whatever address, where kernels may
-                # round otherwise
+                # a copy: `stored` is a view of the file, wherever it lies there, and with alignment
+                # the rounding of a kernel may change
                 yield name, torch.empty(shape, dtype=kind, device=device).copy_(stored)
 
 
@@ -445,10 +436,8 @@ def write_weights(path: Path, stem: str, shards: Iterable[tuple[str, Tensor]],
                   like: dict[str, Tensor], dims: dict[str, int | None], grid: Grid,
                   max_shard_bytes: int = 5 * 10**9) -> None:
     """The inverse of read_weights: `stem`-0000i-of-0000n.safetensors, and the index that says which
-    file holds what. Every rank calls this, and the first writes.
-
-    shards: (name, this tp rank's shard), in the order of `like`, which has their shapes and types.
-    """
+    file holds what. Every rank calls this, and the first writes. `shards`, (name, this tp rank's
+    shard), come in the order of `like`, which has their shapes and types."""
     # 1. How many tensors go into each file.
     counts = [0]
     filled = total = 0  # bytes: of the last file, of all files
@@ -474,7 +463,6 @@ def write_weights(path: Path, stem: str, shards: Iterable[tuple[str, Tensor]],
         grid.restart_timer()  # the others wait for the first
         if grid.is_first:
             save_tensors(path / file, tensors)
-    # 3. The index.
     if grid.is_first:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         index_file = path / f"{stem}.safetensors.index.json"
@@ -482,15 +470,13 @@ def write_weights(path: Path, stem: str, shards: Iterable[tuple[str, Tensor]],
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file."""
     try:
         file.touch()
         mode = file.stat().st_mode  # of any new file: the library makes it its owner's alone
         save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(mode)
-        # now, in this file's own time: all at the end may take longer than a rank's --timeout
-        sync(file)
-    except SafetensorError as error:  # as which the library raises what is an OSError: a full disk
+        sync(file)  # now: all files at the end may take longer than a rank's --timeout
+    except SafetensorError as error:  # the library's name for an OSError, such as a full disk
         raise OSError(f"{file}: could not be written ({error})") from None
 
 
@@ -501,7 +487,7 @@ def fingerprint(tokenizer: tiktoken.Encoding) -> str:
     """Identifies what ordinary ids stand for; special ones have other names in another file."""
     ranks = tokenizer._mergeable_ranks
     content = hashlib.sha256()
-    for token in sorted(ranks, key=ranks.get):  # lengths: no two vocabularies are spelled alike
+    for token in sorted(ranks, key=ranks.get):  # with its length, so that no two spell alike
         content.update(b"%d %d %s" % (ranks[token], len(token), token))
     return content.hexdigest()[:16]
 
@@ -513,10 +499,8 @@ def is_corpus(path: Path) -> bool:
 
 def read_meta(directory: str | Path, tokenizer: tiktoken.Encoding | None = None) -> dict:
     """meta.json of a corpus: {"splits": {"train": [shard, ...], "valid": [...]}, "tokenizer":
-    fingerprint, ...}, where a shard is {"name", "source", "documents", "tokens"}.
-
-    tokenizer: if given, it must be the one that the corpus was prepared with.
-    """
+    fingerprint, ...}, where a shard is {"name", "source", "documents", "tokens"}. A tokenizer must
+    be the one that the corpus was prepared with."""
     path = Path(directory) / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: not a corpus (no meta.json); see tools.prepare")
@@ -530,8 +514,9 @@ def read_meta(directory: str | Path, tokenizer: tiktoken.Encoding | None = None)
 
 def open_shard(directory: Path, shard: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens uint32 (T,), loss mask bool (T,), lengths of documents int64 (N,) of a shard, an entry
-    of meta.json. They are read where they are touched. ValueError names a damaged file."""
+    of meta.json. They are read where they are touched."""
     arrays = []
+    # torch maps no uint32: tokens are viewed as such at the end
     for kind, dtype, size in (("tokens", torch.int32, shard["tokens"]),
                               ("mask", torch.bool, shard["tokens"]),
                               ("lengths", torch.int64, shard["documents"])):
@@ -558,11 +543,10 @@ class Batch(NamedTuple):
     document_ids: Tensor | None = None
 
     def part(self, rows: Tensor, length: int) -> Batch:
-        """Some rows, to `length`."""
+        """The first `length` positions of some rows."""
         return Batch(*(None if x is None else x[rows, :length] for x in self))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on a device."""
         return Batch(*(None if x is None else x.to(device) for x in self))
 
 
@@ -570,7 +554,9 @@ def batch(dataset, first: int, count: int) -> Batch:
     """Sequences first ... first + count - 1 of a dataset, their targets shifted:
 
         sequence    a  b  c  d        tokens     a  b  c
-        loss mask   1  1  0  1        targets    b -100 d     (of the next token, if that has loss)
+        loss mask   1  1  0  1        targets    b -100 d     (the next token, if it has loss)
+
+    Here, before a sequence is cut over ranks: no target is lost where it is cut.
     """
     sequences = [dataset.sequence(index) for index in range(first, first + count)]
     tokens, mask, ids = map(np.stack, zip(*sequences, strict=True))  # (B, S + 1) each
@@ -600,23 +586,21 @@ def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, 
         2. weight x 4/5                  0.4      0.8       1.2
            expected tokens               800    4,800    14,400    20,000: sources keep their share
 
-    A document of `short` or `long` tokens, or between, counts as the one in the middle.
+    From `short` to `long` tokens, both included: weight 1.
     """
-    assert 0 <= short_weight < np.inf and 0 <= long_weight < np.inf
+    assert 0 <= short_weight < np.inf and 0 <= long_weight < np.inf  # as the options' types check
     if short > long:
         raise ValueError(f"--short-length {short} is above --long-length {long}")
-    # 1. By length.
     weights = np.ones(len(lengths))  # (documents,)
     weights[lengths < short] = short_weight
     weights[lengths > long] = long_weight
-    # 2. Scale each source so that it keeps its tokens.
     for source in np.unique(sources):
         own = sources == source
         weighted = weights[own] @ lengths[own]  # tokens
         if not weighted:  # nothing to scale: the source would vanish
             raise ValueError(f"--short-weight {short_weight} and --long-weight {long_weight} leave "
                              "no document of one of the corpus's sources; raise them")
-        weights[own] *= lengths[own].sum() / weighted
+        weights[own] *= lengths[own].sum() / weighted  # the source keeps its tokens
     return weights
 
 
@@ -646,22 +630,15 @@ class PackedDataset:
     follows every document: "<s>" is that plain text (arXiv 2504.06214, 3.1), "bos_eos" the
     end-of-text token and, where there is one, begin-of-text, "none" nothing. It carries loss: to
     predict it is to know where a document ends. Sequence i is tokens i S to i S + S of the stream,
-    both included. Three documents, S = 4, and <s> as if it were one token:
+    both included. Documents a1 ... a5, b1 b2 and c1 c2 c3, S = 4, <s> as if it were one token:
 
-        documents     a1 a2 a3 a4 a5      b1 b2      c1 c2 c3
-
-        stream        a1 a2 a3 a4 a5 <s> b1 b2 <s> c1 c2 c3 <s> ...      then the next epoch's
+        stream        a1 a2 a3 a4 a5 <s> b1 b2 <s> c1 c2 c3 <s>      and on, epoch after epoch
         document id   0  0  0  0  0  0   1  1  1   2  2  2  2
         sequence 0    a1 a2 a3 a4 a5
         sequence 1                a5 <s> b1 b2 <s>
         sequence 2                             <s> c1 c2 c3 <s>
 
-        of sequence 1   tokens    a5  <s> b1 b2        (see batch)
-                        targets   <s> b1  b2 <s>
-                        ids       0   0   1  1
-
     The last target of a sequence is the first token of the next: each token is a target once.
-    Documents of S - len(separator) tokens start exactly where sequences do.
     """
 
     def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int,
@@ -679,7 +656,6 @@ class PackedDataset:
         self.seed = seed
         self.document_mask = document_mask
         self.separator = separator_tokens(separator, tokenizer)  # (n,)
-
         # of each shard: (tokens, loss mask, lengths)
         self.arrays = [open_shard(Path(directory), shard) for shard in shards]
         # of each document, (documents,): its shard, its length, where in the shard it begins
@@ -693,10 +669,10 @@ class PackedDataset:
         _, sources = np.unique(names, return_inverse=True)  # numbers instead of names
         self.weights = length_weights(self.lengths, np.repeat(sources, counts), short, long,
                                       short_weight, long_weight)
-
-        self.epochs = 0  # how many epochs of the stream are planned so far,
-        self.order = np.zeros(0, dtype=np.int64)  # (n,): the documents that occur in them,
-        self.bounds = np.zeros(1, dtype=np.int64)  # (n + 1,): where each begins, and the last ends
+        # the stream, as far as planned: epochs, documents (n,), their borders in tokens (n + 1,)
+        self.epochs = 0
+        self.order = np.zeros(0, dtype=np.int64)
+        self.bounds = np.zeros(1, dtype=np.int64)
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens uint32 (T,) and loss mask bool (T,) of a document."""
@@ -706,7 +682,7 @@ class PackedDataset:
         return tokens[part], mask[part]
 
     def plan(self, epoch: int) -> np.ndarray:
-        """Documents of an epoch in order, int64 (n,): a pure function of (seed, epoch).
+        """Documents of an epoch in order, int64 (n,).
 
         A document of weight w occurs floor(w) or ceil(w) times, w on average (systematic sampling).
         The three of length_weights, if the random shift is 0.7:
@@ -715,15 +691,15 @@ class PackedDataset:
             weight                       0.4    0.8    1.2
             sum up to its end            0.4    1.2    2.4
             shifted                      1.1    1.9    3.1
-            whole numbers passed         1      1      3
+            rounded down                 1      1      3
             repeats, the differences     1      0      2      -> documents 0 2 2, to be shuffled
 
         Document 0 occurs if the shift is 0.6 or more: with probability 0.4.
         """
         generator = np.random.default_rng([self.seed, epoch, 1])
         shifted = np.cumsum(self.weights) + generator.random()  # (documents,)
-        passed = np.floor(shifted).astype(np.int64)
-        repeats = np.diff(passed, prepend=0)
+        rounded = np.floor(shifted).astype(np.int64)
+        repeats = np.diff(rounded, prepend=0)
         documents = np.repeat(np.arange(len(repeats)), repeats)  # (n,)
         return documents[shuffled(len(documents), self.seed, epoch)]
 
@@ -734,8 +710,7 @@ class PackedDataset:
         tokens = np.empty(size, dtype=np.int64)
         mask = np.empty(size, dtype=bool)
         ids = np.empty(size, dtype=np.int64)
-        separator = self.separator, np.ones(len(self.separator), dtype=bool)
-
+        after = (self.separator, np.ones(len(self.separator), dtype=bool))  # (tokens, loss mask)
         # 1. Plan more epochs of the stream until the window's end lies in it.
         first = index * self.sequence_length
         while self.bounds[-1] < first + size:
@@ -745,20 +720,21 @@ class PackedDataset:
             self.bounds = np.append(self.bounds, ends)
             self.epochs += 1
         # 2. Find the document in which the window begins, and what of it lies before the window.
-        number = int(np.searchsorted(self.bounds, first, side="right")) - 1
-        skipped = first - int(self.bounds[number])
-        # 3. Of each document, then of its separator, take what fits, until the window is full.
+        place = int(np.searchsorted(self.bounds, first, side="right")) - 1
+        skipped = first - int(self.bounds[place])
+        # 3. Copy document, separator, next document, ... until the window is full. Of the first,
+        #    and of its separator if the window begins there, tokens are skipped.
         filled = 0
         while filled < size:
-            for own_tokens, own_mask in (self.document(self.order[number]), separator):
+            for own_tokens, own_mask in (self.document(self.order[place]), after):
                 part = slice(skipped, skipped + size - filled)  # beyond the end it stops by itself
-                end = filled + len(own_tokens[part])
-                tokens[filled:end] = own_tokens[part]
-                mask[filled:end] = own_mask[part]
-                ids[filled:end] = number
-                filled = end
-                skipped = max(0, skipped - len(own_tokens))  # 0 after the first document
-            number += 1
+                skipped = max(0, skipped - len(own_tokens))
+                window = slice(filled, filled + len(own_tokens[part]))
+                tokens[window] = own_tokens[part]
+                mask[window] = own_mask[part]
+                ids[window] = place
+                filled = window.stop
+            place += 1
         return tokens, mask, ids
 
 
@@ -790,7 +766,7 @@ class Blend:
         self.owners = np.zeros(0, dtype=np.int64)  # the dataset of each sequence drawn so far
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The sequence `index` of the blend: a pure function of (seed, index)."""
+        """As PackedDataset's."""
         # 1. Draw on, in chunks that depend on the seed and their place only.
         while index >= len(self.owners):
             generator = np.random.default_rng([self.seed, len(self.owners), 2])

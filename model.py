@@ -61,20 +61,18 @@ VOCABULARY_TILE = 8192  # rows of the head's gradient that are added up at a tim
 
 # ---------------------------------------------------------------------------------- configuration
 
-
-SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-SPLIT_BY_TP = ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size")
-ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+SHAPE = (  # positive integers, under their names in config.json
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+SPLIT_BY_TP = (  # those of them that tensor parallelism cuts
+    "num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size")
+ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}  # all we compute
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # model_type: class
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, under Hugging Face's names; `hf` is the config.json it came from.
-
-    Raises ValueError naming the key of config.json that is missing or means nothing.
-    """
+    """The shape of a model, under Hugging Face's names; `hf` is the config.json it came from."""
 
     vocab_size: int
     hidden_size: int
@@ -111,8 +109,7 @@ class ModelConfig:
             raise ValueError(f"config.json: num_attention_heads {self.num_attention_heads} is not "
                              f"a multiple of num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"config.json: head_dim {self.head_dim} is odd; rotary embedding "
-                             "turns pairs, so it must be even")
+            raise ValueError(f"config.json: head_dim {self.head_dim} is odd; RoPE turns pairs")
 
     @classmethod
     def from_hf(cls, config: dict) -> ModelConfig:
@@ -120,24 +117,23 @@ class ModelConfig:
         # 1. Is it one of our architectures? What differs from ONLY is another.
         family = config.get("model_type", "llama")
         if family not in ARCHITECTURES:
-            raise ValueError(f"config.json: model_type {family!r} is not supported; supported are "
-                             "llama and qwen2")
+            raise ValueError(f"config.json: model_type is {family!r}; only llama, qwen2 are known")
         for key, needed in ONLY.items():
             if config.get(key, needed) != needed:
-                raise ValueError(f"config.json: {key} is {config[key]!r}; only {needed!r} is "
-                                 "supported")
+                raise ValueError(f"config.json: {key} is {config[key]!r}; only {needed!r} is known")
         # 2. Its shape: three keys may be left out
         shape = {name: config.get(name) for name in SHAPE}
         hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+        if shape["max_position_embeddings"] is None:
+            shape["max_position_embeddings"] = 2048
         if shape["num_key_value_heads"] is None:  # every query head has keys of its own
             shape["num_key_value_heads"] = heads
-        if shape["head_dim"] is None and is_number(heads) and is_number(hidden) and heads > 0:
+        are_sizes = is_number(hidden) and is_number(heads) and heads > 0  # others: __post_init__
+        if shape["head_dim"] is None and are_sizes:
             if hidden % heads:
                 raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_"
                                  f"attention_heads {heads}; state head_dim or change one of them")
             shape["head_dim"] = hidden // heads
-        if shape["max_position_embeddings"] is None:
-            shape["max_position_embeddings"] = 2048
         # 3. Which projections of attention have a bias?
         if family == "qwen2":  # q, k and v always, o never; no key says so
             qkv_bias, output_bias = True, False
@@ -150,7 +146,7 @@ class ModelConfig:
             initializer_range=config.get("initializer_range", 0.02),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             qkv_bias=qkv_bias, output_bias=output_bias, hf=dict(config))
-        # 4. Its window: Qwen2.5's documented way to add yarn leaves the old one there
+        # 4. Its window: Qwen2.5's documents add yarn without raising max_position_embeddings
         if scaling.kind == "yarn" and stated_value(config, ORIGINAL):
             extended = round(scaling.original_max_position * scaling.factor)
             window = max(model.max_position_embeddings, extended)
@@ -160,13 +156,14 @@ class ModelConfig:
     def to_hf(self) -> dict:
         """A config.json from which transformers 4.43+, 5 and vLLM compute the same model."""
         scaling = self.rope_scaling
-        theta, rope = self.rope_theta, None  # the default kind
+        theta = self.rope_theta
+        rope = None  # the default kind
         if scaling.kind == "ntk":  # Hugging Face has none: it is the default at a larger theta
             theta = ntk_theta(theta, scaling.factor, self.head_dim)
         elif scaling.kind != "default":
             rope = scaling.to_hf()
         if scaling.kind == "yarn" and self.window_before() is None:
-            del rope[ORIGINAL]  # not stated when read; now it would be read as half an extension
+            del rope[ORIGINAL]  # left out when read; stated, from_hf (4.) would extend it once more
         config = dict(self.hf)
         for key in ("rope_parameters", ORIGINAL, "dtype"):  # they would contradict what follows
             config.pop(key, None)
@@ -180,16 +177,18 @@ class ModelConfig:
                          "hidden_act": "silu", "rope_theta": theta, "rope_scaling": rope}
 
     def window_before(self) -> int | None:
-        """The window before extension; None where the checkpoint does not say."""
+        """The window before extension; None where the checkpoint does not say.
+
+        A linear rule never says. Nor does yarn that leaves the old window out: with factor 4 and a
+        window of 131,072 its frequencies take 131,072 for the old one, as in transformers.
+        """
         scaling = self.rope_scaling
         if scaling.kind == "default":  # never extended
             return self.max_position_embeddings
+        # are the window and the rule still those of config.json, and is the old window left out?
         window = self.hf.get("max_position_embeddings")
         as_read = window == self.max_position_embeddings and scaling == RopeScaling.from_hf(self.hf)
         if as_read and not stated_value(self.hf, ORIGINAL):
-            # A linear rule's config.json states the new window alone. So does yarn's if it leaves
-            # the old one out: its frequencies are then computed as if nothing had been extended,
-            # as transformers does.
             return None
         return scaling.original_max_position
 
@@ -201,13 +200,39 @@ class ModelConfig:
                 raise ValueError(f"--tp {tp} does not divide the model's {name}, {size}")
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """ModelConfig of a model directory or a config.json. Raises FileNotFoundError or ValueError."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
+                                "directory (of a run: its `final`)")
+    return ModelConfig.from_hf(read_object(file))
+
+
+def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
+    """`config` with `scaling` in place of its own, as two never stack, and its window."""
+    if scaling is None:  # nothing is asked for
+        return config
+    before = config.window_before()
+    if scaling.kind == "default":  # back to the old window, if the checkpoint says which that was
+        window = before or config.max_position_embeddings
+    else:
+        original = scaling.original_max_position or before
+        if original is None:
+            raise ValueError("--original-length is needed: a checkpoint with such "
+                             f"{config.rope_scaling.kind} scaling does not state its window before")
+        scaling = replace(scaling, original_max_position=original)
+        window = round(original * scaling.factor)
+    return replace(config, rope_scaling=scaling, max_position_embeddings=window)
+
+
 # ----------------------------------------------------------------------------------- architecture
 
 
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions; what happens between positions is
-    parallel.py's. A tp rank has H / tp query heads, Hkv / tp key and value heads.
-    """
+    parallel.py's. A tp rank has H / tp query heads, Hkv / tp key and value heads."""
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
         super().__init__()
@@ -222,7 +247,7 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear(q_size, hidden, grid, bias=config.output_bias)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, m, hidden), tables (tp, m, D / 2) -> q, k, turned, and v (B, tp, m, heads x D)."""
+        """x (B, m, hidden), tables (tp, m, D / 2) -> q, k (turned), v (B, tp, m, heads x D)."""
         x = GatherSequence.apply(x, self.grid)  # (B, tp, m, hidden), once for all three
         q = self.rotate(self.q_proj(x), cos, sin)  # (B, tp, m, H / tp x D)
         k = self.rotate(self.k_proj(x), cos, sin)  # (B, tp, m, Hkv / tp x D)
@@ -267,11 +292,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer layer, (B, m, hidden) -> the same, in three parts:
 
-        before      norm, q k v           each position on its own
+        before      norm, q k v           each position on its own: in tiles
         attention   softmax(q k^T) v      positions see each other
-        after       o, norm, MLP          each position on its own
-
-    So what stands before and after attention can run on a tile of positions at a time.
+        after       o, norm, MLP          each position on its own: in tiles
     """
 
     def __init__(self, config: ModelConfig, grid: Grid) -> None:
@@ -299,11 +322,10 @@ class Block(nn.Module):
         return split(q), split(k), split(v)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, tile: int) -> Tensor:
-        """attend: (q, k, v) -> out, all (B, heads, S / cp, D), with a cache's tokens or without."""
+        """attend: q, k, v -> out, (B, heads, S / cp, D): ring_attention, or that of a KVCache."""
         q, k, v = self.queries_keys_values(x, cos, sin, tile)
         attended = self.self_attn.join_heads(attend(q, k, v))  # (B, tp, m, heads x D)
-        (x,) = in_tiles(self.after, (x, attended), tile)
-        return x
+        return in_tiles(self.after, (x, attended), tile)[0]
 
 
 # -------------------------------------------------------------- less memory: tiles, recomputation
@@ -336,25 +358,21 @@ def in_tiles(function: Callable, inputs: tuple[Tensor, ...], tile: int) -> tuple
 
 def tiles_backward(function: Callable, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...],
                    gradients: tuple[Tensor, ...], tile: int) -> list[Tensor]:
-    """Gradients of `inputs` from those of function(*inputs, *constants), a tile at a time.
-
-    10 positions in tiles of 4, y = function(x), gradient dy:
+    """Gradients of `inputs` from those of function(*inputs, *constants), a tile at a time:
 
         y[0:4] again from x[0:4], dx[0:4] from dy[0:4], then 4:8, then 8:10
 
-    What a tile keeps for its backward is gone before the next begins. Gradients of parameters, sums
-    over the tiles, are added up where autograd always does, in `parameter.grad`.
+    Gradients of parameters, sums over the tiles, are added up in `parameter.grad`, as always.
     """
     d_inputs = [torch.empty_like(x) for x in inputs]
     for start in range(0, inputs[0].shape[-2], tile):
         end = start + tile
-        # 1. forward again, from leaves: the tile's backward ends there
+        # 1. forward again, from leaves: there the tile's backward ends
         leaves = [x[..., start:end, :].detach().requires_grad_() for x in inputs]
         with torch.enable_grad():
             outputs = function(*leaves, *[x[..., start:end, :] for x in constants])
-        # 2. backward
+        # 2. backward, and the leaves' gradients to their place
         torch.autograd.backward(outputs, [dy[..., start:end, :] for dy in gradients])
-        # 3. the leaves' gradients to their place
         for d_input, leaf in zip(d_inputs, leaves, strict=True):
             d_input[..., start:end, :] = leaf.grad
     return d_inputs
@@ -371,39 +389,34 @@ class RecomputedBlock(torch.autograd.Function):
         block       x                            256 MiB   before, attention, after
 
     Attention is by far the most work at this length, quadratic in S. Its backward needs q, k, v,
-    out and lse (the log-sum-exp of its rows), no more. q, k and v are a projection away from x, so
-    with "mlp", which keeps the other two, attention's forward never runs twice.
+    out and lse (the log-sum-exp of its rows). q, k and v are a projection away from x, so with
+    "mlp", which keeps the other two, attention's forward never runs twice.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, block: Block, cos: Tensor, sin: Tensor,
                 segments: list[list[int]] | None, tile: int, recompute: str) -> Tensor:
         """x (B, m, hidden) -> the block's output, of the same shape."""
-        ctx.settings = block, (cos, sin), segments, tile
+        ctx.settings = block, (cos, sin), segments, tile, recompute
         attention = block.self_attn
         q, k, v = block.queries_keys_values(x, cos, sin, tile)
         attended, lse = ring_forward(q, k, v, attention.grid, segments)
         del q, k, v
-        attended = attention.join_heads(attended)  # save_on_cpu forgets any other layout
-        if recompute == "mlp":
-            ctx.save_for_backward(x, attended, lse)
-        else:
-            ctx.save_for_backward(x)
-        (x,) = in_tiles(block.after, (x, attended), tile)
-        return x
+        attended = attention.join_heads(attended)  # contiguous: save_on_cpu gives back no other
+        out_lse = (attended, lse) if recompute == "mlp" else (None, None)
+        ctx.save_for_backward(x, *out_lse)
+        return in_tiles(block.after, (x, attended), tile)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The output's gradient (B, m, hidden) -> x's; parameters' go into `parameter.grad`."""
-        block, tables, segments, tile = ctx.settings
+        block, tables, segments, tile, recompute = ctx.settings
         attention = block.self_attn
         # 1. what attention's backward needs: q, k, v again; out and lse where they were not kept
-        x, *out_lse = ctx.saved_tensors
+        x, attended, lse = ctx.saved_tensors
         q, k, v = block.queries_keys_values(x, *tables, tile)
-        if out_lse:
-            attended, lse = out_lse
-        else:
+        if recompute == "block":
             attended, lse = ring_forward(q, k, v, attention.grid, segments)
             attended = attention.join_heads(attended)
         # 2. back through `after`: x is one of its inputs, attention's output the other
@@ -412,11 +425,11 @@ class RecomputedBlock(torch.autograd.Function):
         out = attention.split_heads(attended)
         d_out = attention.split_heads(d_attended)
         gradients = ring_backward(d_out, q, k, v, out, lse, attention.grid, segments)
-        del q, k, v, out_lse, attended, d_attended, out, d_out
+        del q, k, v, attended, d_attended, out, d_out
         # 4. back through `before`
         gradients = tuple(attention.join_heads(gradient) for gradient in gradients)
         (d_before,) = tiles_backward(block.before, (x,), tables, gradients, tile)
-        return dx.add_(d_before), None, None, None, None, None, None
+        return dx.add_(d_before), *[None] * 6
 
 
 # -------------------------------------------------------------------------------- the whole model
@@ -427,20 +440,20 @@ class KVCache:
 
     A prompt of 8 tokens on cp 2, then three tokens one by one:
 
-        first rank     0 1 6 7    8 9 10    tokens that come one by one are all its
+        first rank     0 1 6 7    8 9 10    a lone token, padded, lies in chunk 0: the first rank's
         second rank    2 3 4 5
 
-    Any number of tokens may follow, and `truncate` forgets the last ones: prompts that begin alike
-    compute their common beginning once. `capacity` is how many tokens a rank has room for.
+    `truncate` forgets the last ones: prompts that begin alike compute their common beginning once.
     """
 
     def __init__(self, config: ModelConfig, grid: Grid, batch: int, capacity: int,
                  like: Tensor) -> None:
         heads = config.num_key_value_heads // grid.tp
+        # layers, keys and values, B, Hkv / tp, capacity, D
         shape = (config.num_hidden_layers, 2, batch, heads, capacity, config.head_dim)
         self.keys_values = like.new_empty(shape)
         self.grid = grid
-        self.capacity = capacity
+        self.capacity = capacity  # tokens that a rank has room for
         self.positions = torch.empty(0, dtype=torch.int64)  # of this rank's tokens, rising
         self.length = 0  # tokens of all ranks
 
@@ -450,7 +463,7 @@ class KVCache:
         self.length = min(length, self.length)
 
     def fullest(self) -> int:
-        """How many tokens the fullest rank of the ring has: `truncate` may take from some only."""
+        """How many tokens the fullest rank has: after `truncate` ranks may hold unequal numbers."""
         size = torch.tensor(len(self.positions), device=self.keys_values.device)
         return self.grid.all_reduce(size, "cp", dist.ReduceOp.MAX).item()
 
@@ -462,25 +475,12 @@ class KVCache:
         keys, values = self.keys_values[layer]  # (B, Hkv / tp, capacity, D) each
         old, end = len(self.positions), len(self.positions) + new
         assert end <= self.capacity, f"the KV cache has room for {self.capacity} tokens, not {end}"
-        # 1. store
         keys[:, :, old:end] = k[:, :, :new]
         values[:, :, old:end] = v[:, :, :new]
-        # 2. attend among the s tokens, causally
-        out, lse = ring_forward(q, k, v, self.grid)
-        # 3. attend to the earlier ones, which they all see
-        if self.length:
+        out, lse = ring_forward(q, k, v, self.grid)  # among the s tokens, causally
+        if self.length:  # they all see the earlier ones
             out = attend_earlier(q, out, lse, keys[:, :, :old], values[:, :, :old], self.grid)
         return out
-
-
-class Decoder(nn.Module):
-    """Embedding, blocks and final norm: what Hugging Face calls `model`."""
-
-    def __init__(self, config: ModelConfig, grid: Grid) -> None:
-        super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, grid)
-        self.layers = nn.ModuleList(Block(config, grid) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nn.Module):
@@ -488,33 +488,38 @@ class Llama(nn.Module):
 
         recompute   one of RECOMPUTE: what backward computes again, see `RecomputedBlock`
         offload     what recomputed blocks keep is kept in host memory
-        tile        how many of a rank's S / cp positions go through a block or the loss at a time
-                    (None: see `positions_a_tile`)
+        tile        how many positions, of all tp ranks and rows together, go through a block or the
+                    loss at a time (None: see `positions_a_tile`)
 
     Every public method is called on all ranks of a replica (cp x tp) with the same, whole rows of
-    tokens; each rank computes its share, and all return the same result. Raises ValueError if the
-    grid does not fit the model.
+    tokens; each rank computes its share, and all return the same result.
     """
 
     def __init__(self, config: ModelConfig, grid: Grid | None = None) -> None:
         super().__init__()
+        grid = grid or Grid()
+        config.check_tp(grid.tp)
         self.config = config
-        self.grid = grid or Grid()
+        self.grid = grid
         self.recompute = "none"
         self.offload = False
         self.tile = None
-        config.check_tp(self.grid.tp)
-        self.model = Decoder(config, self.grid)
+        vocabulary, hidden = config.vocab_size, config.hidden_size
+        blocks = [Block(config, grid) for _ in range(config.num_hidden_layers)]
+        self.model = nn.ModuleDict({
+            "embed_tokens": VocabParallelEmbedding(vocabulary, hidden, grid),
+            "layers": nn.ModuleList(blocks),
+            "norm": nn.RMSNorm(hidden, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
-            self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, self.grid)
+            self.lm_head = ColumnParallelLinear(hidden, vocabulary, grid)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Llama:
         """Normal(0, initializer_range) matrices, zero biases, unit norms: the same for a seed.
 
-        Each key projection starts equal to the first query projection that reads it, so a token
-        looks for its like from the first step on (mimetic initialisation, arXiv 2305.09828): a
-        small model then learns to retrieve several times sooner, and by every seed.
+        Each key projection starts equal to the first query projection that reads it: a token looks
+        for its like from the first step on (mimetic initialisation, arXiv 2305.09828), and a small
+        model learns to retrieve several times sooner.
         """
         config, grid = self.config, self.grid
         generator = torch.Generator().manual_seed(seed)
@@ -543,14 +548,14 @@ class Llama(nn.Module):
         return self.lm_head.weight
 
     def positions_a_tile(self, position_bytes: float, rows: int = 1) -> int:
-        """How many of m positions in each of `rows` rows make a tile: `self.tile`, or what
-        TILE_BYTES hold, divided among the tp ranks, whose tiles are gathered, and the rows.
-        """
+        """How many positions of a row a rank gives to a tile. `self.tile`, or what TILE_BYTES hold,
+        counts those of all tp ranks and rows: 100, with tp 4 and 2 rows, is 12 of m for a block. In
+        the loss, where all rows are one, it is 25 of B m."""
         tile = self.tile or TILE_BYTES[self.head_weight.device.type] // position_bytes
         return max(1, int(tile) // (self.grid.tp * rows))
 
     def pad(self, rows: Tensor, value: int = 0) -> Tensor:
-        """(B, S) -> (B, S'): padded on the right to a length that the grid divides evenly."""
+        """(B, S) -> (B, S'), padded on the right: 37 positions to 40 on a grid of multiple 8."""
         return F.pad(rows, (0, -rows.shape[1] % self.grid.sequence_multiple), value=value)
 
     def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -567,7 +572,8 @@ class Llama(nn.Module):
                       cache: KVCache | None = None) -> Tensor:
         """Whole rows (B, S) int64 -> the last block's output (B, m, hidden), before the final norm.
 
-        Rows of 37 tokens on cp 2, tp 2 are padded to 40, which gives each rank m = 10 positions:
+        Rows of 37 tokens on cp 2, tp 2 are padded to 40 (Grid.sequence_multiple is 8), which gives
+        each rank m = 10 positions, here just one chunk of the zigzag:
 
                         tp rank 0    tp rank 1
             cp rank 0    0 ...  9    30 ... 39    37, 38 and 39 are padding: no earlier one sees it
@@ -583,7 +589,8 @@ class Llama(nn.Module):
         tokens = self.pad(tokens)
         positions = zigzag_positions(tokens.shape[1], grid)  # (S / cp,)
         new = int((positions < length).sum())  # the others, which come last, are padding
-        positions += 0 if cache is None else cache.length
+        if cache is not None:
+            positions += cache.length
         cos, sin = self.rotary_tables(positions)
         segments = None if document_ids is None else document_segments(self.pad(document_ids))
         # 2. its tokens' embedding, a tile of positions at a time
@@ -591,44 +598,45 @@ class Llama(nn.Module):
         tile = self.positions_a_tile(position_bytes, len(tokens))
         local = zigzag_shard(tokens, grid, 1).unflatten(1, (grid.tp, -1))  # (B, tp, m)
         x = self.model.embed_tokens(local, tile)  # (B, m, hidden)
-        # 3. how the blocks run: with or without a backward that recomputes
-        recompute = self.recompute if torch.is_grad_enabled() else "none"
-        if torch.is_grad_enabled() and recompute == "none":
-            tile = x.shape[1]  # backward needs everything at once: tiles would save nothing
+        # 3. the blocks
+        recompute = self.recompute
+        if not torch.is_grad_enabled():  # there is no backward to save memory for
+            recompute = "none"
+        elif recompute == "none":  # backward needs everything at once: tiles would save nothing
+            tile = x.shape[1]
         offload = self.offload and recompute != "none"
         attend = functools.partial(ring_attention, grid=grid, segments=segments)
-        # 4. the blocks
         with save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext():
             for layer, block in enumerate(self.model.layers):
-                if recompute != "none":
-                    x = RecomputedBlock.apply(x, block, cos, sin, segments, tile, recompute)
-                elif cache is None:
+                if cache is not None:  # attention sees its tokens too
+                    attend = functools.partial(cache.attend, new, layer)
+                if recompute == "none":
                     x = block(x, cos, sin, attend, tile)
-                else:  # attention sees the cache's tokens too
-                    x = block(x, cos, sin, functools.partial(cache.attend, new, layer), tile)
+                else:
+                    x = RecomputedBlock.apply(x, block, cos, sin, segments, tile, recompute)
         if cache is not None:  # now that every layer has stored these tokens' keys and values
             cache.positions = torch.cat([cache.positions, positions[:new]])
             cache.length += length
         return x
 
-    def hidden_at(self, tokens: Tensor, places: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Normed hidden states of places (B, n) in rows (B, S) -> (B, n, hidden), on all ranks."""
+    def hidden_at(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Normed states of some positions (B, n) of rows (B, S) -> (B, n, hidden), on all ranks."""
         grid = self.grid
         hidden = self.hidden_states(tokens, cache=cache)  # (B, m, hidden)
-        # 1. the places that this rank has, rising
+        # 1. the positions that this rank has, rising: its early chunk, then its late one
         length = hidden.shape[1] * grid.cp * grid.tp  # with padding
         own = zigzag_positions(length, grid).chunk(grid.tp)[grid.tp_rank]  # (m,)
-        own = own.to(places.device)
-        # 2. the row of each place, some other row if this rank does not have it
-        index = torch.searchsorted(own, places.contiguous())  # (B, n)
+        own = own.to(positions.device)
+        # 2. the state of each position, of some other one if this rank does not have it
+        index = torch.searchsorted(own, positions.contiguous())  # (B, n)
         index = index.clamp(max=len(own) - 1)[..., None]  # (B, n, 1)
-        rows = hidden.gather(1, index.expand(-1, -1, hidden.shape[2]))  # (B, n, hidden)
-        # 3. zeros for those: in the sum over ranks each place then counts once
-        rows = rows.masked_fill(own[index] != places[..., None], 0.0)
-        return self.model.norm(grid.all_reduce(rows, "cp_tp"))
+        states = hidden.gather(1, index.expand(-1, -1, hidden.shape[2]))  # (B, n, hidden)
+        # 3. zeros for the others: in the sum over ranks each position then counts once
+        states = states.masked_fill(own[index] != positions[..., None], 0.0)
+        return self.model.norm(grid.all_reduce(states, "cp_tp"))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token: normed states, on all ranks, (..., hidden) -> (..., V)."""
+        """Normed states (..., hidden), on all ranks -> scores (..., V). Inference: no gradients."""
         parts = F.linear(hidden, self.head_weight)  # (..., V / tp)
         parts = self.grid.all_gather(parts, "tp")  # (tp, ..., V / tp)
         return parts.movedim(0, -2).flatten(-2)
@@ -638,7 +646,7 @@ class Llama(nn.Module):
         return KVCache(self.config, self.grid, batch, capacity, self.head_weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of every position: (B, S) int64 -> (B, S, V). `loss` never builds them."""
+        """Logits of every position, for inference: (B, S) int64 -> (B, S, V). `loss` has none."""
         hidden = self.model.norm(self.hidden_states(tokens))  # (B, m, hidden)
         hidden = GatherSequence.apply(hidden, self.grid).flatten(1, 2)  # (B, S / cp, hidden)
         logits = zigzag_unshard(self.logits(hidden), self.grid, 1)  # (B, S, V), padded
@@ -650,8 +658,7 @@ class Llama(nn.Module):
 
         tokens, targets (B, S) int64, targets already shifted -> float32 and int64 scalars, the same
         on all ranks of the replica: divide the sum by the number over the whole global batch.
-        Backward on every rank leaves each its share of the gradients. A batch without a target
-        gives (0, 0) and zero gradients.
+        Backward leaves each rank its share of the gradients. No target: (0, 0), zero gradients.
         """
         norm = self.model.norm
         hidden = self.hidden_states(tokens, document_ids)  # (B, m, hidden)
@@ -672,9 +679,9 @@ class Llama(nn.Module):
                  cache: KVCache | None = None) -> Tensor:
         """Continue prompts (B, S) of equal length -> (B, S + n) int64, n <= max_new_tokens.
 
-        temperature 0 is greedy; otherwise nucleus sampling, see `sample`. Ends once every row has
-        produced a stop token; later tokens of a finished row repeat it. A `cache` that has the
-        first tokens of the prompts (fewer than S) saves computing them; it needs room for the new.
+        temperature, top_p: see `sample`. Ends once every row has produced a stop token; later
+        tokens of a finished row repeat it. A `cache` that has the first tokens of the prompts
+        (fewer than S) saves computing them; it needs room for the new.
         """
         device = tokens.device
         batch, length = tokens.shape
@@ -692,13 +699,12 @@ class Llama(nn.Module):
             hidden = self.hidden_at(unread, last, cache)  # (B, 1, hidden)
             # 2. draw the next token from the scores after the last one
             logits = self.logits(hidden[:, 0]).float()  # (B, V)
-            new = sample(logits, temperature, top_p, generator)  # (B,)
-            new = self.grid.broadcast(new, "cp_tp")  # without a seed every rank draws its own
-            # 3. append it; a finished row repeats its stop token
-            new = torch.where(done, tokens[:, -1], new)
-            tokens = torch.cat([tokens, new[:, None]], dim=1)  # (B, S + 1), (B, S + 2), ...
-            # 4. stop once every row is finished
-            done |= torch.isin(new, stops)
+            newest = sample(logits, temperature, top_p, generator)  # (B,)
+            newest = self.grid.broadcast(newest, "cp_tp")  # without a seed every rank draws its own
+            # 3. append it; a finished row repeats its stop token; stop once every row is finished
+            newest = torch.where(done, tokens[:, -1], newest)
+            tokens = torch.cat([tokens, newest[:, None]], dim=1)  # (B, S + 1), (B, S + 2), ...
+            done |= torch.isin(newest, stops)
             if done.all():
                 break
         return tokens
@@ -707,11 +713,8 @@ class Llama(nn.Module):
     def from_pretrained(cls, path: str | Path, grid: Grid | None = None,
                         dtype: torch.dtype | None = None, device: torch.device | str | None = None,
                         rope_scaling: RopeScaling | None = None) -> Llama:
-        """Load a Hugging Face directory (one safetensors file, or shards with an index).
-
-        dtype None keeps the file's; `rope_scaling` replaces the checkpoint's own, see `rescale`.
-        Raises ValueError or FileNotFoundError naming the file or tensor.
-        """
+        """Load a Hugging Face directory. dtype None keeps the files'; `rope_scaling` replaces the
+        checkpoint's own, see `rescale`. Raises ValueError or FileNotFoundError naming the file."""
         config = rescale(read_config(path), rope_scaling)
         with torch.device("meta"):  # no memory, no time for weights that are about to be replaced
             model = cls(config, grid)
@@ -722,11 +725,7 @@ class Llama(nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json and sharded safetensors with an index into a directory, under HF names.
-
-        Every rank calls this; the first puts whole tensors together, one file at a time, and
-        writes what one process would.
-        """
+        """Write a Hugging Face directory. Every rank calls this; the grid changes no byte of it."""
         path = Path(path)
         if self.grid.is_first:
             if (path / "config.json").exists():
@@ -745,17 +744,15 @@ class Llama(nn.Module):
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise IndexError for a token outside the vocabulary: of its ranks none would miss it."""
+    """IndexError for an id outside the vocabulary: each tp rank would take it for another's."""
     low, high = ids.aminmax()
     if low < 0 or high >= vocab_size:
-        raise IndexError(f"token ids from {int(low)} to {int(high)} do not lie in the vocabulary "
-                         f"of {vocab_size}")
+        raise IndexError(f"ids from {int(low)} to {int(high)} leave the vocabulary of {vocab_size}")
 
 
 def block_bytes(config: ModelConfig, tp: int, itemsize: int) -> float:
-    """What a position takes on its way through a block and back: its gathered input and that one's
-    gradient, twice; gate, up, their product and both gradients.
-    """
+    """What a position takes on its way through a block and back, at most: the MLP's gathered input
+    and output; gate, up, silu(gate) and their product; and a gradient of each."""
     return itemsize * (4 * config.hidden_size + 8 * config.intermediate_size / tp)
 
 
@@ -767,12 +764,10 @@ def logit_bytes(config: ModelConfig, tp: int, itemsize: int) -> float:
 class TiledCrossEntropy(torch.autograd.Function):
     """The summed loss and its gradients together, a tile of positions at a time.
 
-    Of a position, with h = norm(x), its logits z = W h and its target y:
+    Of a position, with h = norm(x), its logits z = W h, and dz = softmax(z) - onehot(target):
 
-        loss = log(sum over v of exp(z_v)) - z_y        z = (1, 2, 0), y = 1: loss = 0.41
-        dz   = softmax(z) - onehot(y)                   (0.24, 0.67, 0.09) - (0, 1, 0)
-        dh   = W^T dz, and through the norm dx
-        dW   = dz h^T, summed over positions
+        dh = W^T dz, and through the norm dx
+        dW = dz h^T, summed over positions
 
     The gradients are known as soon as z is. So forward uses a tile's logits up at once (loss, dx,
     dW), the next tile's overwrite them, and backward multiplies stored gradients by a scalar: no
@@ -783,25 +778,23 @@ class TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, norm_weight: Tensor, weight: Tensor, norm: nn.RMSNorm,
                 targets: Tensor, grid: Grid, tile: int) -> Tensor:
-        """x (B, m, hidden), weight W (V / tp, hidden), targets (B, tp, m) of all tp ranks, -100 for
-        none -> float32 (for float64: float64) scalar, the same on every rank. norm_weight is the
-        norm's own, an argument so that autograd sees it.
-        """
+        """x (B, m, hidden), W (V / tp, hidden), targets (B, tp, m) of all tp ranks -> the sum in
+        float32, the same on every rank. norm_weight is norm.weight, for autograd to see it."""
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         d_norm = torch.zeros_like(norm_weight, dtype=wide)
         d_weight = torch.zeros_like(weight, dtype=wide)
-        rows = x.flatten(0, 1)  # (B m, hidden)
-        d_rows = torch.empty_like(rows)
+        states = x.flatten(0, 1)  # (B m, hidden)
+        d_states = torch.empty_like(states)
         targets = targets.movedim(1, 0).flatten(1)  # (tp, B m)
-        tile = min(tile, len(rows))
-        # Two buffers (tp tile, V / tp) serve all tiles: `logits` in the compute type, for products
-        # of matrices, and `scores` in float32, for the softmax. They are one if the types are one.
+        tile = min(tile, len(states))
+        # Two buffers (tp tile, V / tp) serve all tiles: `logits` in the compute type, for products,
+        # and `scores` in float32, for the softmax; one if the types are one: copies then do nothing
         logits = x.new_empty(grid.tp * tile, len(weight))
         scores = logits if logits.dtype == wide else torch.empty_like(logits, dtype=wide)
-        tiles = zip(rows.split(tile), d_rows.split(tile), targets.split(tile, 1), strict=True)
+        tiles = zip(states.split(tile), d_states.split(tile), targets.split(tile, 1), strict=True)
         for x_tile, dx_tile, target in tiles:
-            # 1. h: this rank's rows, normed, and those of the other tp ranks
+            # 1. h, also of the other tp ranks' positions
             with torch.enable_grad():
                 leaf = x_tile.detach().requires_grad_()  # (tile, hidden)
                 normed = norm(leaf)
@@ -811,12 +804,13 @@ class TiledCrossEntropy(torch.autograd.Function):
             logits, scores = logits[:len(h)], scores[:len(h)]  # the last tile may be shorter
             torch.mm(h, weight.T, out=logits)
             scores.copy_(logits)
-            # 3. the loss; z becomes dz * normaliser, in both buffers
+            # 3. the loss; z becomes dz * normaliser, in both buffers. To divide there would be one
+            #    more pass over (tp tile, V / tp): dh and h are divided instead, which are narrower.
             losses, normaliser = vocab_parallel_cross_entropy(scores, target.clamp(min=0), grid)
             valid = (target != -100).to(wide)
             total += (losses * valid).sum()
             logits.copy_(scores)
-            scale = valid[:, None] / normaliser  # (tp tile, 1), for dh and h: narrower than dz
+            scale = valid[:, None] / normaliser  # (tp tile, 1)
             # 4. dh, of which every tp rank has a part of the sum, and through the norm dx
             d_h = torch.mm(logits, weight).mul_(scale)  # (tp tile, hidden)
             d_h = d_h.view(1, grid.tp, -1, d_h.shape[1])  # (1, tp, tile, hidden)
@@ -829,15 +823,15 @@ class TiledCrossEntropy(torch.autograd.Function):
             columns = logits.split(VOCABULARY_TILE, dim=1)
             for d_w, dz in zip(d_weight.split(VOCABULARY_TILE), columns, strict=True):
                 d_w += dz.T @ h
-        ctx.save_for_backward(d_rows.view(x.shape), d_norm, d_weight)
-        # the gradient of a rank's own part is 1, so backward need not communicate
+        ctx.save_for_backward(d_states.view(x.shape), d_norm, d_weight)
+        # d total / d (a rank's own part) = 1: backward need not communicate
         return grid.all_reduce(total, "cp")
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total: Tensor) -> tuple[Tensor | None, ...]:
         d_x, d_norm, d_weight = [gradient.mul_(d_total) for gradient in ctx.saved_tensors]
-        return d_x, d_norm, d_weight, None, None, None, None
+        return d_x, d_norm, d_weight, *[None] * 4
 
 
 def sample(logits: Tensor, temperature: float, top_p: float,
@@ -855,38 +849,3 @@ def sample(logits: Tensor, temperature: float, top_p: float,
     probabilities = probabilities.masked_fill(above >= top_p, 0.0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), a place in `order`
     return order.gather(1, drawn)[:, 0]
-
-
-# ---------------------------------------------------------------------- Hugging Face directories
-
-
-def read_config(path: str | Path) -> ModelConfig:
-    """ModelConfig of a model directory or a config.json. Raises FileNotFoundError or ValueError."""
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
-                                "directory (of a run: its `final`)")
-    return ModelConfig.from_hf(read_object(file))
-
-
-def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
-    """`config` with `scaling` in place of its own rope scaling (they never stack), and its window.
-
-    None changes nothing: the window is a fact of its own, no product of the rule. Raises ValueError
-    where the window before the checkpoint's own scaling is needed and not known.
-    """
-    if scaling is None:
-        return config
-    before = config.window_before()
-    if scaling.kind == "default":  # back to the old window, if the checkpoint says which that was
-        window = before or config.max_position_embeddings
-    else:
-        original = scaling.original_max_position or before
-        if original is None:
-            kind = config.rope_scaling.kind
-            raise ValueError(f"--original-length is needed: a checkpoint with such {kind} scaling "
-                             "does not state its window before")
-        scaling = replace(scaling, original_max_position=original)
-        window = round(original * scaling.factor)
-    return replace(config, rope_scaling=scaling, max_position_embeddings=window)

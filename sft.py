@@ -85,9 +85,8 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
 def encode_question(text: str, tokenizer: tiktoken.Encoding,
                     system: str | None = None) -> list[int]:
     """Tokens of a user's message, after a system message if given, up to the assistant's answer."""
-    messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": text})
     tokens, _ = encode_chat(messages, tokenizer, add_generation_prompt=True)
     return tokens
 
@@ -105,9 +104,10 @@ def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
 
     yield [special("<|begin_of_text|>")], False  # nothing comes before it to predict it from
     for message in messages:
-        yield header(message["role"]), False  # no loss: whose turn it is, is not the model's to say
+        is_answer = message["role"] == "assistant"
+        yield header(message["role"]), False  # whose turn it is, is not the model's to say
         content = text(message["content"].strip())  # as Hugging Face's templates do
-        yield [*content, special("<|eot_id|>")], message["role"] == "assistant"
+        yield [*content, special("<|eot_id|>")], is_answer
     if add_generation_prompt:
         yield header("assistant"), False
 
@@ -119,24 +119,24 @@ def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
     special = tokenizer.encode_single_token
     line_break = text("\n")  # one token
     for message in messages:
+        is_answer = message["role"] == "assistant"
         yield [special("<|im_start|>"), *text(message["role"])], False
-        # The line break and the content are one text: a content that begins with white space may
-        # share a token with the line break before it. That token then counts as the content's.
+        # The line break and the content are one text: white space at the content's beginning may
+        # share a token with the line break. That token then counts as the content's.
         content = text("\n" + message["content"])
         if content[:1] == line_break:  # not shared: the line break is the template's
             yield line_break, False
             content = content[1:]
-        yield [*content, special("<|im_end|>")], message["role"] == "assistant"
+        yield [*content, special("<|im_end|>")], is_answer
         yield line_break, False  # after the end of turn: nobody generates it
     if add_generation_prompt:
         yield [special("<|im_start|>"), *text("assistant"), *line_break], False
 
 
 def read_conversations(path: Path) -> Iterator[list[dict]]:
-    """The messages on each line of a .jsonl or .jsonl.gz file. ValueError names the line."""
+    """The messages on each line of a .jsonl or .jsonl.gz file."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line; "
-                         "tools.chat_blend makes one")
+        raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line")
     for place, record in read_records(path):
         if not isinstance(record, dict) or "messages" not in record:
             raise ValueError(f"{place}: needs an object with messages on every line")
@@ -156,37 +156,37 @@ class ChatDataset:
                 ids      2 2 3 3 3 3 3 3 3
 
     Without `pack` each sample has a row. Samples longer than `sequence_length` are dropped, never
-    cut: `dropped` counts them, `rows` has the others.
+    cut: `dropped` counts them, `samples` has the others.
     """
 
     def __init__(self, path: Path, tokenizer: tiktoken.Encoding, sequence_length: int, seed: int,
                  pack: bool = False) -> None:
-        """path: see read_conversations. Raises ValueError."""
-        self.rows = []  # (tokens, loss mask) of each sample that fits
+        self.samples = []  # (tokens, loss mask) of each that fits
         self.dropped = 0
         for messages in read_conversations(path):
             tokens, mask = encode_chat(messages, tokenizer)
             if len(tokens) <= sequence_length:
                 sample = np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
-                self.rows.append(sample)
+                self.samples.append(sample)
             else:
                 self.dropped += 1
-        if not self.rows:
+        if not self.samples:
             raise ValueError(f"{path}: holds no sample of {sequence_length} tokens or fewer, "
                              f"{self.dropped} longer ones")
-        self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
+        self.lengths = np.array([len(tokens) for tokens, _ in self.samples])
         self.sequence_length = sequence_length
         self.seed = seed
         self.padding = end_of_turn(tokenizer)  # any token will do: it carries no loss
         self.document_mask = pack
-        self.epochs = 0  # how many are planned so far,
-        self.order = np.zeros(0, dtype=np.int64)  # (n,): the samples of these, one after the other,
-        self.starts = []  # and at which of them each row begins
+        # what is planned: epochs, their samples one after the other (n,), where in these rows begin
+        self.epochs = 0
+        self.order = np.zeros(0, dtype=np.int64)
+        self.starts = []
 
     def plan_epoch(self) -> None:
         """Put the samples of the next epoch into rows."""
-        order = shuffled(len(self.rows), self.seed, self.epochs)
-        room = 0  # in the row that is being filled; none, so that an epoch begins with a row
+        order = shuffled(len(self.samples), self.seed, self.epochs)
+        room = 0  # in the row that is being filled; 0: the first sample begins a row
         for place, sample in enumerate(order, len(self.order)):
             length = self.lengths[sample]
             if length > room or not self.document_mask:  # begin a row
@@ -197,8 +197,7 @@ class ChatDataset:
         self.epochs += 1
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, loss mask bool, document ids int64 (the sample's place in the stream), each
-        (S + 1,)."""
+        """As PackedDataset's; a document id is a sample's place in `order`."""
         # 1. Which samples are in the row: it ends where the next begins.
         while index + 1 >= len(self.starts):
             self.plan_epoch()
@@ -210,12 +209,12 @@ class ChatDataset:
         ids = np.full(size, end - 1, dtype=np.int64)
         # 3. The samples, from the left.
         filled = 0
-        for number in range(first, end):
-            own_tokens, own_mask = self.rows[self.order[number]]
+        for place in range(first, end):
+            own_tokens, own_mask = self.samples[self.order[place]]
             part = slice(filled, filled + len(own_tokens))
             tokens[part] = own_tokens
             mask[part] = own_mask
-            ids[part] = number
+            ids[part] = place
             filled = part.stop
         return tokens, mask, ids
 
@@ -242,20 +241,18 @@ def stage2_parser() -> Parser:
 def stage2_datasets(sources: list[tuple[Path, float]], held_out: Path | None, tokenizer: Tokenizer,
                     sequence_length: int, seed: int, pack: bool):
     """(training, validation): a blend of (file, weight) sources; `held_out`, None without it."""
-    def samples(path: Path) -> ChatDataset:
+    def read(path: Path) -> ChatDataset:
         dataset = ChatDataset(path, tokenizer, sequence_length, seed, pack)
-        print_once(f"{path}: {len(dataset.rows)} samples, {dataset.dropped} dropped as longer than "
-                   f"{sequence_length} tokens")
+        print_once(f"{path}: {len(dataset.samples)} samples, {dataset.dropped} dropped as longer "
+                   f"than {sequence_length} tokens")
         return dataset
-
-    parts = [samples(path) for path, _ in sources]
+    parts = [read(path) for path, _ in sources]
     training = Blend(parts, [weight for _, weight in sources], seed)
-    validation = samples(held_out) if held_out else None
+    validation = read(held_out) if held_out else None
     return training, validation
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Stage 2."""
     with one_line_errors():
         a = stage2_parser().parse_args(argv)
         if a.validate_every and not a.validation_data:

@@ -130,7 +130,7 @@ def test_chat_rows_are_whole_padded_and_too_long_ones_dropped(tmp_path, tokenize
     samples = [conversation(i) for i in range(9)] + [conversation(9, words=500)]
     dataset = ChatDataset(chat_file(tmp_path / "chat.jsonl", samples), tokenizer, 80, seed=0)
     assert dataset.dropped == 1
-    assert len(dataset.rows) == 9
+    assert len(dataset.samples) == 9
     seen = []
     for i in range(9):
         tokens, mask, ids = dataset.sequence(i)

@@ -598,7 +598,7 @@ def test_the_output_trains(tmp_path, tokenizer):
     for split, size in (("train", 40), ("valid", 10)):
         file = tmp_path / "out" / f"{split}.jsonl"
         dataset = ChatDataset(file, data.load_tokenizer(tokenizer), 512, seed=0)
-        assert len(dataset.rows) == size
+        assert len(dataset.samples) == size
         assert dataset.dropped == 0
         assert dataset.sequence(0)[1].any()
 
