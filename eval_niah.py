@@ -31,7 +31,15 @@ from model import KVCache, Llama, ModelConfig, read_config, rescale
 from parallel import Grid, attention_kernel, one_line_errors, print_once
 from rope_yarn import add_scaling_arguments, scaling_from_options
 from sft import encode_question, end_of_turn
-from train import Parser, add_compute_arguments, compute_type, existing, positive, writable
+from train import (
+    Parser,
+    add_compute_arguments,
+    compute_type,
+    existing,
+    nonnegative,
+    positive,
+    writable,
+)
 
 # A fact stands on a line of its own, its number between the two parts. The lead begins an answer.
 WORDING = {
@@ -307,7 +315,7 @@ def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float,
     cells, if that has OFFSETS tokens more than the longest prompt: so its prompts begin alike."""
     if task == "mixed":
         task = ("passkey", "needle")[sample % 2]
-    starts = min(OFFSETS, len(haystack_tokens) - length + 1)
+    starts = min(OFFSETS, max(1, len(haystack_tokens) - length + 1))
     rng = random.Random(f"{seed} {sample}")  # the same in every cell
     passage = haystack_tokens[rng.randrange(starts):]
     rng = random.Random(f"{seed} {length} {depth:.6f} {sample}")  # of this prompt alone
@@ -544,7 +552,7 @@ def parser() -> Parser:
     add("--system", help="a system message before each chat prompt")
     add("--digits", type=positive, default=5, help="length of the numbers")
     add("--batch-tokens", type=positive, default=16384, help="a forward of a replica (or a prompt)")
-    add("--seed", type=int, default=1234)
+    add("--seed", type=nonnegative, default=1234)
     add = needles.add_argument_group("output").add_argument
     add("--out", type=writable, help="results, JSON")
     add("--window", type=positive, help="old window to mark (if not given: before extension)")

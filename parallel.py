@@ -245,7 +245,7 @@ def start_processes(device: str, patience: timedelta) -> None:
 
 
 def end_processes() -> None:
-    """End torch.distributed, unless the program has: else gloo's threads abort its end."""
+    """End torch.distributed, unless the program has: otherwise gloo's threads abort it at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -768,8 +768,8 @@ class ShardedAdamW:
             wide = torch.promote_types(parameter.dtype, torch.float32)  # float64 stays (tests)
             parameter.grad_dtype = wide  # tells autograd that .grad has another type
             parameter.grad = torch.zeros_like(parameter, dtype=wide)
-            # a float32 parameter is its own master: a view of it, nothing is copied. But where
-            # `cut` had to pad it has made a copy, of all pieces: keep a copy of the own one alone
+            # a float32 parameter is its own master: a view of it, nothing is copied. But a view of
+            # what `cut` has padded would keep a copy of all pieces alive: there our own is copied
             own = self.cut(parameter.detach())[self.piece]
             is_padded = parameter.numel() % self.pieces > 0
             device = "cpu" if on_host else parameter.device

@@ -101,6 +101,7 @@ positive = option(int, lambda n: n >= 1, "a whole number, 1 or more")
 nonnegative = option(int, lambda n: n >= 0, "a whole number, 0 or more")
 nonnegative_number = option(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 fraction = option(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+above_0 = option(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 below_one = option(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0 and below 1e7")
 existing = option(Path, Path.exists, "a file or directory that exists")
@@ -114,7 +115,7 @@ def weighted_path(text: str) -> tuple[Path, float]:
     path, _, weight = text.rpartition("=")
     if not path or "/" in weight:  # this '=' belongs to the path
         path, weight = text, "1"
-    return existing(path), nonnegative_number(weight)  # a Blend refuses 0
+    return existing(path), above_0(weight)
 
 
 def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here) -> None:
@@ -273,6 +274,8 @@ def load_start(options: Namespace, grid: Grid,
         raise ValueError(f"--sequence-length {length} is beyond the model's window of {window}; "
                          f"extend it ({extension_hint(own, length)}) or shorten the sequences")
     check_run(options, grid, config)
+    dtype = getattr(torch, compute_type(options.dtype, options.device))
+    attention_kernel(options.device, dtype, config.head_dim)  # raises for what none takes
     path = options.tokenizer or options.model
     if not path:
         raise ValueError("--tokenizer is needed with --config: the one that the corpus was "
@@ -635,7 +638,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     """Check, build, train, export: what both stages do. Checks come first: a large model takes
     minutes to load, on every GPU of a job, and a mistake in the options should cost seconds. Nor is
     a directory made for a run that cannot be."""
-    # 1. Check that the kernel takes this model, and that --out holds no other run.
+    # 1. Check that --out holds no other run.
     out = options.out
     settings = agreed_settings(options, tokenizer)
     dtype = getattr(torch, settings["dtype"])

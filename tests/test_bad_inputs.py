@@ -47,7 +47,7 @@ CASES = [
     ("config.json lacks a key", "train.py",
      f"--config no-layers.json --tokenizer tokenizer {TRAIN}", "num_hidden_layers"),
     ("another architecture", "train.py",
-     f"--config gemma.json --tokenizer tokenizer {TRAIN}", "model_type 'gemma'"),
+     f"--config gemma.json --tokenizer tokenizer {TRAIN}", "model_type is 'gemma'"),
     ("unknown rope scaling", "train.py",
      f"--config spiral.json --tokenizer tokenizer {TRAIN}", "spiral.*known are"),
     ("truncated safetensors", "train.py",
@@ -69,6 +69,9 @@ CASES = [
     ("sequence beyond the window", "train.py",
      "--model good --data corpus --sequence-length 65 --steps 1 --out new",
      "65 is beyond the model's window of 64"),
+    ("a corpus that is never drawn", "train.py",
+     "--model good --data corpus=0 --sequence-length 64 --steps 1 --out new",
+     "--data 0 must be a finite number above 0"),
     ("no steps", "train.py",
      "--model good --data corpus --sequence-length 64 --steps 0 --out new",
      "--steps 0 must be a whole number, 1 or more"),
@@ -222,3 +225,21 @@ def test_one_clear_line_and_no_file(what, script, arguments, said, prepared, mon
     assert str(stopped.value).startswith("error: ")  # a string: exit code 1
     assert "\n" not in str(stopped.value)
     assert sorted(map(str, prepared.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("program, data", [(train, "corpus"), (sft, "chat.jsonl")])
+def test_a_type_that_no_kernel_takes_is_refused_before_data_is_read(program, data, prepared,
+                                                                   monkeypatch):
+    """To tokenise a large blend takes minutes: what the options alone say is said at once."""
+    def refuse(device, dtype, head_dim):
+        raise ValueError(f"no kernel for {dtype}")
+
+    def read(*_):
+        pytest.fail("data was read")
+
+    monkeypatch.chdir(prepared)
+    monkeypatch.setattr(train, "attention_kernel", refuse)
+    monkeypatch.setattr(program, "stage1_datasets" if program is train else "stage2_datasets", read)
+    words = f"--model good --data {data} --sequence-length 64 --steps 1 --batch-size 1 --out new"
+    with pytest.raises(SystemExit, match="no kernel for torch.float32"):
+        program.main([*words.split(), "--device", "cpu"])

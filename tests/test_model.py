@@ -1,4 +1,5 @@
 """The model: parity with transformers, the tiled loss, generation, and Hugging Face directories."""
+import itertools
 import json
 import math
 
@@ -233,6 +234,11 @@ def test_round_trip_is_byte_identical_and_sharded(dtype, tiny_model, tmp_path):
     Llama.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", max_shard_bytes=20_000)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    # files are full: of two that follow each other, one could not take the other's tensors too
+    files = sorted((tmp_path / "a").glob("model-*.safetensors"))
+    for file, following in itertools.pairwise(files):
+        first, second = (load_file(path).values() for path in (file, following))
+        assert sum(x.nbytes for x in first) + max(x.nbytes for x in second) > 20_000
     index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
     names = index["weight_map"]
     assert {"model.embed_tokens.weight", "model.layers.2.self_attn.q_proj.weight",

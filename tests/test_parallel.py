@@ -108,6 +108,15 @@ def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
         assert_close(d_v, gradients[2], rank)
 
 
+def test_a_rank_keeps_its_own_piece_only():
+    """Ten numbers in pieces of four: a view of the padded copy would keep all three pieces."""
+    model = torch.nn.Linear(10, 1, bias=False)
+    optimizer = ShardedAdamW(model, Grid(dp=3))
+    master = optimizer.masters["weight"]
+    assert master.numel() == 4
+    assert master.untyped_storage().nbytes() == master.nbytes
+
+
 def test_optimizer_equals_torch_adamw(tiny_model):
     """Five clipped steps in float64: the update gives torch's own AdamW, with decay on matrices
     only."""

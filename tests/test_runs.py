@@ -513,7 +513,8 @@ def test_commands_of_tiny(record, processes):
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/memory.md",
                                   "docs/recipes.md", "docs/grids.md"])
 def test_commands_of_the_documentation(page, record, tmp_path):
-    """Every program that a page starts exists and takes the options that the page gives it."""
+    """Every program in a page's code blocks exists, and takes the options that it is given there
+    (but for benchmarks, which only have to be there)."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     commands = re.sub(r"^bash runs/.*$", "", "".join(blocks), flags=re.MULTILINE)  # tested above
     (tmp_path / "page.sh").write_text("set -eu\nM=model\n" + commands)

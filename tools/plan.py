@@ -43,8 +43,8 @@ from train import (
     Parser,
     check_run,
     compute_type,
-    device_here,
     forward_flops,
+    is_here,
     positive,
     stage1_parser,
 )
@@ -556,7 +556,11 @@ def main(argv: list[str] | None = None) -> None:
     that names what would."""
     with one_line_errors():
         a = parser().parse_args(argv)
-        where = device_here(a.device) if a.on == "measured" else "cuda"
+        where = "cuda"
+        if a.on == "measured":
+            where = a.device
+            if not is_here(where):
+                raise ValueError(f"--device {where}: is not here; measured is this machine")
         dtype = getattr(torch, compute_type(a.dtype, where))
 
         # a command that cannot run has no plan
