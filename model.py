@@ -548,9 +548,9 @@ class Llama(nn.Module):
         return self.lm_head.weight
 
     def positions_a_tile(self, position_bytes: float, rows: int = 1) -> int:
-        """How many positions of a row a rank gives to a tile. `self.tile`, or what TILE_BYTES hold,
-        counts those of all tp ranks and rows: 100, with tp 4 and 2 rows, is 12 of m for a block. In
-        the loss, where all rows are one, it is 25 of B m."""
+        """How many positions of each of `rows` rows a rank puts into a tile. `self.tile`, or what
+        TILE_BYTES hold, counts those of all tp ranks and rows: 100, with tp 4 and 2 rows, gives 12
+        (of m); in the loss, where all rows are one, 25 (of B m)."""
         tile = self.tile or TILE_BYTES[self.head_weight.device.type] // position_bytes
         return max(1, int(tile) // (self.grid.tp * rows))
 
@@ -561,8 +561,8 @@ class Llama(nn.Module):
     def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of this rank's positions (S / cp,): float32 (tp, m, D / 2) each."""
         config = self.config
-        inv_freq, factor = inverse_frequencies(config.head_dim, config.rope_theta,
-                                               config.rope_scaling)
+        inv_freq, factor = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling)
         positions = positions.to(self.head_weight.device)
         cos, sin = rotary_tables(positions, inv_freq, factor)  # (S / cp, D / 2)
         shape = (self.grid.tp, -1)  # S / cp = tp m
@@ -764,7 +764,7 @@ def logit_bytes(config: ModelConfig, tp: int, itemsize: int) -> float:
 class TiledCrossEntropy(torch.autograd.Function):
     """The summed loss and its gradients together, a tile of positions at a time.
 
-    Of a position, with h = norm(x), its logits z = W h, and dz = softmax(z) - onehot(target):
+    Of a position, with h = norm(x), logits z = W h and dz = softmax(z) - onehot(target):
 
         dh = W^T dz, and through the norm dx
         dW = dz h^T, summed over positions
@@ -794,7 +794,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         scores = logits if logits.dtype == wide else torch.empty_like(logits, dtype=wide)
         tiles = zip(states.split(tile), d_states.split(tile), targets.split(tile, 1), strict=True)
         for x_tile, dx_tile, target in tiles:
-            # 1. h, also of the other tp ranks' positions
+            # 1. h, of the other tp ranks' positions too
             with torch.enable_grad():
                 leaf = x_tile.detach().requires_grad_()  # (tile, hidden)
                 normed = norm(leaf)

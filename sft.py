@@ -136,7 +136,8 @@ def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
 def read_conversations(path: Path) -> Iterator[list[dict]]:
     """The messages on each line of a .jsonl or .jsonl.gz file."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line")
+        raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line; "
+                         "tools.chat_blend makes one")
     for place, record in read_records(path):
         if not isinstance(record, dict) or "messages" not in record:
             raise ValueError(f"{place}: needs an object with messages on every line")
