@@ -157,7 +157,7 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive, required=not planned, help="optimizer steps in all")
     add("--batch-size", type=positive, default=1, help="sequences a step, over all processes")
-    add("--micro-batch-size", type=positive, help="sequences a forward (if not given: all at once)")
+    add("--micro-batch-size", type=positive, help="sequences a forward (not given: train.py all)")
     add("--learning-rate", type=nonnegative_number, default=3e-5, help="the peak")
     add("--warmup-steps", type=nonnegative, default=10, help="linear warm-up")
     add("--final-learning-rate", type=fraction, default=0.1, help="a share of the peak")

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The whole recipe on a laptop CPU: a base model with a window of 128 tokens, stage 1 to 2,048 with YaRN, stage 2 on short
 # chat samples, and a needle evaluation after each. Real text is this Python's own standard library; nothing is downloaded.
-#     bash runs/tiny.sh [SEED [OUT]]      # SEED 0, OUT out/tiny-SEED; three to nine minutes on two cores after installing
+#     bash runs/tiny.sh [SEED [OUT]]      # SEED 0, OUT out/tiny-SEED; under ten minutes on two free cores after installing
 #     NPROC=2 bash runs/tiny.sh           # the same with every sequence spread over a ring of 2 processes (or 4, 8)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SEED=${1:-0}
 OUT=${2:-out/tiny-$SEED}
 NPROC=${NPROC:-1}
+[[ "$SEED" =~ ^[0-9]+$ ]] || { echo "error: SEED $SEED: must be a whole number, 0 or more" >&2; exit 1; }
 case "$NPROC" in 1|2|4|8|16) ;; *) echo "error: NPROC=$NPROC: use 1, 2, 4, 8 or 16" >&2; exit 1 ;; esac
 if [ -e "$OUT" ]; then echo "error: $OUT already exists; remove it or give another directory" >&2; exit 1; fi
 bash runs/setup.sh
@@ -77,4 +78,4 @@ python -m tools.plot compare "$OUT"/{base,untrained,stage1,stage2,stage2-chat}.j
 python -m tools.plot compare "$OUT"/{base,stage1,stage2}.json --labels "before" "after stage 1" "after stage 2" \
   --figure "$OUT/figure.png" > /dev/null
 echo "training and evaluation took $((SECONDS - started)) s; figure: $OUT/figure.png"
-echo "chat: .venv/bin/python -m tools.chat $OUT/stage2/final --prompt 'What does def load(path) do?' --max-new-tokens 40"
+echo "chat (it has learned to find, not to talk): .venv/bin/python -m tools.chat $OUT/stage2/final --prompt 'What does def load(path) do?' --max-new-tokens 40"
