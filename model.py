@@ -117,7 +117,7 @@ class ModelConfig:
         # 1. Is it one of our architectures? What differs from ONLY is another.
         family = config.get("model_type", "llama")
         if family not in ARCHITECTURES:
-            raise ValueError(f"config.json: model_type is {family!r}; only llama, qwen2 are known")
+            raise ValueError(f"config.json: model_type {family!r} is none of llama and qwen2")
         for key, needed in ONLY.items():
             if config.get(key, needed) != needed:
                 raise ValueError(f"config.json: {key} is {config[key]!r}; only {needed!r} is known")
