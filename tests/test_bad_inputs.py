@@ -47,7 +47,7 @@ CASES = [
     ("config.json lacks a key", "train.py",
      f"--config no-layers.json --tokenizer tokenizer {TRAIN}", "num_hidden_layers"),
     ("another architecture", "train.py",
-     f"--config gemma.json --tokenizer tokenizer {TRAIN}", "model_type is 'gemma'"),
+     f"--config gemma.json --tokenizer tokenizer {TRAIN}", "model_type 'gemma'"),
     ("unknown rope scaling", "train.py",
      f"--config spiral.json --tokenizer tokenizer {TRAIN}", "spiral.*known are"),
     ("truncated safetensors", "train.py",
