@@ -470,6 +470,7 @@ def write_weights(path: Path, stem: str, shards: Iterable[tuple[str, Tensor]],
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file, as readable as any new file, and wait until it is on the disk."""
     try:
         file.touch()
         mode = file.stat().st_mode  # of any new file: the library makes it its owner's alone

@@ -435,7 +435,9 @@ def terminal_map(results: dict, colour: bool) -> str:
     """The heat map as text: rows are depths, columns lengths, a bar where the old window ends."""
     border = lengths_inside(results)
     tones = (208, 214, 222, 187, 115, 79, 36)  # of 256: orange for 0 %, sand, green for 100 %
+
     def line(name, texts, values=None):
+        """A row of cells; `values` in % give them their colours."""
         parts = [f"{text:^7}" for text in texts]
         if values and colour:
             for column, value in enumerate(values):

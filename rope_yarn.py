@@ -400,6 +400,7 @@ def shown_rule(options: dict) -> RopeScaling:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Print what a rule does to each pair."""
     parser = ArgumentParser(description="Each pair under a rule (not given: yarn, s = 128).")
     add_rule_arguments(parser)
     a = parser.parse_args(argv)

@@ -254,6 +254,7 @@ def stage2_datasets(sources: list[tuple[Path, float]], held_out: Path | None, to
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Stage 2."""
     with one_line_errors():
         a = stage2_parser().parse_args(argv)
         if a.validate_every and not a.validation_data:

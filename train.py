@@ -414,9 +414,10 @@ def load_progress(out: Path, resume: bool, settings: dict) -> tuple[Path | None,
         raise ValueError(f"--out {out}: holds an earlier run; add --resume to continue it, or "
                          "choose another directory")
     # 2. Where did the run stop?
-    if not checkpoints(out):
+    complete = checkpoints(out)
+    if not complete:
         return None, 0
-    newest = checkpoints(out)[-1]
+    newest = complete[-1]
     saved = data.read_object(newest / "training.json")
     if saved.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{newest}: a checkpoint of an earlier version, which this one cannot "

@@ -16,6 +16,13 @@ SHAPE = {
     "rope_theta": 10000.0,
     "attention_bias": True,
 }
+MEMORY_MODES = [  # (recompute, offload): all there are
+    ("none", False),
+    ("mlp", False),
+    ("mlp", True),
+    ("block", False),
+    ("block", True),
+]
 
 
 def build(dtype=torch.float64, recompute="none", offload=False, tile=None, **changes):

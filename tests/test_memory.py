@@ -2,7 +2,7 @@
 import pytest
 import torch
 from allocations import Allocations, Operators
-from steps import batch, build
+from steps import MEMORY_MODES, batch, build
 
 import model as model_module
 from model import RECOMPUTE
@@ -33,13 +33,7 @@ def assert_same_gradients(plain, other, limit):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("recompute, offload", [
-    ("none", False),
-    ("mlp", False),
-    ("mlp", True),
-    ("block", False),
-    ("block", True),
-])
+@pytest.mark.parametrize("recompute, offload", MEMORY_MODES)
 def test_tiled_recomputed_offloaded_equal_plain(recompute, offload, tied):
     """Tiles of 7 and fewer positions in 101, a scaled loss, two micro-batches."""
     plain = build(tie_word_embeddings=tied)

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from texts import TRAINING_TEXT, hugging_face_tokenizer
+from texts import CONVERSATION, TRAINING_TEXT, hugging_face_tokenizer
 
 import data
 from model import Llama, ModelConfig
@@ -17,14 +17,6 @@ def tokenizer(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------- chat
-
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi 12"},
-    {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "So long 👋"},
-]
 
 
 def chatml(tmp_path):

@@ -15,6 +15,14 @@ for who in ("Anna", "Bo", "Cyd", "Dee", "Émile"):
     for how in ("quickly", "the old way", "naïvely", "again", "日本 style"):
         TEXT += f"{who} {how} went home\n    and said: {how}, {who}!\n" * 6
 
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi 12"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "So long 👋"},
+]
+
 
 def ranks(digit_group: int) -> dict[bytes, int]:
     """All bytes, numbers of up to `digit_group` digits (Llama 3: 3) and a few words."""

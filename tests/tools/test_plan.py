@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from allocations import Allocations
-from steps import batch, build
+from steps import MEMORY_MODES, batch, build
 
 from model import ModelConfig
 from parallel import Grid, ShardedAdamW
@@ -18,13 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recompute, offload", [
-    ("none", False),
-    ("mlp", False),
-    ("mlp", True),
-    ("block", False),
-    ("block", True),
-])
+@pytest.mark.parametrize("recompute, offload", MEMORY_MODES)
 def test_the_plan_predicts_the_memory_that_is_alive(dtype, recompute, offload):
     """Every tensor of a step is counted: the highest sum alive is the plan's, within 5 % (10 %
     without recomputation)."""

@@ -13,20 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import fork_context
-from texts import TRAINING_TEXT
+from texts import CONVERSATION, TRAINING_TEXT
 
 import data
 from tools import prepare
 from tools.train_tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi 12"},
-    {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "So long 👋"},
-]
 
 
 @pytest.fixture(scope="module")
