@@ -1,11 +1,17 @@
-"""What several benchmarks share: a small Llama, a random batch, one training step of a model."""
+"""What several benchmarks share: a small Llama, a random batch, one training step of a model, the
+kernel that attention runs with, and a table of results."""
 from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import torch
 
 from data import Batch
 from model import Llama
-from parallel import ShardedAdamW
+from parallel import ShardedAdamW, attention_kernel
 from train import training_step
 
 LEARNING_RATE = 1e-4
@@ -47,3 +53,73 @@ def step(model: Llama, optimizer: ShardedAdamW, batch: Batch) -> float:
     optimizer.step(LEARNING_RATE, max_norm=1.0)
     model.head_weight[0, 0].item()  # waits for the device
     return loss
+
+
+def kernel_for(asked: str, device: str, dtype: torch.dtype, head_dim: int,
+               length: int, cp: int = 1) -> tuple[str, str]:
+    """The kernel that `--attention` gives on this device for sequences of `length`, and why."""
+    capability = None
+    if device.startswith("cuda"):
+        capability = torch.cuda.get_device_capability(device)
+    chunk = length if cp == 1 else length // (2 * cp)
+    return attention_kernel(asked, capability, dtype, head_dim, chunk)
+
+
+def machine(device: str) -> dict[str, str]:
+    """What a table was measured on, as "name: value" for a title and for JSON."""
+    if not device.startswith("cuda"):
+        name = f"CPU, {torch.get_num_threads()} threads"
+        return {"device": name, "torch": torch.__version__}
+    driver = "unknown"
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        printed = subprocess.run(command, capture_output=True, text=True).stdout
+        driver = printed.partition("\n")[0]
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "driver": driver,
+        "torch": torch.__version__,
+        "CUDA": str(torch.version.cuda),
+        "cuDNN": str(torch.backends.cudnn.version()),
+    }
+
+
+class Table:
+    """Rows that are printed (markdown) and saved (JSON) one by one: what is stopped loses none.
+
+    Table(path, title, "cpu", {}, {"S": ",", "peak GiB": ".2f"}) prints the title, the machine and
+    "| S | peak GiB |"; then add({"S": 1024, "loss": 2.5}) prints "| 1,024 | - |" and saves all of
+    it. `facts` go into the JSON.
+    """
+
+    def __init__(self, path: Path, title: str, device: str, facts: dict,
+                 columns: dict[str, str]) -> None:
+        self.path = path
+        self.columns = columns
+        self.result = {"title": title, **machine(device), **facts, "rows": []}
+        where = ", ".join(f"{name} {value}" for name, value in machine(device).items())
+        print(f"\n{title}\n\n{where.removeprefix('device ')}\n")
+        self.line(columns)
+        self.line(["---"] * len(columns))
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.result["rows"]
+
+    def line(self, cells) -> None:
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    def add(self, row: dict) -> None:
+        cells = []
+        for name, form in self.columns.items():
+            value = row.get(name)
+            cells.append("-" if value is None else format(value, form))
+        self.line(cells)
+        self.rows.append(row)
+        self.save()
+
+    def save(self, **facts) -> None:
+        """Write everything so far, and `facts`."""
+        self.result |= facts
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
