@@ -10,16 +10,17 @@ The first is for a CPU: 2K to 64K tokens, a small Llama.
 Every length is a whole training step with its optimizer in a fresh process: peak is its largest
 resident size on a CPU, the most torch had allocated on a GPU. The slope is a least-squares line's;
 "predicted" is what `tools.plan` computes from shapes. --largest then looks for the longest sequence
-within --memory-gib, beginning at the predicted one. Writes JSON.
+within --memory-gib, beginning at the predicted one; with --search-layers of a model with so few
+layers, and what the others take, by the plan, is added: a step at 1M tokens takes minutes, its
+attention 16 times those of 256K. Writes JSON.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,14 @@ import torch
 
 from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig, read_config
-from parallel import Grid, ShardedAdamW, one_line_errors
+from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
 from tools.plan import Plan
 from train import peak_memory_gib
+
+COLUMNS = {
+    "S": ",", "kernel": "", "peak GiB": ".3f", "predicted GiB": ".3f", "s a step": ".2f",
+    "tokens/s": ",.0f",
+}
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,14 @@ class Step:
     dtype: str
     device: str
     threads: int
+    kernel: str
 
     def predicted_gib(self, length: int) -> float:
         """On a CPU the host's memory is the device's."""
         plan = Plan(self.config, length, batch=1, micro_batch=1, tp=1, cp=1, dp=1,
                     itemsize=getattr(torch, self.dtype).itemsize, recompute=self.recompute,
                     offload=self.offload, offload_optimizer=self.offload_optimizer, tile=self.tile,
-                    cuda=self.device == "cuda")
+                    cuda=self.device == "cuda", kernel=self.kernel)
         total = sum(plan.memory().values())
         if self.device == "cpu":
             total += plan.on_host()
@@ -61,12 +68,14 @@ class Step:
         not suffice."""
         torch.set_num_threads(self.threads)
         try:
-            model = Llama(self.config).to(self.device, getattr(torch, self.dtype))
+            grid = Grid(kernel=self.kernel)
+            model = Llama(self.config, grid).to(self.device, getattr(torch, self.dtype))
             model.recompute = self.recompute
             model.offload = self.offload
             model.tile = self.tile
-            optimizer = ShardedAdamW(model, Grid(), on_host=self.offload_optimizer)
+            optimizer = ShardedAdamW(model, grid, on_host=self.offload_optimizer)
             batch = common.random_batch(self.config.vocab_size, length)
+            common.step(model, optimizer, batch.part(torch.arange(1), min(length, 1024)))  # warms up
             start = time.perf_counter()
             common.step(model, optimizer, batch)
             pipe.send((peak_memory_gib(self.device), time.perf_counter() - start))
@@ -89,27 +98,34 @@ def measure(step: Step, length: int, memory_gib: float) -> tuple[float, float] |
     return found if found and found[0] <= memory_gib else None
 
 
-def largest(step: Step, memory_gib: float) -> tuple[int, float, float]:
-    """The longest sequence that trains within the memory, to 1/32 of the predicted one: (length,
-    peak GiB, seconds)."""
+def largest(step: Step, memory_gib: float, layers: int) -> tuple[int, float]:
+    """The longest sequence that trains within the memory, to 1/32 of the predicted one, and its
+    peak in GiB. Steps are made with so many layers; what the others take is the plan's."""
     fits = [n for n in range(1024, 2**24, 1024) if step.predicted_gib(n) <= memory_gib]
     if not fits:
         raise SystemExit(f"error: --memory-gib {memory_gib:g}: the model alone takes more")
+    small = replace(step, config=replace(step.config, num_hidden_layers=layers))
+
+    def peak_of(length: int) -> float | None:
+        rest = step.predicted_gib(length) - small.predicted_gib(length)
+        found = measure(small, length, memory_gib - rest)
+        return found[0] + rest if found else None
+
     stride = max(1024, fits[-1] // 32 // 1024 * 1024)
     length = fits[-1]
-    best = measure(step, fits[-1], memory_gib)
+    best = peak_of(length)
     direction = 1 if best else -1
     while length + direction * stride > 0:
-        next_length = length + direction * stride
-        found = measure(step, next_length, memory_gib)
-        if direction > 0 and found is None:
+        peak = peak_of(length + direction * stride)
+        if direction > 0 and peak is None:
             break
-        length, best = next_length, found
-        if direction < 0 and found:
+        length += direction * stride
+        best = peak
+        if direction < 0 and peak:
             break
     if best is None:
         raise SystemExit(f"error: --memory-gib {memory_gib:g}: no length trains within it")
-    return length, *best
+    return length, best
 
 
 def main() -> None:
@@ -127,8 +143,10 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=1024,
                         help="positions; few, so that tiles are full at the shortest length")
     parser.add_argument("--largest", action="store_true", help="also look for the longest sequence")
+    parser.add_argument("--search-layers", type=int, help="for --largest (default: all)")
     parser.add_argument("--memory-gib", type=float,
                         help="for --largest (default: a GPU's memory less 1; needed on a CPU)")
+    parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
@@ -141,8 +159,10 @@ def main() -> None:
     else:
         small = common.small_llama(a.hidden_size, a.layers, 1024, 2**22)
         config = ModelConfig.from_hf(small)
+    dtype = getattr(torch, a.dtype)
+    kernel, why = common.kernel_for(a.attention, a.device, dtype, config.head_dim, min(a.lengths))
     step = Step(config, a.recompute, a.offload, a.offload_optimizer, a.tile, a.dtype, a.device,
-                a.threads)
+                a.threads, kernel)
     memory_gib = a.memory_gib or float("inf")
     if a.largest and a.memory_gib is None:
         if not cuda:
@@ -150,43 +170,40 @@ def main() -> None:
         memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 - 1
     # glibc in the children: what is freed goes back, so the peak is what was alive
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {a.threads} threads"
-    print(f"{name}, torch {torch.__version__}, {a.dtype}, --recompute {a.recompute}"
-          + ", --offload" * a.offload)
-    print(f"{'S':>9} {'peak GiB':>9} {'predicted GiB':>14} {'s a step':>9} {'tokens/s':>9}")
-    rows = []
+    title = (f"A training step by length: {config.num_hidden_layers} layers of width "
+             f"{config.hidden_size}, --recompute {a.recompute}" + ", --offload" * a.offload
+             + f", {a.dtype}; attention by {kernel} ({why})")
+    facts = {"arguments": vars(a), "kernel": kernel, "why": why}
+    table = common.Table(a.out, title, a.device, facts, COLUMNS)
     for length in a.lengths:
+        row = {"S": length, "kernel": kernel, "predicted GiB": step.predicted_gib(length)}
         found = measure(step, length, memory_gib)
-        if not found:
-            print(f"{length:>9}   does not fit", flush=True)
-            continue
-        peak, seconds = found
-        predicted = step.predicted_gib(length)
-        rows.append({"length": length, "peak_gib": peak, "seconds": seconds,
-                     "predicted_gib": predicted})
-        print(f"{length:>9} {peak:>9.3f} {predicted:>14.3f} {seconds:>9.2f} "
-              f"{length / seconds:>9,.0f}", flush=True)
-    result = {"device": name, "torch": torch.__version__, "arguments": vars(a), "rows": rows}
+        if found:
+            peak, seconds = found
+            row |= {"peak GiB": peak, "s a step": seconds, "tokens/s": length / seconds}
+        table.add(row)
+    rows = [row for row in table.rows if "peak GiB" in row]
+    if len(rows) < len(table.rows):
+        print("\nwhat has no peak does not fit")
     if len(rows) > 1:
-        lengths = np.array([row["length"] for row in rows])
-        peaks = np.array([row["peak_gib"] for row in rows])
+        lengths = np.array([row["S"] for row in rows])
+        peaks = np.array([row["peak GiB"] for row in rows])
         line = np.polyfit(lengths, peaks, 1)
         slope = line[0] * 2**30
         straight = abs(np.polyval(line, lengths) - peaks).max()
-        predicted_line = np.polyfit(lengths, [row["predicted_gib"] for row in rows], 1)
+        predicted_line = np.polyfit(lengths, [row["predicted GiB"] for row in rows], 1)
         predicted = predicted_line[0] * 2**30
-        result |= {"bytes_per_token": slope, "predicted_bytes_per_token": predicted,
-                   "off_the_line_gib": straight}
-        print(f"slope: {slope:,.0f} bytes a token, predicted {predicted:,.0f} "
+        table.save(bytes_per_token=slope, predicted_bytes_per_token=predicted,
+                   off_the_line_gib=straight)
+        print(f"\nslope: {slope:,.0f} bytes a token, predicted {predicted:,.0f} "
               f"({predicted / slope - 1:+.1%}); points lie within "
-              f"{straight:.3f} GiB of a line")
+              f"{straight:.3f} GiB of a line", flush=True)
     if a.largest:
-        length, peak, seconds = largest(step, memory_gib)
-        result |= {"largest": length, "largest_peak_gib": peak, "largest_seconds": seconds}
-        print(f"largest: {length:,} tokens, peak {peak:.2f} GiB of {memory_gib:.1f}, "
-              f"{length / seconds:,.0f} tokens/s")
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(result, indent=1, default=str))
+        layers = a.search_layers or config.num_hidden_layers
+        length, peak = largest(step, memory_gib, layers)
+        table.save(largest=length, largest_peak_gib=peak, largest_layers=layers)
+        print(f"\nlargest: {length:,} tokens, peak {peak:.2f} GiB of {memory_gib:.1f}; measured "
+              f"with {layers} of {config.num_hidden_layers} layers")
 
 
 if __name__ == "__main__":
