@@ -1,0 +1,217 @@
+"""Attention's kernels on this device, through the two functions that the ring calls: are they
+right, and how fast?
+
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels --tiny --device cpu     # the same code in seconds
+
+Three tables: relative errors (norm of the difference / norm) against float64 from the formula, of
+causal and whole blocks, rectangles, lengths that a kernel leaves to flash, a ring of two with one
+log-sum-exp over both, and of keys of more than 2^31 elements against their two halves; rates,
+forward and backward, of causal FLOPs, and what backward allocates beside its gradients; rates of a
+matrix product and of copies. Writes JSON; exits 1 if an error exceeds 1 %.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import common
+from parallel import ATTENTION, block_backward, block_forward, merge, one_line_errors
+from tools.plan import best_seconds, product_rate
+
+LIMIT = 1e-2  # bfloat16 rounds to 4e-3
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+CASES = [  # causal, queries, keys, head_dim, query heads, key heads
+    (True, 512, 512, 128, 8, 2),
+    (True, 384, 384, 64, 8, 8),
+    (True, 320, 320, 128, 8, 2),
+    (False, 256, 512, 128, 8, 2),
+    (False, 512, 256, 64, 8, 1),
+    (False, 64, 192, 128, 8, 2),
+    (False, 1, 512, 128, 8, 2),
+]
+RATES = [  # query heads, key heads, head_dim, length
+    (4, 1, 128, 131072), (32, 8, 128, 16384), (32, 8, 64, 16384), (4, 1, 128, 524288)]
+TINY_RATES = [(4, 1, 32, 256)]
+
+
+def draw(queries: int, keys: int, head_dim: int, heads: int, kv_heads: int, device: str,
+         batch: int = 1) -> list[Tensor]:
+    """q, k, v and the gradient of the output, in bfloat16."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = []
+    for h, n in ((heads, queries), (kv_heads, keys), (kv_heads, keys), (heads, queries)):
+        shape = (batch, h, n, head_dim)
+        tensors.append(torch.randn(shape, generator=generator, device=device).bfloat16())
+    return tensors
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, causal: bool) -> tuple[Tensor, ...]:
+    """out, lse, dq, dk, dv in float64, from the formula."""
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    group = q.shape[1] // k.shape[1]  # query heads that share a key head
+    keys = leaves[1].repeat_interleave(group, 1)
+    values = leaves[2].repeat_interleave(group, 1)
+    scores = leaves[0] @ keys.mT / q.shape[3] ** 0.5  # (B, H, S, N)
+    if causal:
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    out = scores.softmax(-1) @ values
+    gradients = torch.autograd.grad(out, leaves, d_out.double())
+    return out.detach(), scores.logsumexp(-1).detach(), *gradients
+
+
+def whole_block(q, k, v, d_out, causal: bool, kernel: str) -> tuple[Tensor, ...]:
+    """The same five from a kernel."""
+    out, lse = block_forward(q, k, v, causal, kernel)
+    return out, lse, *block_backward(d_out, q, k, v, out, lse, causal, kernel)
+
+
+def ring_of_two(q, k, v, d_out, kernel: str) -> tuple[Tensor, ...]:
+    """The same from two halves of the keys: results merged, then gradients with one lse."""
+    half = k.shape[2] // 2
+    halves = [(k[:, :, part], v[:, :, part]) for part in (slice(half), slice(half, None))]
+    out, lse = block_forward(q, *halves[0], False, kernel)
+    out = out.float()
+    merge(out, lse, *block_forward(q, *halves[1], False, kernel))
+    out = out.bfloat16()
+    first, second = (block_backward(d_out, q, *part, out, lse, False, kernel) for part in halves)
+    dq = first[0].float() + second[0].float()
+    dk = torch.cat((first[1], second[1]), 2)
+    dv = torch.cat((first[2], second[2]), 2)
+    return out, lse, dq, dk, dv
+
+
+def errors(ours: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> dict[str, float]:
+    """The norm of each difference, as a share of the right one's."""
+    found = {}
+    for name, x, y in zip(RESULTS, ours, right, strict=True):
+        difference = (x.to(y.dtype) - y).norm() / y.norm()
+        found[name] = difference.item()
+    return found
+
+
+def check_parity(table: common.Table, kernels: list[str], device: str, tiny: bool) -> None:
+    for kernel in kernels:
+        for causal, queries, keys, head_dim, heads, kv_heads in CASES:
+            block = draw(queries, keys, head_dim, heads, kv_heads, device, batch=2)
+            found = errors(whole_block(*block, causal, kernel), exact(*block, causal))
+            name = "causal" if causal else "whole"
+            table.add({"kernel": kernel, "block": f"{name} {queries} x {keys}",
+                       "heads": f"{heads}:{kv_heads} of {head_dim}"} | found)
+        block = draw(512, 1024, 128, 8, 2, device)
+        found = errors(ring_of_two(*block, kernel), exact(*block, False))
+        table.add({"kernel": kernel, "block": "ring of two, 512 x 1024",
+                   "heads": "8:2 of 128"} | found)
+        # 4 heads x 4.2M keys x 128 are more than 2^31 elements
+        keys = 1024 if tiny else 2**22 + 4096
+        block = draw(128, keys, 128, 4, 4, device)
+        block[1][:, :, -5:] = 4 * block[0][:, :, :1]  # the first query must find the last keys
+        found = errors(whole_block(*block, False, kernel), ring_of_two(*block, kernel))
+        table.add({"kernel": kernel, "block": f"128 x {keys:,}, against its halves",
+                   "heads": "4:4 of 128"} | found)
+
+
+def measure_rate(kernel: str, heads: int, kv_heads: int, head_dim: int, length: int,
+                 device: str) -> dict:
+    """A row: TFLOP/s of a causal block, and MiB that backward allocates."""
+    q, k, v, d_out = draw(length, length, head_dim, heads, kv_heads, device)
+    out, lse = block_forward(q, k, v, True, kernel)
+
+    def backward() -> tuple[Tensor, ...]:
+        return block_backward(d_out, q, k, v, out, lse, True, kernel)
+
+    flops = heads * 2 * length**2 * head_dim
+    forward_seconds = best_seconds(lambda: block_forward(q, k, v, True, kernel)[0])
+    backward_seconds = best_seconds(lambda: backward()[0])
+    row = {
+        "kernel": kernel,
+        "heads": f"{heads}:{kv_heads} of {head_dim}",
+        "S": length,
+        "forward TFLOP/s": flops / forward_seconds / 1e12,
+        "backward TFLOP/s": 2.5 * flops / backward_seconds / 1e12,
+    }
+    if device == "cpu":
+        return row
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients = backward()
+    own = sum(x.nbytes for x in gradients)
+    scratch = torch.cuda.max_memory_allocated() - before - own
+    return row | {"gradients MiB": own / 2**20, "scratch MiB": scratch / 2**20}
+
+
+def measure_copies(table: common.Table, device: str, tiny: bool) -> None:
+    """A product and copies: what a plan assumes of a device beside attention."""
+    rate = product_rate(device, torch.bfloat16) / 1e12
+    table.add({"what": "matrix product", "rate": rate, "unit": "TFLOP/s"})
+    size = 2**20 if tiny else 2**30
+    there = torch.empty(size, dtype=torch.uint8, device=device)
+    pageable = torch.empty(size, dtype=torch.uint8)
+    copies = {
+        "device to pageable": lambda: pageable.copy_(there),
+        "pageable to device": lambda: there.copy_(pageable),
+    }
+    if device == "cuda":
+        pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+        def to_pinned() -> Tensor:
+            pinned.copy_(there, non_blocking=True)
+            torch.cuda.synchronize()
+            return pinned
+
+        copies["device to pinned"] = to_pinned
+        copies["pinned to device"] = lambda: there.copy_(pinned, non_blocking=True)
+    for name, copy in copies.items():
+        table.add({"what": name, "rate": size / best_seconds(copy) / 1e9, "unit": "GB/s"})
+    rate = 2 * size / best_seconds(there.clone) / 1e9  # a byte is read and written
+    table.add({"what": "in the device, read and written", "rate": rate, "unit": "GB/s"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("out/kernels"), help="a directory")
+    a = parser.parse_args()
+    rates = TINY_RATES if a.tiny else RATES
+
+    kernels, refused = [], []
+    for name in ATTENTION[1:]:  # the first is auto
+        try:
+            kernel, _ = common.kernel_for(name, a.device, torch.bfloat16, 128, 512)
+            kernels.append(kernel)
+        except ValueError as error:
+            refused.append(f"{name} is left out: {error}")
+    print("\n".join(refused))
+
+    columns = {"kernel": "", "block": "", "heads": ""} | dict.fromkeys(RESULTS, ".1e")
+    title = "Relative errors of a block in bfloat16, against float64"
+    parity = common.Table(a.out / "parity.json", title, a.device, {"refused": refused}, columns)
+    check_parity(parity, kernels, a.device, a.tiny)
+
+    columns = {"kernel": "", "heads": "", "S": ",", "forward TFLOP/s": ".3g",
+               "backward TFLOP/s": ".3g", "gradients MiB": ".0f", "scratch MiB": ".0f"}
+    table = common.Table(a.out / "rates.json", "Rates of causal blocks", a.device, {}, columns)
+    for shape in rates:
+        for kernel in kernels:
+            table.add(measure_rate(kernel, *shape, a.device))
+
+    columns = {"what": "", "rate": ",.3g", "unit": ""}
+    table = common.Table(a.out / "copies.json", "Products and copies", a.device, {}, columns)
+    measure_copies(table, a.device, a.tiny)
+
+    worst = max(row[name] for row in parity.rows for name in RESULTS)
+    print(f"\nlargest error {worst:.1e}, limit {LIMIT:.0e}")
+    sys.exit(not worst <= LIMIT)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
