@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from data import Batch
 from model import Llama
 from parallel import ShardedAdamW, attention_kernel
-from train import training_step
+from train import capability_of, training_step
 
 LEARNING_RATE = 1e-4
 
@@ -55,14 +56,21 @@ def step(model: Llama, optimizer: ShardedAdamW, batch: Batch) -> float:
     return loss
 
 
-def kernel_for(asked: str, device: str, dtype: torch.dtype, head_dim: int,
-               length: int, cp: int = 1) -> tuple[str, str]:
-    """The kernel that `--attention` gives on this device for sequences of `length`, and why."""
-    capability = None
-    if device.startswith("cuda"):
-        capability = torch.cuda.get_device_capability(device)
-    chunk = length if cp == 1 else length // (2 * cp)
-    return attention_kernel(asked, capability, dtype, head_dim, chunk)
+def start_kernel(options: Namespace, dtype: str, head_dim: int, length: int,
+                 cp: int = 1) -> tuple[str, str]:
+    """The kernel that --attention and --device give for sequences of `length`, and why; made ready
+    in this process."""
+    capability = capability_of(options.device)
+    kernel, why = attention_kernel(options.attention, capability, getattr(torch, dtype), head_dim,
+                                   length / (2 * cp))
+    make_ready(kernel)
+    return kernel, why
+
+
+def make_ready(kernel: str) -> None:
+    """Each process of FlashAttention-3 puts it in the place of torch's own flash operators."""
+    if kernel == "fa3":
+        torch.nn.attention.activate_flash_attention_impl("FA3")
 
 
 def machine(device: str) -> dict[str, str]:

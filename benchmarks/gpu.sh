@@ -27,24 +27,79 @@ PYTHON=python3
 [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
 export PYTHONUNBUFFERED=1
 if [ -n "$TINY" ]; then
-  OUT=out/gpu-tiny KERNELS=flash DEVICE="--device cpu" CONFIG=runs/tiny.json
+  OUT=out/gpu-tiny KERNELS=flash SMALL=(--device cpu)
 else
-  OUT=out/gpu KERNELS="flash cudnn" DEVICE="" CONFIG=runs/smollm2_135m.json
+  OUT=out/gpu KERNELS="flash cudnn" SMALL=()
   $PYTHON -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "no GPU here; try --tiny"
+  ! $PYTHON -c 'import flash_attn_interface' 2> /dev/null || KERNELS+=" fa3"
 fi
+mkdir -p "$OUT"
 
 STATUS=0
-run() {  # a command, within what the part has left; its output goes to the part's page, too
+run() {  # a command, within what its part has left; what it prints goes to the part's page too
   local code=0
-  timeout $((END > SECONDS ? END - SECONDS : 1)) "$@" > >(tee -a "$PAGE") || code=$?
-  [ $code = 0 ] || { STATUS=1; echo "note: ended with $code (124: cut off): $*" | tee -a "$PAGE"; }
+  timeout $((END > SECONDS ? END - SECONDS : 1)) "$@" | tee -a "$PAGE" || code=$?
+  [ $code = 0 ] || { STATUS=1; echo "note: exit code $code (124 when cut off): $*" >&2; }
 }
+benchmark() { run $PYTHON -m "benchmarks.$1" "${@:2}" "${SMALL[@]}"; }
 
 kernels() {
-  run $PYTHON -m benchmarks.kernels ${TINY:+--tiny} $DEVICE --out $OUT/kernels
-  run $PYTHON -m pytest -q -p no:cacheprovider tests/test_parallel.py tests/test_memory.py -k "cuda or gpu"
+  for kernel in $KERNELS; do
+    benchmark kernels --attention "$kernel" ${TINY:+--tiny} --out "$OUT/kernels-$kernel"
+  done
+  run $PYTHON -m pytest -q tests/test_parallel.py tests/test_memory.py -k "cuda or gpu"
 }
 
 step() {
-  run $PYTHON -m benchmarks.same_step --config $CONFIG --length ${TINY:+12}8 $DEVICE --attention $KERNELS --out $OUT/same_step.json
+  local same=(--config runs/smollm2_135m.json --length 4096)
+  local rank=(--config runs/llama31_8b.json --length 1048576 --tp 8 --layers 2 4 --recompute mlp --offload)
+  [ -z "$TINY" ] || { same=(--config runs/tiny.json --length 1024); rank=(--config runs/tiny.json --length 256 --tp 2 --layers 1 2); }
+  for kernel in $KERNELS; do benchmark same_step "${same[@]}" --attention "$kernel" --out "$OUT/same_step-$kernel.json"; done
+  for kernel in $KERNELS; do benchmark one_rank "${rank[@]}" --repeats 1 --attention "$kernel" --out "$OUT/one_rank-$kernel.json"; done
 }
+
+long() {  # attention of 1M tokens in 16 layers alone takes ten minutes: the longest is looked for with one layer
+  local lengths=(--config runs/llama32_1b.json --lengths 32768 131072 524288 --tile 8192 --largest --search-layers 1)
+  [ -z "$TINY" ] || lengths=(--config runs/tiny.json --lengths 256 512 --largest 2048 --search-layers 1 --memory-gib 1)
+  benchmark max_context "${lengths[@]}" --recompute mlp --offload --offload-optimizer --out "$OUT/max_context.json"
+}
+
+recipe() {  # train.py and eval_niah.py as a user calls them: needles before, with YaRN alone, and after training
+  local old=8192 new=32768 lengths="4096 8192 16384 32768" source=stdlib base=$MODEL steps=40 here=$OUT/recipe
+  local size=(--batch-size 4 --micro-batch-size 1 --recompute mlp --checkpoint-every 5)
+  rm -rf "$here"; mkdir -p "$here"
+  if [ -n "$TINY" ]; then
+    old=128 new=256 lengths="128 256" source=tests/test_train.py steps=2 size=(--validation-sequences 0)
+    run $PYTHON -m tools.train_tokenizer --source $source --vocab-size 1024 --out "$here/tokenizer"
+  fi
+  run $PYTHON -m tools.prepare --source code=$source --tokenizer "${base:-$here/tokenizer}" --out "$here/corpus"
+  if [ -z "$base" ]; then
+    base=$here/base/final
+    run $PYTHON train.py --config runs/tiny.json --tokenizer "$here/tokenizer" --data "$here/corpus" --sequence-length $old \
+      --steps 1 "${size[@]}" "${SMALL[@]}" --out "$here/base"
+  fi
+  local yarn=(--rope-kind yarn --rope-factor $((new / old)) --original-length $old)
+  needles() {  # NAME MODEL [OPTIONS]
+    run $PYTHON eval_niah.py "${@:2}" --haystack "$here/corpus" --task mixed --lengths $lengths --depths 5 --samples 2 \
+      --dtype bfloat16 "${SMALL[@]}" --window $old --out "$here/$1.json"
+  }
+  needles before "$base"
+  needles untrained "$base" "${yarn[@]}"
+  # at the end of its time SIGTERM makes train.py write a checkpoint: two minutes are left for the needles
+  END=$((END - 120)) run $PYTHON train.py --model "$base" "${yarn[@]}" --data "$here/corpus" --sequence-length $new --steps $steps \
+    --learning-rate 1e-4 --warmup-steps 5 "${size[@]}" "${SMALL[@]}" --out "$here/stage1"
+  needles after "$(ls -d "$here"/stage1/checkpoint-* | tail -1)"
+  run $PYTHON -m tools.plot compare "$here"/{before,untrained,after}.json --labels before "YaRN, untrained" "after stage 1"
+}
+
+for part in "${PARTS[@]}"; do
+  if [ "$part" = recipe ] && [ -z "$MODEL$TINY" ]; then echo "recipe is left out: no --model DIR"; continue; fi
+  PAGE=$OUT/$part.md
+  : > "$PAGE"
+  minutes=8
+  [ "$part" != kernels ] || minutes=4
+  END=$((SECONDS + 60 * minutes))
+  echo "== $part: at most $minutes minutes; tables in $PAGE"
+  $part
+done
+exit $STATUS

@@ -1,11 +1,11 @@
-"""Attention's kernels on this device, through the two functions that the ring calls: are they
-right, and how fast?
+"""A kernel of attention on this device, through the two functions that the ring calls: is it right,
+and how fast?
 
-    python -m benchmarks.kernels
+    python -m benchmarks.kernels --attention cudnn
     python -m benchmarks.kernels --tiny --device cpu     # the same code in seconds
 
 Three tables: relative errors (norm of the difference / norm) against float64 from the formula, of
-causal and whole blocks, rectangles, lengths that a kernel leaves to flash, a ring of two with one
+causal and whole blocks, rectangles, lengths that cuDNN leaves to flash, a ring of two with one
 log-sum-exp over both, and of keys of more than 2^31 elements against their two halves; rates,
 forward and backward, of causal FLOPs, and what backward allocates beside its gradients; rates of a
 matrix product and of copies. Writes JSON; exits 1 if an error exceeds 1 %.
@@ -95,25 +95,23 @@ def errors(ours: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> dict[str, flo
     return found
 
 
-def check_parity(table: common.Table, kernels: list[str], device: str, tiny: bool) -> None:
-    for kernel in kernels:
-        for causal, queries, keys, head_dim, heads, kv_heads in CASES:
-            block = draw(queries, keys, head_dim, heads, kv_heads, device, batch=2)
-            found = errors(whole_block(*block, causal, kernel), exact(*block, causal))
-            name = "causal" if causal else "whole"
-            table.add({"kernel": kernel, "block": f"{name} {queries} x {keys}",
-                       "heads": f"{heads}:{kv_heads} of {head_dim}"} | found)
-        block = draw(512, 1024, 128, 8, 2, device)
-        found = errors(ring_of_two(*block, kernel), exact(*block, False))
-        table.add({"kernel": kernel, "block": "ring of two, 512 x 1024",
-                   "heads": "8:2 of 128"} | found)
-        # 4 heads x 4.2M keys x 128 are more than 2^31 elements
-        keys = 1024 if tiny else 2**22 + 4096
-        block = draw(128, keys, 128, 4, 4, device)
-        block[1][:, :, -5:] = 4 * block[0][:, :, :1]  # the first query must find the last keys
-        found = errors(whole_block(*block, False, kernel), ring_of_two(*block, kernel))
-        table.add({"kernel": kernel, "block": f"128 x {keys:,}, against its halves",
-                   "heads": "4:4 of 128"} | found)
+def check_parity(table: common.Table, kernel: str, device: str, tiny: bool) -> None:
+    for causal, queries, keys, head_dim, heads, kv_heads in CASES:
+        block = draw(queries, keys, head_dim, heads, kv_heads, device, batch=2)
+        found = errors(whole_block(*block, causal, kernel), exact(*block, causal))
+        name = "causal" if causal else "whole"
+        table.add({"kernel": kernel, "block": f"{name} {queries} x {keys}",
+                   "heads": f"{heads}:{kv_heads} of {head_dim}"} | found)
+    block = draw(512, 1024, 128, 8, 2, device)
+    found = errors(ring_of_two(*block, kernel), exact(*block, False))
+    table.add({"kernel": kernel, "block": "ring of two, 512 x 1024", "heads": "8:2 of 128"} | found)
+    # 4 heads x 4.2M keys x 128 are more than 2^31 elements
+    keys = 1024 if tiny else 2**22 + 4096
+    block = draw(128, keys, 128, 4, 4, device)
+    block[1][:, :, -5:] = 4 * block[0][:, :, :1]  # the first query must find the last keys
+    found = errors(whole_block(*block, False, kernel), ring_of_two(*block, kernel))
+    table.add({"kernel": kernel, "block": f"128 x {keys:,}, against its halves",
+               "heads": "4:4 of 128"} | found)
 
 
 def measure_rate(kernel: str, heads: int, kv_heads: int, head_dim: int, length: int,
@@ -175,33 +173,24 @@ def measure_copies(table: common.Table, device: str, tiny: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out/kernels"), help="a directory")
     a = parser.parse_args()
-    rates = TINY_RATES if a.tiny else RATES
-
-    kernels, refused = [], []
-    for name in ATTENTION[1:]:  # the first is auto
-        try:
-            kernel, _ = common.kernel_for(name, a.device, torch.bfloat16, 128, 512)
-            kernels.append(kernel)
-        except ValueError as error:
-            refused.append(f"{name} is left out: {error}")
-    print("\n".join(refused))
+    kernel, why = common.start_kernel(a, "bfloat16", 128, 512)
 
     columns = {"kernel": "", "block": "", "heads": ""} | dict.fromkeys(RESULTS, ".1e")
-    title = "Relative errors of a block in bfloat16, against float64"
-    parity = common.Table(a.out / "parity.json", title, a.device, {"refused": refused}, columns)
-    check_parity(parity, kernels, a.device, a.tiny)
+    title = f"Relative errors of a block in bfloat16, against float64, by {kernel} ({why})"
+    parity = common.Table(a.out / "parity.json", title, a.device, {"kernel": kernel}, columns)
+    check_parity(parity, kernel, a.device, a.tiny)
 
     columns = {"kernel": "", "heads": "", "S": ",", "forward TFLOP/s": ".3g",
                "backward TFLOP/s": ".3g", "gradients MiB": ".0f", "scratch MiB": ".0f"}
     table = common.Table(a.out / "rates.json", "Rates of causal blocks", a.device, {}, columns)
-    for shape in rates:
-        for kernel in kernels:
-            table.add(measure_rate(kernel, *shape, a.device))
+    for shape in TINY_RATES if a.tiny else RATES:
+        table.add(measure_rate(kernel, *shape, a.device))
 
     columns = {"what": "", "rate": ",.3g", "unit": ""}
     table = common.Table(a.out / "copies.json", "Products and copies", a.device, {}, columns)

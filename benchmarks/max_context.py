@@ -67,6 +67,7 @@ class Step:
         """Child process: one step; answers (peak GiB, seconds), or None if the GPU's memory does
         not suffice."""
         torch.set_num_threads(self.threads)
+        common.make_ready(self.kernel)
         try:
             grid = Grid(kernel=self.kernel)
             model = Llama(self.config, grid).to(self.device, getattr(torch, self.dtype))
@@ -75,7 +76,8 @@ class Step:
             model.tile = self.tile
             optimizer = ShardedAdamW(model, grid, on_host=self.offload_optimizer)
             batch = common.random_batch(self.config.vocab_size, length)
-            common.step(model, optimizer, batch.part(torch.arange(1), min(length, 1024)))  # warms up
+            short = batch.part(torch.arange(1), min(length, 1024))
+            common.step(model, optimizer, short)  # warms up
             start = time.perf_counter()
             common.step(model, optimizer, batch)
             pipe.send((peak_memory_gib(self.device), time.perf_counter() - start))
@@ -98,10 +100,11 @@ def measure(step: Step, length: int, memory_gib: float) -> tuple[float, float] |
     return found if found and found[0] <= memory_gib else None
 
 
-def largest(step: Step, memory_gib: float, layers: int) -> tuple[int, float]:
-    """The longest sequence that trains within the memory, to 1/32 of the predicted one, and its
-    peak in GiB. Steps are made with so many layers; what the others take is the plan's."""
-    fits = [n for n in range(1024, 2**24, 1024) if step.predicted_gib(n) <= memory_gib]
+def largest(step: Step, memory_gib: float, layers: int, limit: int) -> tuple[int, float]:
+    """The longest sequence up to `limit` that trains within the memory, to 1/32 of the predicted
+    one, and its peak in GiB. Steps are made with so many layers; the plan has what others take."""
+    lengths = range(1024, limit + 1, 1024)
+    fits = [n for n in lengths if step.predicted_gib(n) <= memory_gib]
     if not fits:
         raise SystemExit(f"error: --memory-gib {memory_gib:g}: the model alone takes more")
     small = replace(step, config=replace(step.config, num_hidden_layers=layers))
@@ -115,7 +118,7 @@ def largest(step: Step, memory_gib: float, layers: int) -> tuple[int, float]:
     length = fits[-1]
     best = peak_of(length)
     direction = 1 if best else -1
-    while length + direction * stride > 0:
+    while 0 < length + direction * stride <= limit:
         peak = peak_of(length + direction * stride)
         if direction > 0 and peak is None:
             break
@@ -142,7 +145,8 @@ def main() -> None:
     parser.add_argument("--offload-optimizer", action="store_true")
     parser.add_argument("--tile", type=int, default=1024,
                         help="positions; few, so that tiles are full at the shortest length")
-    parser.add_argument("--largest", action="store_true", help="also look for the longest sequence")
+    parser.add_argument("--largest", type=int, nargs="?", const=2**24, metavar="N",
+                        help="also look for the longest sequence, up to N tokens")
     parser.add_argument("--search-layers", type=int, help="for --largest (default: all)")
     parser.add_argument("--memory-gib", type=float,
                         help="for --largest (default: a GPU's memory less 1; needed on a CPU)")
@@ -159,8 +163,7 @@ def main() -> None:
     else:
         small = common.small_llama(a.hidden_size, a.layers, 1024, 2**22)
         config = ModelConfig.from_hf(small)
-    dtype = getattr(torch, a.dtype)
-    kernel, why = common.kernel_for(a.attention, a.device, dtype, config.head_dim, min(a.lengths))
+    kernel, why = common.start_kernel(a, a.dtype, config.head_dim, min(a.lengths))
     step = Step(config, a.recompute, a.offload, a.offload_optimizer, a.tile, a.dtype, a.device,
                 a.threads, kernel)
     memory_gib = a.memory_gib or float("inf")
@@ -200,7 +203,7 @@ def main() -> None:
               f"{straight:.3f} GiB of a line", flush=True)
     if a.largest:
         layers = a.search_layers or config.num_hidden_layers
-        length, peak = largest(step, memory_gib, layers)
+        length, peak = largest(step, memory_gib, layers, a.largest)
         table.save(largest=length, largest_peak_gib=peak, largest_layers=layers)
         print(f"\nlargest: {length:,} tokens, peak {peak:.2f} GiB of {memory_gib:.1f}; measured "
               f"with {layers} of {config.num_hidden_layers} layers")

@@ -177,7 +177,7 @@ def main() -> None:
     dtype = getattr(torch, a.dtype)
     config = configuration(a.config, a.hidden_size, a.length)
     whole = config.num_hidden_layers
-    kernel, why = common.kernel_for(a.attention, a.device, dtype, config.head_dim, a.length, a.cp)
+    kernel, why = common.start_kernel(a, a.dtype, config.head_dim, a.length, a.cp)
     plan = Plan(config, a.length, batch=1, micro_batch=1, tp=a.tp, cp=a.cp, dp=1,
                 itemsize=dtype.itemsize, recompute=a.recompute, offload=a.offload,
                 offload_optimizer=a.offload_optimizer, tile=a.tile, cuda=a.device == "cuda",
@@ -187,7 +187,7 @@ def main() -> None:
     if known:
         device = DEVICES[known[0]]
     else:
-        device = measured_device(a.device, dtype, config.head_dim)
+        device = measured_device(a.device, dtype, config.head_dim, kernel)
     peak_flops = PEAKS.get(name)
 
     title = (f"One rank of tp {a.tp} x cp {a.cp}, {a.length:,} tokens, --recompute {a.recompute}"

@@ -1,5 +1,5 @@
-"""A model's first training steps on this device, with every kernel and memory option, against one
-step in float32 on the CPU.
+"""A model's first training steps on this device, with each memory option, against one step in
+float32 on the CPU.
 
     python -m benchmarks.same_step --config runs/smollm2_135m.json --length 4096
     python -m benchmarks.same_step --config runs/tiny.json --length 128 --device cpu
@@ -35,7 +35,8 @@ COLUMNS = {
 
 
 def first_steps(config: ModelConfig, length: int, kernel: str, recompute: str, offload: bool,
-                device: str, dtype: torch.dtype, steps: int) -> tuple[list, dict[str, Tensor], float]:
+                device: str, dtype: torch.dtype,
+                steps: int) -> tuple[list[float], dict[str, Tensor], float]:
     """The losses, the first step's gradients in float32 on the CPU, and the least seconds."""
     grid = Grid(kernel=kernel)
     model = Llama(config, grid).initialise(0).to(device, dtype)
@@ -69,48 +70,42 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="config.json")
     parser.add_argument("--length", type=int, required=True)
-    parser.add_argument("--attention", choices=ATTENTION, nargs="+", default=["auto"])
+    parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out/same_step.json"))
     a = parser.parse_args()
     config = read_config(a.config)
-    kernels = {}
-    for asked in a.attention:
-        kernel, why = common.kernel_for(asked, a.device, torch.bfloat16, config.head_dim, a.length)
-        kernels[kernel] = why
-
-    reasons = ", ".join(f"{kernel} ({why})" for kernel, why in kernels.items())
+    kernel, why = common.start_kernel(a, "bfloat16", config.head_dim, a.length)
     title = (f"The same training step: {config.num_hidden_layers} layers of width "
-             f"{config.hidden_size}, {a.length:,} tokens; attention by {reasons}")
-    table = common.Table(a.out, title, a.device, {"kernels": kernels}, COLUMNS)
+             f"{config.hidden_size}, {a.length:,} tokens; attention by {kernel} ({why})")
+    table = common.Table(a.out, title, a.device, {"kernel": kernel, "why": why}, COLUMNS)
     losses, right, _ = first_steps(config, a.length, "flash", "none", False, "cpu",
                                    torch.float32, 1)
     exact = losses[0]
     table.add({"kernel": "CPU, float32", "losses": f"{exact:.5f}"})
     good = True
-    for kernel in kernels:
-        plain = None
-        for recompute, offload in OPTIONS:
-            if a.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            losses, gradients, seconds = first_steps(
-                config, a.length, kernel, recompute, offload, a.device, torch.bfloat16, STEPS)
-            plain = plain or losses
-            row = {
-                "kernel": kernel,
-                "--recompute": recompute,
-                "--offload": "yes" if offload else "no",
-                "losses": " ".join(f"{loss:.5f}" for loss in losses),
-                "loss error": abs(losses[0] - exact),
-                "gradient error": gradient_error(gradients, right),
-                "least ms": 1e3 * seconds,
-                "peak GiB": peak_memory_gib(a.device),
-            }
-            table.add(row)
-            same = max(abs(x - y) for x, y in zip(losses, plain, strict=True))
-            good = good and max(row["loss error"], same) <= LOSS_LIMIT
-            good = good and row["gradient error"] <= GRADIENT_LIMIT
+    plain = None
+    for recompute, offload in OPTIONS:
+        if a.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        losses, gradients, seconds = first_steps(
+            config, a.length, kernel, recompute, offload, a.device, torch.bfloat16, STEPS)
+        plain = plain or losses
+        row = {
+            "kernel": kernel,
+            "--recompute": recompute,
+            "--offload": "yes" if offload else "no",
+            "losses": " ".join(f"{loss:.5f}" for loss in losses),
+            "loss error": abs(losses[0] - exact),
+            "gradient error": gradient_error(gradients, right),
+            "least ms": 1e3 * seconds,
+            "peak GiB": peak_memory_gib(a.device),
+        }
+        table.add(row)
+        same = max(abs(x - y) for x, y in zip(losses, plain, strict=True))
+        good = good and max(row["loss error"], same) <= LOSS_LIMIT
+        good = good and row["gradient error"] <= GRADIENT_LIMIT
     print(f"\n{'ok' if good else 'FAILED'}: losses to {LOSS_LIMIT}, gradients to {GRADIENT_LIMIT}")
     sys.exit(not good)
 
