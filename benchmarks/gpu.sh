@@ -53,7 +53,7 @@ kernels() {
 step() {
   local same=(--config runs/smollm2_135m.json --length 4096)
   local rank=(--config runs/llama31_8b.json --length 1048576 --tp 8 --layers 2 4 --recompute mlp --offload)
-  [ -z "$TINY" ] || { same=(--config runs/tiny.json --length 1024); rank=(--config runs/tiny.json --length 256 --tp 2 --layers 1 2); }
+  [ -z "$TINY" ] || { same=(--config runs/tiny.json --length 512); rank=(--config runs/tiny.json --length 256 --tp 2 --layers 1 2); }
   for kernel in $KERNELS; do benchmark same_step "${same[@]}" --attention "$kernel" --out "$OUT/same_step-$kernel.json"; done
   for kernel in $KERNELS; do benchmark one_rank "${rank[@]}" --repeats 1 --attention "$kernel" --out "$OUT/one_rank-$kernel.json"; done
 }
@@ -65,14 +65,14 @@ long() {  # attention of 1M tokens in 16 layers alone takes ten minutes: the lon
 }
 
 recipe() {  # train.py and eval_niah.py as a user calls them: needles before, with YaRN alone, and after training
-  local old=8192 new=32768 lengths="4096 8192 16384 32768" source=stdlib base=$MODEL steps=40 here=$OUT/recipe
-  local size=(--batch-size 4 --micro-batch-size 1 --recompute mlp --checkpoint-every 5)
+  local old=8192 new=32768 lengths="4096 8192 16384 32768" source=stdlib holdout=0.1 base=$MODEL steps=40 here=$OUT/recipe
+  local size=(--batch-size 4 --micro-batch-size 1 --recompute mlp --checkpoint-every 5 --validation-sequences 4)
   rm -rf "$here"; mkdir -p "$here"
   if [ -n "$TINY" ]; then
-    old=128 new=256 lengths="128 256" source=tests/test_train.py steps=2 size=(--validation-sequences 0)
+    old=128 new=256 lengths="128 256" source=tools holdout=0.5 steps=2 size=(--validation-sequences 0)
     run $PYTHON -m tools.train_tokenizer --source $source --vocab-size 1024 --out "$here/tokenizer"
   fi
-  run $PYTHON -m tools.prepare --source code=$source --tokenizer "${base:-$here/tokenizer}" --out "$here/corpus"
+  run $PYTHON -m tools.prepare --source code=$source --tokenizer "${base:-$here/tokenizer}" --holdout $holdout --out "$here/corpus"
   if [ -z "$base" ]; then
     base=$here/base/final
     run $PYTHON train.py --config runs/tiny.json --tokenizer "$here/tokenizer" --data "$here/corpus" --sequence-length $old \

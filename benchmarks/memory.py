@@ -11,7 +11,6 @@ process (getrusage), on a GPU torch.cuda.max_memory_allocated.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import socket
@@ -21,10 +20,14 @@ import torch
 
 from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig
-from parallel import Grid, ShardedAdamW
+from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
 from train import peak_memory_gib
 
 VOCABULARY = 8192
+COLUMNS = {
+    "series": "", "kernel": "", "cp": "", "S": ",", "S / cp": ",", "peak GiB": ".2f",
+    "above the model": ".2f", "of the first": ".2f", "loss": ".4f",
+}
 
 
 def resident_gib(device: str) -> float:
@@ -35,13 +38,15 @@ def resident_gib(device: str) -> float:
 
 
 def serve(pipe, rank: int, cp: int, port: int, length: int, config: dict, recompute: str,
-          dtype: str, device: str) -> None:
+          dtype: str, device: str, kernel: str) -> None:
     """Child process: build the model, make one step, answer (GiB held before it, GiB at the peak,
     loss)."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cp),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    common.make_ready(kernel)
     grid = Grid.create(cp=cp, device=device)
+    grid.kernel = kernel
     model = Llama(ModelConfig.from_hf(config), grid).initialise(0).to(device, getattr(torch, dtype))
     model.recompute = recompute
     optimizer = ShardedAdamW(model, grid)
@@ -67,8 +72,8 @@ def measure(cp: int, length: int, *options) -> dict:
         pipes.append(pipe)
     answers = [pipe.recv() for pipe in pipes]
     before, peak, loss = max(answers, key=lambda answer: answer[1] - answer[0])
-    return {"cp": cp, "length": length, "before": before, "peak": peak, "above": peak - before,
-            "loss": loss}
+    return {"cp": cp, "S": length, "S / cp": length // cp, "peak GiB": peak,
+            "above the model": peak - before, "loss": loss}
 
 
 def main() -> None:
@@ -80,30 +85,28 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=512, help="a multiple of 256")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none")
+    parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/memory.json"))
     a = parser.parse_args()
-    rows = []
+    title = f"Peak of a rank in GiB, {a.layers} layers of width {a.hidden_size}, {a.dtype}"
+    table = common.Table(a.out, title, a.device, {"arguments": vars(a)}, COLUMNS)
     series = {
         "fixed S": [a.length] * len(a.rings),
         "fixed S / cp": [a.length // 4 * cp for cp in a.rings],
     }
-    for title, lengths in series.items():
-        print(f"{title}\n{'cp':>4} {'S':>8} {'S / cp':>8} {'peak GiB':>9} {'above the model':>16} "
-              f"{'of the first':>13} {'loss':>8}")
+    for name, lengths in series.items():
+        first = None
         for cp, length in zip(a.rings, lengths, strict=True):
             config = common.small_llama(a.hidden_size, a.layers, VOCABULARY, length)
-            row = measure(cp, length, config, a.recompute, a.dtype, a.device) | {"series": title}
-            rows.append(row)
-            first = next(r for r in rows if r["series"] == title)
-            print(f"{cp:>4} {length:>8} {length // cp:>8} {row['peak']:>9.2f} "
-                  f"{row['above']:>16.2f} {row['above'] / first['above']:>12.2f}x "
-                  f"{row['loss']:>8.4f}", flush=True)
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps({"torch": torch.__version__, "arguments": vars(a), "rows": rows},
-                                indent=1, default=str))
+            kernel, why = common.start_kernel(a, a.dtype, config["head_dim"], length, cp)
+            row = measure(cp, length, config, a.recompute, a.dtype, a.device, kernel)
+            first = first or row["above the model"]
+            table.add({"series": name, "kernel": kernel, "why": why, **row,
+                       "of the first": row["above the model"] / first})
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

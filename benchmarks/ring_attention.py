@@ -14,7 +14,6 @@ all sides have the same cores; on GPUs dense has one, and is scaled by their num
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import socket
@@ -25,15 +24,22 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks import common
 from parallel import (
+    ATTENTION,
     Grid,
-    attention_kernel,
     block_backward,
     block_forward,
     merge,
+    one_line_errors,
     ring_attention,
     zigzag_block,
 )
+
+COLUMNS = {
+    "S": ",", "kernel": "", "dense, s": ".3f", "zigzag, s": ".3f", "zigzag, of dense": ".1%",
+    "contiguous, s": ".3f", "contiguous, of dense": ".1%",
+}
 
 
 def zigzag_pass(q, k, v, d_out, grid: Grid):
@@ -52,7 +58,7 @@ def contiguous_pass(q, k, v, d_out, grid: Grid):
     for hop, source in enumerate(sources):
         arriving = grid.send_around(k, v) if hop + 1 < grid.cp else None
         if source <= grid.cp_rank:
-            part, part_lse = block_forward(q, k, v, causal=hop == 0)
+            part, part_lse = block_forward(q, k, v, hop == 0, grid.kernel)
             if hop == 0:
                 out = part.float()
                 lse = part_lse
@@ -67,7 +73,7 @@ def contiguous_pass(q, k, v, d_out, grid: Grid):
         arriving = grid.send_around(k, v) if hop + 1 < grid.cp else None
         parts = None
         if source <= grid.cp_rank:
-            parts = block_backward(d_out, q, k, v, out, lse, causal=hop == 0)
+            parts = block_backward(d_out, q, k, v, out, lse, hop == 0, grid.kernel)
         if hop == 0:
             dq, dk, dv = (part.float() for part in parts)
         else:
@@ -92,12 +98,14 @@ PASSES = {"dense": dense_pass, "zigzag": zigzag_pass, "contiguous": contiguous_p
 
 
 def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int, int],
-          head_dim: int, dtype: str, device: str) -> None:
+          head_dim: int, dtype: str, device: str, kernel: str) -> None:
     """Child process: one pass of a kind at a length whenever asked, answering its seconds."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(threads)
+    common.make_ready(kernel)
     grid = Grid.create(cp=ranks, device=device)
+    grid.kernel = kernel
     place = f"cuda:{rank}" if device == "cuda" else "cpu"
     while request := pipe.recv():
         kind, length = request
@@ -148,15 +156,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--attention", choices=ATTENTION, default="auto", help="of the rings")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("out/ring_attention.json"))
     a = parser.parse_args()
-    kernel = attention_kernel(a.device, getattr(torch, a.dtype), a.head_dim)
-    device = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
-    print(f"{device}, torch {torch.__version__}, {a.dtype}, {a.heads}:{a.kv_heads} heads of "
-          f"{a.head_dim}; blocks by {kernel}")
+    kernel, why = common.start_kernel(a, a.dtype, a.head_dim, min(a.lengths), a.ranks)
     for kind in ("zigzag", "contiguous"):
         print(f"{kind}: share of all scores by hop 0 ... {a.ranks - 1}")
         for rank, hops in enumerate(work(a.ranks, kind)):
@@ -174,14 +180,15 @@ def main() -> None:
             pipe, other = context.Pipe()
             threads = a.ranks // ranks if a.device == "cpu" else 1
             arguments = (other, rank, ranks, port, threads, (a.heads, a.kv_heads), a.head_dim,
-                         a.dtype, a.device)
+                         a.dtype, a.device, kernel)
             process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             processes.append(process)
             sides[name].append(pipe)
-    rows = []
-    print(f"{'S':>8} {'dense s':>9} {'zigzag s':>9} {'of dense':>9} {'contiguous s':>13} "
-          f"{'of dense':>9}")
+    title = (f"Rings of {a.ranks} against dense attention, {a.dtype}, {a.heads}:{a.kv_heads} heads "
+             f"of {a.head_dim}; their blocks by {kernel} ({why})")
+    facts = {"arguments": vars(a), "kernel": kernel, "why": why}
+    table = common.Table(a.out, title, a.device, facts, COLUMNS)
     for length in a.lengths:
         seconds = {kind: [] for kind in PASSES}
         for _ in range(a.repeats + 1):
@@ -193,21 +200,17 @@ def main() -> None:
         # the first pass warms up
         medians = {kind: statistics.median(times[1:]) for kind, times in seconds.items()}
         scale = a.ranks if a.device == "cuda" else 1
-        share = {}
-        for kind in ("zigzag", "contiguous"):
-            share[kind] = medians["dense"] / (scale * medians[kind])
-        rows.append({"length": length, "seconds": seconds, "of_dense": share})
-        print(f"{length:>8} {medians['dense']:>9.3f} {medians['zigzag']:>9.3f} "
-              f"{100 * share['zigzag']:>7.1f} % "
-              f"{medians['contiguous']:>13.3f} {100 * share['contiguous']:>7.1f} %", flush=True)
+        row = {"S": length, "kernel": kernel, "seconds": seconds}
+        for kind, median in medians.items():
+            row[f"{kind}, s"] = median
+            row[f"{kind}, of dense"] = medians["dense"] / (scale * median)
+        table.add(row)
     for pipe in (*sides["dense"], *sides["ring"]):
         pipe.send(None)
     for process in processes:
         process.join()
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "arguments": vars(a),
-                                 "rows": rows}, indent=1, default=str))
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

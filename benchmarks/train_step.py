@@ -18,7 +18,6 @@ our float32 state, so that row does not flatter ours.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
@@ -28,24 +27,31 @@ import torch
 
 from benchmarks import common
 from model import Llama, ModelConfig
-from parallel import Grid, ShardedAdamW
+from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
 from train import peak_memory_gib
 
 WEIGHT_DECAY = 0.1
+COLUMNS = {
+    "type": "", "S": ",", "kernel": "", "ours, tokens/s": ",.0f", "transformers, tokens/s": ",.0f",
+    "speed": ".2f", "ours, GiB": ".2f", "transformers, GiB": ".2f", "memory": ".2f",
+    "loss difference": ".1e",
+}
 
 
-def our_step(config: dict, dtype: torch.dtype, device: str, recompute: bool):
+def our_step(config: dict, dtype: torch.dtype, device: str, recompute: bool, kernel: str):
     """A function that makes one step of train.py on a batch and returns the mean loss."""
-    model = Llama(ModelConfig.from_hf(config)).initialise(0).to(device, dtype)
+    common.make_ready(kernel)
+    grid = Grid(kernel=kernel)
+    model = Llama(ModelConfig.from_hf(config), grid).initialise(0).to(device, dtype)
     model.recompute = "mlp" if recompute else "none"
-    optimizer = ShardedAdamW(model, Grid(), weight_decay=WEIGHT_DECAY)
+    optimizer = ShardedAdamW(model, grid, weight_decay=WEIGHT_DECAY)
 
     return lambda batch: common.step(model, optimizer, batch)
 
 
-def transformers_step(config: dict, dtype: torch.dtype, device: str, recompute: bool):
-    """The same step with transformers' model (SDPA attention) and torch's AdamW, from the same
-    weights."""
+def transformers_step(config: dict, dtype: torch.dtype, device: str, recompute: bool, kernel: str):
+    """The same step with transformers' model and torch's AdamW, from the same weights. SDPA chooses
+    its own kernel."""
     import transformers
 
     settings = {key: value for key, value in config.items() if key != "model_type"}
@@ -74,10 +80,10 @@ def transformers_step(config: dict, dtype: torch.dtype, device: str, recompute: 
 
 
 def serve(pipe, build, config: dict, rows: int, length: int, dtype: torch.dtype, device: str,
-          threads: int, recompute: bool) -> None:
+          threads: int, recompute: bool, kernel: str) -> None:
     """Child process: one step whenever asked, answering (seconds, loss, peak GiB)."""
     torch.set_num_threads(threads)
-    step = build(config, dtype, device, recompute)
+    step = build(config, dtype, device, recompute, kernel)
     batch = common.random_batch(config["vocab_size"], length, rows)
     while pipe.recv():
         start = time.perf_counter()
@@ -86,14 +92,14 @@ def serve(pipe, build, config: dict, rows: int, length: int, dtype: torch.dtype,
 
 
 def compare(config: dict, rows: int, dtype: str, length: int, device: str, threads: int,
-            recompute: bool, repeats: int) -> dict:
+            recompute: bool, kernel: str, repeats: int) -> dict:
     """Interleaved steps of both in one type at one sequence length."""
     context = multiprocessing.get_context("spawn")
     sides = {}
     for name, build in (("ours", our_step), ("transformers", transformers_step)):
         pipe, other = context.Pipe()
         arguments = (other, build, config, rows, length, getattr(torch, dtype), device, threads,
-                     recompute)
+                     recompute, kernel)
         process = context.Process(target=serve, args=arguments, daemon=True)
         process.start()
         sides[name] = (process, pipe, [])
@@ -105,24 +111,23 @@ def compare(config: dict, rows: int, dtype: str, length: int, device: str, threa
                 pass
             if pipe.poll():
                 results.append(pipe.recv())
-    row = {"dtype": dtype, "length": length}
+    row = {"type": dtype, "S": length, "kernel": kernel}
+    losses = {}
     for name, (process, pipe, results) in sides.items():
         if not process.is_alive():  # the system ended it: out of memory
-            row[name] = None
             continue
         pipe.send(False)
         process.join()
         seconds = [seconds for seconds, _, _ in results[1:]]  # the first step warms up
-        row[name] = {
-            "tokens_per_second": rows * length / statistics.median(seconds),
-            "seconds": seconds,
-            "losses": [loss for _, loss, _ in results],
-            "peak_gib": results[-1][2],
-        }
-    if not (row["ours"] and row["transformers"]):
-        return row
-    row["speed_ratio"] = row["ours"]["tokens_per_second"] / row["transformers"]["tokens_per_second"]
-    row["memory_ratio"] = row["ours"]["peak_gib"] / row["transformers"]["peak_gib"]
+        row[f"{name}, tokens/s"] = rows * length / statistics.median(seconds)
+        row[f"{name}, GiB"] = results[-1][2]
+        row[f"{name}, seconds"] = seconds
+        losses[name] = [loss for _, loss, _ in results]
+    if len(losses) == 2:
+        pairs = zip(losses["ours"], losses["transformers"], strict=True)
+        row["speed"] = row["ours, tokens/s"] / row["transformers, tokens/s"]
+        row["memory"] = row["ours, GiB"] / row["transformers, GiB"]
+        row["loss difference"] = max(abs(x - y) for x, y in pairs)
     return row
 
 
@@ -139,46 +144,23 @@ def main() -> None:
                         default=["float32", "bfloat16"])
     parser.add_argument("--recompute", action="store_true",
                         help="ours --recompute mlp, theirs gradient checkpointing")
+    parser.add_argument("--attention", choices=ATTENTION, default="auto", help="ours")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("out/train_step.json"))
     a = parser.parse_args()
-    device = f"CPU, {a.threads} threads"
-    if a.device.startswith("cuda"):
-        device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, {a.layers} layers of width {a.hidden_size}, "
-          f"vocabulary {a.vocab_size}")
-    rows = []
+    title = (f"A training step: {a.layers} layers of width {a.hidden_size}, vocabulary "
+             f"{a.vocab_size}; what has no number ran out of memory")
+    table = common.Table(a.out, title, a.device, {"arguments": vars(a)}, COLUMNS)
     for dtype in a.dtypes:
         for length in a.lengths:
             config = common.small_llama(a.hidden_size, a.layers, a.vocab_size, length)
-            rows.append(compare(config, a.batch_size, dtype, length, a.device, a.threads,
-                                a.recompute, a.repeats))
-    print(f"{'type':>8} {'S':>6} {'ours tok/s':>11} {'HF tok/s':>11} {'speed':>7} {'ours GiB':>9} "
-          f"{'HF GiB':>8} {'memory':>7} {'loss difference':>16}")
-    for row in rows:
-        ours = row["ours"]
-        other = row["transformers"]
-        if not (ours and other):
-            cells = []
-            for side in (ours, other):
-                if side:
-                    cells.append(f"{side['tokens_per_second']:,.0f} tokens/s, "
-                                 f"{side['peak_gib']:.2f} GiB")
-                else:
-                    cells.append("out of memory")
-            print(f"{row['dtype']:>8} {row['length']:>6} ours {cells[0]}; transformers {cells[1]}")
-            continue
-        pairs = zip(ours["losses"], other["losses"], strict=True)
-        difference = max(abs(x - y) for x, y in pairs)
-        print(f"{row['dtype']:>8} {row['length']:>6} {ours['tokens_per_second']:>11,.0f} "
-              f"{other['tokens_per_second']:>11,.0f} "
-              f"{row['speed_ratio']:>6.2f}x {ours['peak_gib']:>9.2f} {other['peak_gib']:>8.2f} "
-              f"{row['memory_ratio']:>6.2f}x {difference:>16.1e}")
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "arguments": vars(a),
-                                 "rows": rows}, indent=2, default=str) + "\n")
+            kernel, why = common.start_kernel(a, dtype, config["head_dim"], length)
+            row = compare(config, a.batch_size, dtype, length, a.device, a.threads, a.recompute,
+                          kernel, a.repeats)
+            table.add(row | {"why": why})
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
