@@ -74,7 +74,7 @@ def make_ready(kernel: str) -> None:
 
 
 def machine(device: str) -> dict[str, str]:
-    """What a table was measured on, as "name: value" for a title and for JSON."""
+    """What a table was measured on."""
     if not device.startswith("cuda"):
         name = f"CPU, {torch.get_num_threads()} threads"
         return {"device": name, "torch": torch.__version__}
@@ -92,6 +92,12 @@ def machine(device: str) -> dict[str, str]:
     }
 
 
+def in_words(machine: dict[str, str]) -> str:
+    """A line for people: "NVIDIA H100 80GB HBM3, driver 580.159.04, torch 2.11.0, ..."."""
+    words = [f"{name} {value}" for name, value in machine.items()]
+    return ", ".join(words).removeprefix("device ")
+
+
 class Table:
     """Rows that are printed (markdown) and saved (JSON) one by one: what is stopped loses none.
 
@@ -105,8 +111,7 @@ class Table:
         self.path = path
         self.columns = columns
         self.result = {"title": title, **machine(device), **facts, "rows": []}
-        where = ", ".join(f"{name} {value}" for name, value in machine(device).items())
-        print(f"\n{title}\n\n{where.removeprefix('device ')}\n")
+        print(f"\n{title}\n\n{in_words(machine(device))}\n")
         self.line(columns)
         self.line(["---"] * len(columns))
 

@@ -27,9 +27,9 @@ PYTHON=python3
 [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
 export PYTHONUNBUFFERED=1
 if [ -n "$TINY" ]; then
-  OUT=out/gpu-tiny KERNELS=flash SMALL=(--device cpu)
+  OUT=out/gpu-tiny KERNELS=flash DEVICE=cpu
 else
-  OUT=out/gpu KERNELS="flash cudnn" SMALL=()
+  OUT=out/gpu KERNELS="flash cudnn" DEVICE=cuda
   $PYTHON -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "no GPU here; try --tiny"
   ! $PYTHON -c 'import flash_attn_interface' 2> /dev/null || KERNELS+=" fa3"
 fi
@@ -41,7 +41,7 @@ run() {  # a command, within what its part has left; what it prints goes to the 
   timeout $((END > SECONDS ? END - SECONDS : 1)) "$@" | tee -a "$PAGE" || code=$?
   [ $code = 0 ] || { STATUS=1; echo "note: exit code $code (124 when cut off): $*" >&2; }
 }
-benchmark() { run $PYTHON -m "benchmarks.$1" "${@:2}" "${SMALL[@]}"; }
+benchmark() { run $PYTHON -m "benchmarks.$1" "${@:2}" --device $DEVICE; }
 
 kernels() {
   for kernel in $KERNELS; do
@@ -65,8 +65,8 @@ long() {  # attention of 1M tokens in 16 layers alone takes ten minutes: the lon
 }
 
 recipe() {  # train.py and eval_niah.py as a user calls them: needles before, with YaRN alone, and after training
-  local old=8192 new=32768 lengths="4096 8192 16384 32768" source=stdlib holdout=0.1 base=$MODEL steps=40 here=$OUT/recipe
-  local size=(--batch-size 4 --micro-batch-size 1 --recompute mlp --checkpoint-every 5 --validation-sequences 4)
+  local old=8192 new=32768 lengths="4096 8192 16384 32768" source=stdlib holdout=0.1 base=$MODEL steps=80 here=$OUT/recipe
+  local size=(--batch-size 4 --micro-batch-size 1 --recompute mlp --validation-sequences 4)
   rm -rf "$here"; mkdir -p "$here"
   if [ -n "$TINY" ]; then
     old=128 new=256 lengths="128 256" source=tools holdout=0.5 steps=2 size=(--validation-sequences 0)
@@ -76,19 +76,20 @@ recipe() {  # train.py and eval_niah.py as a user calls them: needles before, wi
   if [ -z "$base" ]; then
     base=$here/base/final
     run $PYTHON train.py --config runs/tiny.json --tokenizer "$here/tokenizer" --data "$here/corpus" --sequence-length $old \
-      --steps 1 "${size[@]}" "${SMALL[@]}" --out "$here/base"
+      --steps 1 "${size[@]}" --device $DEVICE --out "$here/base"
   fi
   local yarn=(--rope-kind yarn --rope-factor $((new / old)) --original-length $old)
   needles() {  # NAME MODEL [OPTIONS]
     run $PYTHON eval_niah.py "${@:2}" --haystack "$here/corpus" --task mixed --lengths $lengths --depths 5 --samples 2 \
-      --dtype bfloat16 "${SMALL[@]}" --window $old --out "$here/$1.json"
+      --dtype bfloat16 --device $DEVICE --window $old --out "$here/$1.json"
   }
   needles before "$base"
   needles untrained "$base" "${yarn[@]}"
   # at the end of its time SIGTERM makes train.py write a checkpoint: two minutes are left for the needles
   END=$((END - 120)) run $PYTHON train.py --model "$base" "${yarn[@]}" --data "$here/corpus" --sequence-length $new --steps $steps \
-    --learning-rate 1e-4 --warmup-steps 5 "${size[@]}" "${SMALL[@]}" --out "$here/stage1"
+    --learning-rate 1e-4 --warmup-steps 5 "${size[@]}" --device $DEVICE --out "$here/stage1"
   needles after "$(ls -d "$here"/stage1/checkpoint-* | tail -1)"
+  run $PYTHON -c "from benchmarks.common import in_words, machine; print(in_words(machine('$DEVICE')))"
   run $PYTHON -m tools.plot compare "$here"/{before,untrained,after}.json --labels before "YaRN, untrained" "after stage 1"
 }
 
