@@ -25,6 +25,17 @@ aten = torch.ops.aten
 NO_CPU_TWIN = ("_fused_rms_norm", "silu_backward")
 
 
+class NoDevice(FakeTensorMode):
+    avoid_device_init = True
+
+    def dispatch(self, operator, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        given = tensors((args, kwargs))
+        if str(kwargs.get("device")) == "meta" and given:
+            kwargs["device"] = given[0].device
+        return super().dispatch(operator, types, args, kwargs)
+
+
 class Meter(TorchDispatchMode):
     def __init__(self, kernel: str = "flash") -> None:
         super().__init__()
@@ -45,8 +56,6 @@ class Meter(TorchDispatchMode):
         if not any(isinstance(x, FakeTensor) for x in given) and (device is None or device.type == "cpu"):
             with unset_fake_temporarily():
                 return operator(*args, **kwargs)
-        if device is not None and device.type == "meta" and given:
-            kwargs["device"] = given[0].device
         if operator is aten._local_scalar_dense.default:
             x = args[0]
             return False if x.dtype == torch.bool else 2.0 if x.is_floating_point() else 2
@@ -124,7 +133,7 @@ class MeteredGrid(Grid):
 
 @contextmanager
 def fake_cuda(kernel="flash") -> Iterator[Meter]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = NoDevice(allow_non_fake_inputs=True)
     make = torch.Tensor._make_subclass
 
     def make_meta(*arguments, dispatch_device=None, **more):
