@@ -331,7 +331,10 @@ class Plan:
         # gathers and scatters of a block: 4 forward, 4 backward;
         # recomputed: 1 for q k v, 1 + 3 in the tiles' forward
         times = 8 if self.recompute == "none" else 13
-        per_block = times * s["gathered"] * (self.tp - 1) / self.tp
+        others = (self.tp - 1) / self.tp
+        blocks = layers * times * s["gathered"] * others
+        # the embedding scatters and gathers, the loss too; and sums three numbers a position
+        ends = (4 * s["gathered"] + 24 * self.positions) * others
 
         # K V go around once a forward, once in backward
         passes = 3 if self.recompute == "block" else 2
@@ -344,7 +347,7 @@ class Plan:
             kept = 2 * rounds * layers * self.kept_by_block()
         others = (self.dp * self.cp - 1) / (self.dp * self.cp)
         return {
-            "tp": rounds * layers * per_block,
+            "tp": rounds * (blocks + ends),
             "cp": rounds * layers * hops if self.cp > 1 else 0.0,
             "dp": others * self.parameters * (4 + self.itemsize),
             "host": kept,
