@@ -78,7 +78,8 @@ class Meter(TorchDispatchMode):
             assert len(devices) == 1, f"fused AdamW takes one device, not {devices}"
         # 2. pinned memory, which a machine without CUDA does not have
         if kwargs.pop("pin_memory", False):
-            return self.count(given, operator(*args, **kwargs, device=torch.device("cpu")))
+            kwargs["device"] = torch.device("cpu")
+            return self.count(given, operator(*args, **kwargs))
         # 3. what the host computes from its own numbers
         is_host = device is None or device.type == "cpu"
         if is_host and not any(isinstance(x, FakeTensor) for x in given):
