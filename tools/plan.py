@@ -276,26 +276,34 @@ class Plan:
         if size == 4:  # float32 logits need no second buffer
             logits = logits / 2
         columns = min(rows, VOCABULARY_TILE) * c.hidden_size * size
+        # h and dh; then, the larger, h scaled in float32 and rounded, or a product of h
+        states = self.tile_bytes(logit_bytes(c, self.tp, size)) / logit_bytes(c, self.tp, size)
+        states = states * c.hidden_size * size
+        products = max((4 / size + 2 + 3 / self.tp) * states, (1 + 3 / self.tp) * states + columns)
         at_loss = {
             name: kept,
             "loss: x and its gradient": 2 * x,
-            "loss: tile": logits,
-            "loss: gradient of the head": head + columns,
+            "loss: tile": logits + states + products,
+            "loss: gradient of the head": head,
         }
 
         # 3. Backward of a block: of its second half, of attention, and of its first products.
         # attention's result, computed once more
         again = q + s["lse"] if self.recompute == "block" else 0.0
-        # float32 sums; K V and dK dV under way
-        ring = 4 / size * (q + kv) + 3 * kv if self.cp > 1 else 0.0
-        # dK dV of every query head, dQ in float32
-        kernel = 2 * q + 4 / size * q if self.cuda else 0.0
+        # A later hop of the ring's last rank: all queries with half of the keys.
+        hop_kv = kv / 2 if self.cp > 1 else kv
+        ring = 0.0
+        if self.cp == 2:  # the first hop's results are not yet sums; K V, and dK dV under way
+            ring = q + 3 * kv
+        elif self.cp > 2:  # dQ and dK dV summed in float32, dK dV and K V under way, the last parts
+            ring = 4 / size * (q + 2 * kv) + 2 * kv + q + hop_kv
+        kernel = self.kernel_scratch(q, hop_kv)
         block = within | {
             "block: q k v, out": qkv + again,
             "block: gradients of x and out": 2 * x + q,
         }
         at_attention = block | {
-            "attention: dq dk dv": q + kv,
+            "attention: dq dk dv": q + hop_kv,
             "attention: ring": ring,
             "attention: kernel": kernel,
         }
@@ -311,6 +319,15 @@ class Plan:
         at_update = {"update: summed gradients": summed}
         at_mlp = block | {"block: tile": tile}
         return [at_loss, at_mlp, at_attention, at_projections, at_embedding, at_update]
+
+    def kernel_scratch(self, q: float, kv: float) -> float:
+        """What attention's backward takes for itself on CUDA: dQ in float32, a number of each
+        query, and dK dV of each query head, where several share keys."""
+        if not self.cuda:
+            return 0.0
+        grouped = self.config.num_attention_heads // self.config.num_key_value_heads
+        every_head = grouped * kv if grouped > 1 else 0.0
+        return 4 / self.itemsize * q + self.sizes()["lse"] + every_head
 
     def tile_bytes(self, position: int) -> float:
         """Bytes of a tile whose positions have so many each."""
@@ -335,7 +352,10 @@ class Plan:
         # gathers and scatters of a block: 4 forward, 4 backward;
         # recomputed: 1 for q k v, 1 + 3 in the tiles' forward
         times = 8 if self.recompute == "none" else 13
-        per_block = times * s["gathered"] * (self.tp - 1) / self.tp
+        others = (self.tp - 1) / self.tp
+        blocks = layers * times * s["gathered"] * others
+        # the embedding scatters and gathers, the loss too; and sums three numbers a position
+        ends = (4 * s["gathered"] + 24 * self.positions) * others
 
         # K V go around once a forward, once in backward
         passes = 3 if self.recompute == "block" else 2
@@ -348,7 +368,7 @@ class Plan:
             kept = 2 * rounds * layers * self.kept_by_block()
         others = (self.dp * self.cp - 1) / (self.dp * self.cp)
         return {
-            "tp": rounds * layers * per_block,
+            "tp": rounds * (blocks + ends),
             "cp": rounds * layers * hops if self.cp > 1 else 0.0,
             "dp": others * self.parameters * (4 + self.itemsize),
             "host": kept,
