@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 import data
 from model import KVCache, Llama, ModelConfig, read_config, rescale
-from parallel import Grid, attention_kernel, one_line_errors, print_once
+from parallel import Grid, one_line_errors, print_once
 from rope_yarn import add_scaling_arguments, scaling_from_options
 from sft import encode_question, end_of_turn
 from train import (
     Parser,
     add_compute_arguments,
+    choose_attention,
     compute_type,
     existing,
     nonnegative,
@@ -465,13 +466,12 @@ def print_saved(read: int, computed: int) -> None:
 # ------------------------------------------------------------------------------------- command line
 
 
-def read_checkpoint(options: Namespace) -> tuple[ModelConfig, data.Tokenizer]:
+def read_checkpoint(options: Namespace, grid: Grid) -> tuple[ModelConfig, data.Tokenizer]:
     """All of a model directory but its weights: configuration and tokenizer, checked."""
     scaling = scaling_from_options(vars(options))
     config = rescale(read_config(options.model), scaling)
     tokenizer = data.load_tokenizer(options.model, config.vocab_size)
-    dtype = getattr(torch, compute_type(options.dtype, options.device))
-    attention_kernel(options.device, dtype, config.head_dim)  # refuses what it cannot do
+    choose_attention(options, grid, config, chunk=None)  # prompts have any length
     return config, tokenizer
 
 
@@ -482,12 +482,15 @@ def load_model(options: Namespace, grid: Grid) -> Llama:
     return Llama.from_pretrained(options.model, grid, dtype, options.device, scaling)
 
 
-def results_header(options: Namespace, config: ModelConfig) -> dict:
+def results_header(options: Namespace, config: ModelConfig, grid: Grid) -> dict:
     """What a file of results says first: the settings, and the old window to mark in a figure."""
     window = config.max_position_embeddings
     if config.rope_scaling.kind != "llama3":  # Llama 3.1's own scaling is no extension
         window = config.window_before() or window
-    settings = vars(options) | {"dtype": compute_type(options.dtype, options.device)}
+    settings = vars(options) | {
+        "dtype": compute_type(options.dtype, options.device),
+        "attention": grid.kernel,
+    }
     return {"settings": settings, "window": options.window or window}
 
 
@@ -568,7 +571,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.system is not None and options.prompt != "chat":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
         grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
-        config, tokenizer = read_checkpoint(options)
+        config, tokenizer = read_checkpoint(options, grid)
         longest = max(options.lengths)
         note_lengths(config, longest)
         haystack = load_haystack(options.haystack, tokenizer, OFFSETS + longest)
@@ -585,7 +588,7 @@ def main(argv: list[str] | None = None) -> None:
         for depth, sample in itertools.product(depths, range(options.samples)):
             cell_prompt(tokenizer, haystack, min(options.lengths), depth, sample, **prompt_options)
         model = load_model(options, grid)
-        results = results_header(options, config)
+        results = results_header(options, config, grid)
         results |= evaluate(model, tokenizer, haystack, options.lengths, depths, options.samples,
                             batch_tokens=options.batch_tokens, **prompt_options)
         if grid.is_first:

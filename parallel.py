@@ -46,6 +46,8 @@ GROUPS = {
     "cp_tp": ("cp", "tp"), "dp_cp": ("dp", "cp"), "all": AXES,
 }
 Segments = list[list[int]]  # of each row of a batch: where its documents begin and end, [0, ..., S]
+ATTENTION = ("auto", "flash", "cudnn", "fa3")  # what computes attention: see `attention_kernel`
+CUDNN_MULTIPLE = 128  # of the lengths of blocks that cuDNN is given
 
 
 # -------------------------------------------------------------------------------------- the grid
@@ -73,7 +75,8 @@ class Grid:
         send_around         [3, 4]              [1, 2]                the previous one's x
 
     `groups` holds this rank's process group for each entry of GROUPS with more than one rank: over
-    another there is nothing to do. `timeout` is in seconds, see `restart_timer`.
+    another there is nothing to do. `timeout` is in seconds, see `restart_timer`. `kernel` computes
+    the blocks of attention; whoever knows model and device sets it, see `attention_kernel`.
     """
 
     dp: int = 1
@@ -82,6 +85,7 @@ class Grid:
     rank: int = 0
     groups: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
     timeout: float = field(default=600.0, repr=False, compare=False)
+    kernel: str = field(default="flash", compare=False)
 
     def __post_init__(self) -> None:
         self.tp_rank = self.rank % self.tp
@@ -525,7 +529,8 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
             q[:, :, q_rows],
             k[:, :, k_rows],
             v[:, :, k_rows],
-            causal=hop == 0)  # only our own block has keys that come after a query
+            causal=hop == 0,  # only our own block has keys that come after a query
+            kernel=grid.kernel)
         # 3. merge into the float32 result
         if hop == 0:  # it has all our queries
             out, lse = part, part_lse
@@ -569,7 +574,8 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
             v[:, :, k_rows],
             out[:, :, q_rows],
             lse[:, :, q_rows],
-            causal=hop == 0)
+            causal=hop == 0,
+            kernel=grid.kernel)
         # 3. add them: to our own dQ, and to the dK dV that the ranks before us have summed
         if hop == 0:
             dq, dk, dv = d_q, d_k, d_v
@@ -634,10 +640,25 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.sub_(F.logsigmoid(lse - part_lse))
 
 
-def attention_kernel(device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Name of the kernel that computes blocks. Raises ValueError for what it does not take."""
-    if not device.startswith("cuda"):
-        return "SDPA flash (CPU)"
+def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torch.dtype,
+                     head_dim: int, chunk: float | None) -> tuple[str, str]:
+    """(kernel, why): what computes a run's blocks; `asked` is one of ATTENTION. TFLOP/s on an H100:
+
+        flash   330, backward 330   FlashAttention-2: any length; GPUs since A100, and CPUs
+        cudnn   560, backward 555   part of torch: Hopper and Blackwell, D <= 128
+        fa3     680, backward 585   FlashAttention-3, a package of its own: Hopper
+
+    (Causal, bfloat16, D = 128; fa3 as published, the others as measured: docs/memory.md.) auto is
+    cudnn where it can be, else flash. `capability` is the GPU's (major, minor), None of a CPU.
+    `chunk` is the length of a zigzag chunk, None if lengths vary. ValueError for what cannot be.
+    """
+    if capability is None:
+        if asked in ("cudnn", "fa3"):
+            raise ValueError(f"--attention {asked} needs a GPU; a CPU takes auto or flash")
+        return "flash", "the kernel for CPUs"
+    if capability < (8, 0):
+        raise ValueError("--device cuda: this GPU's compute capability is {}.{}, attention needs "
+                         "8.0 (A100) or newer; use --device cpu".format(*capability))
     if dtype not in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         raise ValueError(f"--dtype {name} cannot be used on cuda, whose flash attention takes "
@@ -645,33 +666,63 @@ def attention_kernel(device: str, dtype: torch.dtype, head_dim: int) -> str:
     if head_dim % 8 or head_dim > 256:
         raise ValueError(f"config.json: head_dim {head_dim} cannot be used on cuda; its flash "
                          "attention takes 8, 16, ... 256")
-    return "SDPA flash (CUDA)"
+    major = capability[0]
+    obstacle = None  # what the kernel that is asked for does not take
+    if asked == "fa3" and major != 9:
+        obstacle = f"the GPU's compute capability, {major}.x, is not 9.0"
+    elif asked in ("auto", "cudnn") and major not in (9, 10):
+        obstacle = f"the GPU's compute capability, {major}.x, is neither 9 nor 10"
+    elif asked in ("auto", "cudnn") and head_dim > 128:
+        obstacle = f"head_dim {head_dim} is above 128"
+    elif asked in ("auto", "cudnn") and (chunk is None or chunk % CUDNN_MULTIPLE):
+        length = f"{chunk:g}" if chunk else "any number of"
+        obstacle = f"chunks of {length} positions are no multiples of {CUDNN_MULTIPLE}"
+    if asked == "auto":
+        return ("flash", f"not cudnn: {obstacle}") if obstacle else ("cudnn", "the faster one here")
+    if obstacle:
+        raise ValueError(f"--attention {asked} cannot be used: {obstacle}; use --attention auto")
+    return asked, "as asked"
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool,
+                  kernel: str = "flash") -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(D)) v of one block, and its rows' log-sum-exp in float32 (or float64).
 
     q (B, H, S, D), k and v (B, Hkv, N, D) -> (B, H, S, D), (B, H, S). K and V keep their own number
     of heads: grouped-query attention never repeats them in memory. These are the operators behind
     F.scaled_dot_product_attention, which does not return the log-sum-exp; 0.0 is dropout. Here and
-    in `block_backward` is all that knows a kernel.
+    in `block_backward` is all that calls a kernel.
     """
-    if q.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    aten = torch.ops.aten
+    if not q.is_cuda:
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    if kernel == "cudnn" and cudnn_takes(q, k):
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)[:2]
+        return out, lse.reshape(q.shape[:3])  # it comes as (B, H, S, 1)
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
 
 
 def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                   causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+                   causal: bool, kernel: str = "flash") -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one block, given `out` and `lse` of the queries' whole rows."""
-    if q.is_cuda:
-        # the random state of dropout: there is none
-        unused = torch.empty(0, dtype=torch.int64, device=q.device)
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse.contiguous(),
-            None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        d_out, q, k, v, out, lse, 0.0, causal)
+    aten = torch.ops.aten
+    if not q.is_cuda:
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, causal)
+    unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state of no dropout
+    lengths = (q.shape[2], k.shape[2])
+    lse = lse.contiguous()  # a slice of it is not, and both kernels read it as if it were
+    if kernel == "cudnn" and cudnn_takes(q, k):
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            d_out, q, k, v, out, lse[..., None], unused, unused, None, None, None, *lengths,
+            0.0, causal)
+    return aten._scaled_dot_product_flash_attention_backward(
+        d_out, q, k, v, out, lse, None, None, *lengths, 0.0, causal, unused, unused)
+
+
+def cudnn_takes(q: Tensor, k: Tensor) -> bool:
+    """Whether a block is for cuDNN, which gives NaN for one query and has erred at odd lengths."""
+    return q.shape[2] % CUDNN_MULTIPLE == 0 and k.shape[2] % CUDNN_MULTIPLE == 0
 
 
 def zigzag_shard(x: Tensor, grid: Grid, dim: int) -> Tensor:
@@ -725,7 +776,7 @@ def attend_earlier(q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, gr
     out = out.to(lse.dtype)
     for _ in range(grid.cp):
         if k.shape[2] > 0:
-            part, part_lse = block_forward(q, k, v, causal=False)
+            part, part_lse = block_forward(q, k, v, causal=False, kernel=grid.kernel)
             merge(out, lse, part, part_lse)
         q, out, lse = grid.send_around(q, out, lse).wait()
     return out.to(dtype)

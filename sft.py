@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         if a.validate_every and not a.validation_data:
             raise ValueError("--validate-every needs --validation-data, held-out chat samples")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        config, tokenizer = load_start(a, grid, None)
+        config, tokenizer = load_start(a, grid, None, chunk=None)  # samples have any length
         held_out = a.validation_data if a.validation_sequences else None
         training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length,
                                                a.seed, a.document_mask)

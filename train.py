@@ -36,7 +36,15 @@ from tqdm import tqdm
 
 import data
 from model import RECOMPUTE, Llama, ModelConfig, read_config, rescale
-from parallel import Grid, ShardedAdamW, attention_kernel, launched, one_line_errors, print_once
+from parallel import (
+    ATTENTION,
+    Grid,
+    ShardedAdamW,
+    attention_kernel,
+    launched,
+    one_line_errors,
+    print_once,
+)
 from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 
 TOKENIZER_FILES = (
@@ -45,7 +53,7 @@ TOKENIZER_FILES = (
 FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is its checkpoint's
     "out", "resume", "checkpoint_every", "keep_checkpoints", "validate_every",
     "validation_sequences", "validation_data", "device", "timeout", "tp", "cp", "micro_batch_size",
-    "recompute", "offload", "offload_optimizer", "tile", "config")
+    "recompute", "offload", "offload_optimizer", "tile", "attention", "config")
 PEAKS = {  # dense bfloat16 FLOP/s
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 CHECKPOINT_FORMAT = 2
@@ -126,6 +134,8 @@ def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here
     add("--dtype", choices=("float32", "bfloat16"),
         help="if not given: bfloat16 on a GPU, float32 on a CPU")
     add("--device", type=device, default=here, help="cpu or cuda")
+    add("--attention", choices=ATTENTION, default="auto",
+        help="what computes it on a GPU: FlashAttention-2, cuDNN, FlashAttention-3")
     add("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
     add("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
     add("--timeout", type=seconds, default=600.0,
@@ -136,6 +146,28 @@ def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here
 def compute_type(dtype: str | None, device: str) -> str:
     """The --dtype that was asked for; else bfloat16 on a GPU, and float32 on a CPU."""
     return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+
+
+def capability_of(device: str) -> tuple[int, int] | None:
+    """The compute capability of a GPU, (9, 0) of an H100; None of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
+
+
+def choose_attention(options: Namespace, grid: Grid, config: ModelConfig,
+                     chunk: float | None) -> None:
+    """Set `grid.kernel` for this run, and say which it is and why: see `attention_kernel`."""
+    dtype = getattr(torch, compute_type(options.dtype, options.device))
+    capability = capability_of(options.device)
+    grid.kernel, why = attention_kernel(
+        options.attention, capability, dtype, config.head_dim, chunk)
+    if grid.kernel == "fa3":  # its package takes the place of torch's own flash operators
+        try:
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"--attention fa3: {error}; install FlashAttention-3 (hopper/ of "
+                             "github.com/Dao-AILab/flash-attention) or use --attention auto"
+                             ) from None
+    print_once(f"attention by {grid.kernel} ({why})")
 
 
 def argument_parser(description: str, planned: bool = False) -> Parser:
@@ -263,9 +295,10 @@ def extension_hint(config: ModelConfig, length: int) -> str:
     return f"{options}, if that was its window before; it replaces {rule}"
 
 
-def load_start(options: Namespace, grid: Grid,
-               scaling: RopeScaling | None) -> tuple[ModelConfig, data.Tokenizer]:
-    """Configuration and tokenizer to start from, checked against each other and the options."""
+def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None,
+               chunk: float | None) -> tuple[ModelConfig, data.Tokenizer]:
+    """Configuration and tokenizer to start from, checked against each other and the options; the
+    kernel of attention is chosen, see `choose_attention`."""
     own = read_config(options.model or options.config)
     config = rescale(own, scaling)
     length = options.sequence_length
@@ -274,8 +307,7 @@ def load_start(options: Namespace, grid: Grid,
         raise ValueError(f"--sequence-length {length} is beyond the model's window of {window}; "
                          f"extend it ({extension_hint(own, length)}) or shorten the sequences")
     check_run(options, grid, config)
-    dtype = getattr(torch, compute_type(options.dtype, options.device))
-    attention_kernel(options.device, dtype, config.head_dim)  # raises for what none takes
+    choose_attention(options, grid, config, chunk)
     path = options.tokenizer or options.model
     if not path:
         raise ValueError("--tokenizer is needed with --config: the one that the corpus was "
@@ -581,7 +613,8 @@ def train(model: Llama, optimizer: ShardedAdamW, training, validation, options: 
              tokens_per_second=round(speed * grid.size("all")),
              tokens_per_second_per_gpu=round(speed),
              mfu=round(mfu, 4) if mfu else None,
-             data_wait=round(waited / duration, 4), peak_memory_gib=round(gib, 3))
+             data_wait=round(waited / duration, 4), peak_memory_gib=round(gib, 3),
+             attention=grid.kernel)
         utilisation = f"MFU {mfu:.0%}, " if mfu else ""
         bar.set_postfix_str(
             f"loss {loss:.3f}, {speed:,.0f} tokens/s/GPU, {utilisation}{gib:.1f} GiB, "
@@ -643,7 +676,6 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     out = options.out
     settings = agreed_settings(options, tokenizer)
     dtype = getattr(torch, settings["dtype"])
-    kernel = attention_kernel(options.device, dtype, config.head_dim)
     checkpoint, step = load_progress(out, options.resume, settings)
     is_done = (out / "final" / "config.json").exists()
 
@@ -670,7 +702,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
         f"{parameters / 1e6:.2f}M parameters, {settings['dtype']} on {options.device}, "
         f"window {model.config.max_position_embeddings}, rope {model.config.rope_scaling.kind}, "
         f"{options.batch_size} x {training.sequence_length} tokens a step, {begun}")
-    print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}; attention by {kernel}")
+    print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}")
 
     # 4. Train. The last step too leaves a checkpoint, so a failing export loses nothing.
     tokenizer_files = options.tokenizer or options.model
@@ -694,7 +726,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         options = stage1_parser().parse_args(argv)
         grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
-        config, tokenizer = load_start(options, grid, scaling_from_options(vars(options)))
+        scaling = scaling_from_options(vars(options))
+        # every sequence has this length; with a mask attention sees documents, of any length
+        chunk = None if options.document_mask else options.sequence_length / (2 * grid.cp)
+        config, tokenizer = load_start(options, grid, scaling, chunk)
         training, validation = stage1_datasets(options, tokenizer)
         run_stage(options, grid, config, tokenizer, training, validation)
         grid.close()

@@ -231,7 +231,7 @@ def test_one_clear_line_and_no_file(what, script, arguments, said, prepared, mon
 def test_a_type_that_no_kernel_takes_is_refused_before_data_is_read(program, data, prepared,
                                                                    monkeypatch):
     """To tokenise a large blend takes minutes: what the options alone say is said at once."""
-    def refuse(device, dtype, head_dim):
+    def refuse(asked, capability, dtype, head_dim, chunk):
         raise ValueError(f"no kernel for {dtype}")
 
     def read(*_):

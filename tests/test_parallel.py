@@ -2,10 +2,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import (
     Grid,
     ShardedAdamW,
+    attention_kernel,
     block_backward,
     block_forward,
     merge,
@@ -106,6 +109,106 @@ def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
     for rank, (d_k, d_v) in enumerate(d_keys):
         assert_close(d_k, gradients[1], rank)
         assert_close(d_v, gradients[2], rank)
+
+
+HOPPER, BLACKWELL, AMPERE, GAMING = (9, 0), (10, 0), (8, 0), (12, 0)
+
+
+@pytest.mark.parametrize("asked, capability, head_dim, chunk, kernel, why", [
+    ("auto", HOPPER, 128, 1024, "cudnn", "faster"),
+    ("auto", BLACKWELL, 64, 128, "cudnn", "faster"),
+    ("auto", AMPERE, 128, 1024, "flash", "8.x, is neither 9 nor 10"),
+    ("auto", GAMING, 128, 1024, "flash", "12.x, is neither 9 nor 10"),
+    ("auto", HOPPER, 256, 1024, "flash", "head_dim 256 is above 128"),
+    ("auto", HOPPER, 128, 192, "flash", "192 positions are no multiples of 128"),
+    ("auto", HOPPER, 128, 128.5, "flash", "128.5 positions"),
+    ("auto", HOPPER, 128, None, "flash", "any number of positions"),  # samples, documents
+    ("auto", None, 128, 1024, "flash", "CPU"),
+    ("flash", HOPPER, 256, None, "flash", "asked"),
+    ("flash", None, 128, None, "flash", "CPU"),
+    ("cudnn", HOPPER, 128, 1024, "cudnn", "asked"),
+    ("fa3", HOPPER, 256, None, "fa3", "asked"),
+])
+def test_the_kernel_is_chosen_by_device_head_and_length(asked, capability, head_dim, chunk, kernel,
+                                                        why):
+    chosen, reason = attention_kernel(asked, capability, torch.bfloat16, head_dim, chunk)
+    assert chosen == kernel
+    assert why in reason
+
+
+@pytest.mark.parametrize("asked, capability, dtype, head_dim, chunk, message", [
+    ("auto", (7, 5), torch.bfloat16, 128, 1024, "--device cuda: .* is 7.5, attention needs 8.0"),
+    ("auto", HOPPER, torch.float32, 128, 1024, "--dtype float32 cannot be used on cuda"),
+    ("auto", HOPPER, torch.bfloat16, 100, 1024, "head_dim 100 cannot be used on cuda"),
+    ("flash", HOPPER, torch.bfloat16, 512, 1024, "head_dim 512 cannot be used on cuda"),
+    ("cudnn", None, torch.bfloat16, 128, 1024, "--attention cudnn needs a GPU"),
+    ("fa3", None, torch.bfloat16, 128, 1024, "--attention fa3 needs a GPU"),
+    ("cudnn", AMPERE, torch.bfloat16, 128, 1024, "--attention cudnn .* 8.x, is neither"),
+    ("cudnn", HOPPER, torch.bfloat16, 256, 1024, "--attention cudnn .* head_dim 256"),
+    ("cudnn", HOPPER, torch.bfloat16, 128, None, "--attention cudnn .* any number of positions"),
+    ("fa3", BLACKWELL, torch.bfloat16, 128, 1024, "--attention fa3 .* 10.x, is not 9.0"),
+])
+def test_a_kernel_that_cannot_be_is_refused(asked, capability, dtype, head_dim, chunk, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        attention_kernel(asked, capability, dtype, head_dim, chunk)
+    assert "\n" not in str(refused.value)
+
+
+class Calls(TorchDispatchMode):
+    """Notes each operator's arguments by their names in its schema, and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        results = operator(*args, **(kwargs or {}))
+        names = [argument.name for argument in operator._schema.arguments]
+        arguments = dict(zip(names, args, strict=False))
+        self.seen[operator._overloadpacket.__name__] = arguments, results
+        return results
+
+
+@pytest.mark.parametrize("kernel, queries, keys, used", [
+    ("flash", 256, 256, "flash"),
+    ("fa3", 256, 256, "flash"),  # the same operators, with another package behind them
+    ("cudnn", 256, 256, "cudnn"),
+    ("cudnn", 128, 256, "cudnn"),  # later hops of a ring
+    ("cudnn", 256, 128, "cudnn"),
+    ("cudnn", 1, 256, "flash"),  # a new token
+    ("cudnn", 192, 192, "flash"),
+    ("cudnn", 256, 70, "flash"),
+])
+def test_blocks_call_their_kernel_as_it_wants(kernel, queries, keys, used):
+    """On fake CUDA tensors: each argument arrives under its own name, the log-sum-exp leaves as
+    (B, H, S) and enters contiguous, of cuDNN as (B, H, S, 1)."""
+    with FakeTensorMode(), Calls() as calls:
+        q, d_out = (torch.empty(2, queries, 4, 64, device="cuda", dtype=torch.bfloat16)
+                    .transpose(1, 2) for _ in range(2))
+        k, v = (torch.empty(2, keys, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+                for _ in range(2))
+        out, lse = block_forward(q, k, v, True, kernel)
+        assert out.shape == q.shape
+        assert lse.shape == (2, 4, queries)
+        assert lse.dtype == torch.float32
+        gradients = block_backward(d_out, q, k, v, out, lse, True, kernel)
+        assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+    name = f"_scaled_dot_product_{used}_attention"
+    assert [key for key in calls.seen if "scaled" in key] == [name, f"{name}_backward"]
+    forward, _ = calls.seen[name]
+    for given in (forward, calls.seen[f"{name}_backward"][0]):
+        assert given["query"] is q
+        assert given["key"] is k
+        assert given["value"] is v
+        assert given["is_causal"] is True
+        assert given["dropout_p"] == 0.0
+    assert given["grad_out"] is d_out
+    assert given["out"] is out
+    assert given["logsumexp"].is_contiguous()
+    assert given["logsumexp"].shape == ((2, 4, queries, 1) if used == "cudnn" else (2, 4, queries))
+    assert (given["max_q"], given["max_k"]) == (queries, keys)
+    assert given["philox_seed"].device == q.device
+    assert given["cum_seq_q"] is given["cum_seq_k"] is None
 
 
 def test_a_rank_keeps_its_own_piece_only():

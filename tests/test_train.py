@@ -1,5 +1,6 @@
 """Training: options reach their place, the schedule, bit-exact resume after SIGKILL, SIGTERM,
 non-finite losses, validation."""
+import argparse
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from rope_yarn import RopeScaling, inverse_frequencies, scaling_from_options
 from tools.perplexity import token_losses
 from tools.prepare import prepare_corpus
 from tools.train_tokenizer import train_bpe
+from train import choose_attention
 
 
 def write_lines(path, records):
@@ -108,6 +110,7 @@ def uninterrupted(workplace):
 
 def test_training_learns_and_leaves_a_model(workplace, uninterrupted):
     assert len(uninterrupted) == 40
+    assert metrics(workplace / "whole", "attention") == ["flash"] * 40  # which kernel, at each step
     assert uninterrupted[-1] < 0.6 * uninterrupted[0]
     model = Llama.from_pretrained(workplace / "whole" / "final")
     assert (workplace / "whole" / "final" / "tokenizer.model").is_file()
@@ -664,3 +667,31 @@ def test_export_states_window_and_stop_tokens_for_servers(workplace, tmp_path):
     assert written == {"model_max_length": 64, "chat_template": "kept"}
     written = json.loads((final / "generation_config.json").read_text())
     assert written == {"eos_token_id": stops}
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """What this machine may lack: the answer to which GPU it has."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+def test_the_kernel_of_a_run_is_chosen_once_and_told(a_gpu, tiny_model, capsys):
+    """A run on a Hopper, without one: what is asked, what is chosen, what is said."""
+    config = tiny_model(torch.bfloat16).config
+    options = argparse.Namespace(attention="auto", device="cuda", dtype=None)
+    grid = Grid()
+    choose_attention(options, grid, config, chunk=512)
+    assert grid.kernel == "cudnn"
+    choose_attention(options, grid, config, chunk=None)
+    assert grid.kernel == "flash"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "attention by cudnn (the faster one here)"
+    assert said[1].startswith("attention by flash (not cudnn: ")
+    assert len(said) == 2
+
+
+def test_flash_attention_3_without_its_package_is_refused(a_gpu, tiny_model):
+    config = tiny_model(torch.bfloat16).config
+    options = argparse.Namespace(attention="fa3", device="cuda", dtype=None)
+    with pytest.raises(ValueError, match="--attention fa3: No module .*; install FlashAttention-3"):
+        choose_attention(options, Grid(), config, chunk=512)

@@ -436,7 +436,8 @@ def main(argv: list[str] | None = None) -> None:
         a = parser().parse_args(argv)
         if a.system is not None and a.prompt == "plain":
             raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
-        config, tokenizer = read_checkpoint(a)
+        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+        config, tokenizer = read_checkpoint(a, grid)
         note_lengths(config, a.max_length or 0)
         questions = read_questions(a.jsonl, a.metric, a.max_new_tokens)
         limit = a.max_length or config.max_position_embeddings
@@ -460,7 +461,6 @@ def main(argv: list[str] | None = None) -> None:
             "weights": weights_stamp(a.model),
         }
         answers = read_answers(a.out, settings) if a.out else {}
-        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         pending = missing_answers(questions, answers, grid, a.device)
         if answers and pending:
             print_once(f"{a.out} has {len(answers)} of {len(questions)} answers: the others follow")

@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         if launched()[1] != a.tp * a.cp:
             raise ValueError(f"--tp {a.tp} x --cp {a.cp} must be the number of processes, "
                              f"{launched()[1]}: one prompt has no use for data parallelism")
-        config, tokenizer = read_checkpoint(a)
+        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+        config, tokenizer = read_checkpoint(a, grid)
         if a.raw:
             tokens = tokenizer.encode_ordinary(a.prompt)
             stops = ()
@@ -49,8 +50,6 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is "
                              f"{a.max_new_tokens}: together they must fit the model's window of "
                              f"{window}, and the prompt not be empty")
-
-        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         model = load_model(a, grid)
         prompt = torch.tensor([tokens], device=a.device)
         output = model.generate(prompt, a.max_new_tokens, a.temperature, a.top_p, stops, a.seed)

@@ -153,11 +153,11 @@ def main(argv: list[str] | None = None) -> None:
         if a.lengths < a.buckets:
             raise ValueError(f"--lengths {a.lengths} is too small for --buckets {a.buckets}")
         path = source_path(a.haystack, "--haystack")
-        config, tokenizer = read_checkpoint(a)
+        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
+        config, tokenizer = read_checkpoint(a, grid)
         note_lengths(config, a.lengths)
         documents = load_long_documents(path, tokenizer, a.lengths, a.samples)
-        grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        results = results_header(a, config)
+        results = results_header(a, config, grid)
         results |= perplexity_by_position(load_model(a, grid), documents, a.buckets)
         if grid.is_first:
             print(perplexity_table([results], [a.model.name]))

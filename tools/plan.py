@@ -41,6 +41,7 @@ from parallel import (
 from rope_yarn import scaling_from_options
 from train import (
     Parser,
+    capability_of,
     check_run,
     compute_type,
     forward_flops,
@@ -57,15 +58,15 @@ class Device:
     """What a plan assumes of one GPU: bytes, FLOP/s and bytes/s.
 
     `memory`, `peak`, `bandwidth` are the data sheet's, memory less 3 GiB for CUDA, NCCL and
-    fragmentation. The rates of matrix products, of the flash kernel and of the links are what
-    well-tuned code is known to reach: assumptions, not measurements.
+    fragmentation. Attention's rates are measurements, which docs/memory.md cites; those of matrix
+    products and of the links are what well-tuned code is known to reach.
     """
 
+    capability: tuple[int, int] | None  # the compute capability of a GPU
     memory: float
     peak: float  # dense bfloat16: 100 % utilisation
     product: float
-    attention: float  # forward, of causal FLOPs
-    attention_backward: float
+    attention: dict[str, tuple[float, float]]  # by kernel: forward, backward, of causal FLOPs
     bandwidth: float  # of its memory
     link: float  # to a GPU of the same node, one way
     network: float  # to one of another node
@@ -74,10 +75,12 @@ class Device:
 
 
 H100 = Device(
-    memory=76 * 2**30, peak=989e12, product=640e12, attention=380e12, attention_backward=300e12,
+    capability=(9, 0), memory=76 * 2**30, peak=989e12, product=640e12,
+    attention={"flash": (311e12, 328e12), "cudnn": (538e12, 545e12), "fa3": (680e12, 585e12)},
     bandwidth=3.35e12, link=350e9, network=40e9, host=50e9, host_memory=240 * 2**30)
 A100 = Device(
-    memory=76 * 2**30, peak=312e12, product=220e12, attention=185e12, attention_backward=165e12,
+    capability=(8, 0), memory=76 * 2**30, peak=312e12, product=220e12,
+    attention={"flash": (185e12, 165e12)},
     bandwidth=2.0e12, link=230e9, network=20e9, host=22e9, host_memory=120 * 2**30)
 DEVICES = {
     "H100-80": H100,
@@ -122,16 +125,16 @@ def matrices(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def measured_device(device: str, dtype: torch.dtype, head_dim: int) -> Device:
-    """This machine, for a plan: a matrix product, the attention kernel and a copy, timed in a few
+def measured_device(device: str, dtype: torch.dtype, head_dim: int, kernel: str) -> Device:
+    """This machine, for a plan: a matrix product, attention's `kernel` and a copy, timed in a few
     seconds."""
     cuda = device.startswith("cuda")
     length, heads = (16384, 16) if cuda else (1024, 4)
     shape = (1, heads, length, head_dim)
     q, k, v, d_out = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
-    out, lse = block_forward(q, k, v, True)
-    forward = best_seconds(lambda: block_forward(q, k, v, True)[0])
-    backward = best_seconds(lambda: block_backward(d_out, q, k, v, out, lse, True)[0])
+    out, lse = block_forward(q, k, v, True, kernel)
+    forward = best_seconds(lambda: block_forward(q, k, v, True, kernel)[0])
+    backward = best_seconds(lambda: block_backward(d_out, q, k, v, out, lse, True, kernel)[0])
     flops = heads * 2 * length**2 * head_dim
 
     large = torch.empty(2**28 if cuda else 2**25, dtype=torch.uint8, device=device)
@@ -140,8 +143,8 @@ def measured_device(device: str, dtype: torch.dtype, head_dim: int) -> Device:
     total = torch.cuda.get_device_properties(0).total_memory - 3 * 2**30 if cuda else host
     rate = product_rate(device, dtype)
     return Device(
-        memory=total, peak=rate, product=rate,
-        attention=flops / forward, attention_backward=2.5 * flops / backward,
+        capability=capability_of(device), memory=total, peak=rate, product=rate,
+        attention={kernel: (flops / forward, 2.5 * flops / backward)},
         bandwidth=copy, link=copy, network=copy, host=copy, host_memory=host)
 
 
@@ -170,6 +173,7 @@ class Plan:
     offload_optimizer: bool = False
     tile: int | None = None  # positions, see Llama
     cuda: bool = True
+    kernel: str = "flash"  # of attention, see parallel.attention_kernel
 
     @property
     def processes(self) -> int:
@@ -272,26 +276,34 @@ class Plan:
         if size == 4:  # float32 logits need no second buffer
             logits = logits / 2
         columns = min(rows, VOCABULARY_TILE) * c.hidden_size * size
+        # h and dh; then, the larger, h scaled in float32 and rounded, or a product of h
+        states = self.tile_bytes(logit_bytes(c, self.tp, size)) / logit_bytes(c, self.tp, size)
+        states = states * c.hidden_size * size
+        products = max((4 / size + 2 + 3 / self.tp) * states, (1 + 3 / self.tp) * states + columns)
         at_loss = {
             name: kept,
             "loss: x and its gradient": 2 * x,
-            "loss: tile": logits,
-            "loss: gradient of the head": head + columns,
+            "loss: tile": logits + states + products,
+            "loss: gradient of the head": head,
         }
 
         # 3. Backward of a block: of its second half, of attention, and of its first products.
         # attention's result, computed once more
         again = q + s["lse"] if self.recompute == "block" else 0.0
-        # float32 sums; K V and dK dV under way
-        ring = 4 / size * (q + kv) + 3 * kv if self.cp > 1 else 0.0
-        # dK dV of every query head, dQ in float32
-        kernel = 2 * q + 4 / size * q if self.cuda else 0.0
+        # A later hop of the ring's last rank: all queries with half of the keys.
+        hop_kv = kv / 2 if self.cp > 1 else kv
+        ring = 0.0
+        if self.cp == 2:  # the first hop's results are not yet sums; K V, and dK dV under way
+            ring = q + 3 * kv
+        elif self.cp > 2:  # dQ and dK dV summed in float32, dK dV and K V under way, the last parts
+            ring = 4 / size * (q + 2 * kv) + 2 * kv + q + hop_kv
+        kernel = self.kernel_scratch(q, hop_kv)
         block = within | {
             "block: q k v, out": qkv + again,
             "block: gradients of x and out": 2 * x + q,
         }
         at_attention = block | {
-            "attention: dq dk dv": q + kv,
+            "attention: dq dk dv": q + hop_kv,
             "attention: ring": ring,
             "attention: kernel": kernel,
         }
@@ -307,6 +319,15 @@ class Plan:
         at_update = {"update: summed gradients": summed}
         at_mlp = block | {"block: tile": tile}
         return [at_loss, at_mlp, at_attention, at_projections, at_embedding, at_update]
+
+    def kernel_scratch(self, q: float, kv: float) -> float:
+        """What attention's backward takes for itself on CUDA: dQ in float32, a number of each
+        query, and dK dV of each query head, where several share keys."""
+        if not self.cuda:
+            return 0.0
+        grouped = self.config.num_attention_heads // self.config.num_key_value_heads
+        every_head = grouped * kv if grouped > 1 else 0.0
+        return 4 / self.itemsize * q + self.sizes()["lse"] + every_head
 
     def tile_bytes(self, position: int) -> float:
         """Bytes of a tile whose positions have so many each."""
@@ -331,7 +352,10 @@ class Plan:
         # gathers and scatters of a block: 4 forward, 4 backward;
         # recomputed: 1 for q k v, 1 + 3 in the tiles' forward
         times = 8 if self.recompute == "none" else 13
-        per_block = times * s["gathered"] * (self.tp - 1) / self.tp
+        others = (self.tp - 1) / self.tp
+        blocks = layers * times * s["gathered"] * others
+        # the embedding scatters and gathers, the loss too; and sums three numbers a position
+        ends = (4 * s["gathered"] + 24 * self.positions) * others
 
         # K V go around once a forward, once in backward
         passes = 3 if self.recompute == "block" else 2
@@ -344,7 +368,7 @@ class Plan:
             kept = 2 * rounds * layers * self.kept_by_block()
         others = (self.dp * self.cp - 1) / (self.dp * self.cp)
         return {
-            "tp": rounds * layers * per_block,
+            "tp": rounds * (blocks + ends),
             "cp": rounds * layers * hops if self.cp > 1 else 0.0,
             "dp": others * self.parameters * (4 + self.itemsize),
             "host": kept,
@@ -368,7 +392,8 @@ class Plan:
         if self.recompute != "none":
             again = 2 * tokens * (2 * size["qkv"] + size["o"] + size["mlp"])
         forwards = 2 if self.recompute == "block" else 1
-        attention_rate = forwards / device.attention + 2.5 / device.attention_backward
+        forward_rate, backward_rate = device.attention[self.kernel]
+        attention_rate = forwards / forward_rate + 2.5 / backward_rate
         elements = 30 * c.hidden_size + 16 * c.intermediate_size  # a token's, read and written
         pointwise = tokens * c.num_hidden_layers * elements * self.itemsize
 
@@ -393,6 +418,12 @@ class Plan:
             "dp communication": links["dp"],
             "update": update,
         }
+
+
+def tokens_per_second(plan: Plan, device: Device) -> float:
+    """Of one GPU."""
+    seconds = sum(plan.times(device).values())
+    return plan.batch * plan.length / seconds / plan.processes
 
 
 def grids(plan: Plan, processes: int) -> Iterator[Plan]:
@@ -495,13 +526,14 @@ def print_times(plan: Plan, device: Device) -> None:
     for name, seconds in times.items():
         print(f"  {name:34}{seconds:9.2f}")
     step = sum(times.values())
-    rate = plan.batch * plan.length / step / plan.processes
+    rate = tokens_per_second(plan, device)
     utilisation = flops / plan.processes / step / device.peak
     print(f"  {'total':34}{step:9.2f}: {rate:,.0f} tokens/s a GPU, "
           f"causal MFU {utilisation:.1%}, {1e9 / rate / 3600:,.0f} GPU-hours for 1B tokens")
+    forward, backward = device.attention[plan.kernel]
     print(f"assumed: products at {device.product / 1e12:.3g} TFLOP/s, "
-          f"attention {device.attention / 1e12:.3g} forward and "
-          f"{device.attention_backward / 1e12:.3g} backward, "
+          f"attention by {plan.kernel} {forward / 1e12:.3g} forward and "
+          f"{backward / 1e12:.3g} backward, "
           f"memory {device.bandwidth / 1e12:.3g} TB/s, "
           f"links {device.link / 1e9:.0f} GB/s in a node of {NODE}, "
           f"{device.network / 1e9:.0f} between nodes, host {device.host / 1e9:.0f}; "
@@ -513,7 +545,7 @@ def print_plan(plan: Plan, name: str, device: Device) -> None:
     parameters = sum(matrices(plan.config).values())
     title = (f"{parameters / 1e9:.2f}B parameters, {plan.batch} x {plan.length:,} tokens a step; "
              f"dp {plan.dp} x cp {plan.cp} x tp {plan.tp} = {plan.processes} x {name}; "
-             f"--recompute {plan.recompute}")
+             f"attention by {plan.kernel}, --recompute {plan.recompute}")
     if plan.offload:
         title += ", --offload"
     if plan.offload_optimizer:
@@ -522,6 +554,15 @@ def print_plan(plan: Plan, name: str, device: Device) -> None:
     print("a rank: " + rank_shapes(plan))
     print_memory(plan, device)
     print_times(plan, device)
+
+
+def print_fastest(plan: Plan, name: str, device: Device) -> None:
+    """What else as many GPUs can do with the same batch: the fastest that fits."""
+    found = fitting_plans(plan, plan.processes, device)
+    best = found[0] if found else plan
+    rate = tokens_per_second(best, device)
+    print(f"the fastest of {plan.processes} x {name}: {options_of(best)}, {rate:,.0f} tokens/s a "
+          f"GPU in {gib(sum(best.memory().values())):.1f} GiB")
 
 
 def what_would_fit(plan: Plan, device: Device) -> str:
@@ -571,22 +612,26 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--tp {a.tp} x --cp {a.cp} must divide --processes {processes}")
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
         check_run(a, grid, config)
-        attention_kernel(where, dtype, config.head_dim)
+        capability = capability_of(where) if a.on == "measured" else DEVICES[a.on].capability
+        chunk = None if a.document_mask else a.sequence_length / (2 * grid.cp)
+        kernel, why = attention_kernel(a.attention, capability, dtype, config.head_dim, chunk)
 
         if a.on == "measured":
-            device = measured_device(where, dtype, config.head_dim)
+            device = measured_device(where, dtype, config.head_dim, kernel)
         else:
             device = DEVICES[a.on]
         rows = a.micro_batch_size or a.batch_size // grid.dp
         plan = Plan(config, a.sequence_length, a.batch_size, rows, a.tp, a.cp, grid.dp,
                     dtype.itemsize, a.recompute, a.offload, a.offload_optimizer, a.tile,
-                    cuda=where != "cpu")
+                    cuda=where != "cpu", kernel=kernel)
         print_plan(plan, a.on, device)
+        print(f"attention by {kernel}: {why}")
         if plan.length > config.max_position_embeddings and not a.rope_kind:
             print(f"the model's window is {config.max_position_embeddings}: training needs "
                   "--rope-kind and --rope-factor")
         if not plan.fits(device):
             raise ValueError(f"{a.on}: {what_would_fit(plan, device)}")
+        print_fastest(plan, a.on, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""The real step on fake CUDA tensors: memory and traffic are the plan's, and nothing is on the wrong
+device.
+
+    python -m pytest tests/test_fake_cuda.py              # a selection, as in CI
+    python -m pytest tests/test_fake_cuda.py -m slow      # every grid of docs/memory.md: minutes
+"""
+import importlib.util
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from fake_cuda import fake_cuda, rank_of
+from steps import SHAPE
+
+from benchmarks.plans import planned_grids
+from data import Batch
+from model import Llama, ModelConfig, read_config
+from parallel import ShardedAdamW
+from tools.plan import DEVICES, Plan
+from train import training_step
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA = read_config(ROOT / "runs" / "llama31_8b.json")
+LARGE = read_config(ROOT / "runs" / "llama31_70b.json")
+# tp, cp, dp, recompute, offload, offload_optimizer
+QUICK = [
+    (8, 4, 8, "mlp", False, False),
+    (2, 8, 2, "none", False, False),
+    (1, 8, 1, "mlp", True, False),
+    (8, 1, 4, "block", True, True),
+    (1, 2, 1, "block", False, True),
+]
+quick = [Plan(LLAMA, 2**17, 1, 1, *grid[:3], 2, *grid[3:]) for grid in QUICK]
+quick.append(Plan(LLAMA, 8192, 1, 1, 8, 1, 1))  # stage 2 on a node of eight
+
+
+def every_grid() -> list[Plan]:
+    plans = [plan for _, plan in planned_grids(LLAMA, DEVICES["H100-80"])]
+    plans.append(Plan(LARGE, 2**20, 8, 1, 8, 32, 1, recompute="mlp", offload=True))
+    return plans
+
+
+def name(plan: Plan) -> str:
+    return (f"{plan.length // 1024}K tp {plan.tp} cp {plan.cp} dp {plan.dp} {plan.recompute}"
+            + " offload" * plan.offload + " on_host" * plan.offload_optimizer)
+
+
+def build(plan: Plan, grid, layers: int) -> Llama:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda:0"):
+            model = Llama(replace(plan.config, num_hidden_layers=layers), grid)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.recompute = plan.recompute
+    model.offload = plan.offload
+    model.tile = plan.tile
+    return model
+
+
+def step(plan: Plan, layers: int) -> Counter:
+    """Of one step on the last rank: peak bytes by device, bytes sent by group."""
+    tokens = torch.zeros(1, plan.length, dtype=torch.int64)
+    place = rank_of(plan.tp, plan.cp, plan.dp, plan.processes - 1)
+    with place as grid, fake_cuda() as meter:
+        model = build(plan, grid, layers)
+        optimizer = ShardedAdamW(model, grid, on_host=plan.offload_optimizer)
+        meter.peak.clear()
+        grid.sent.clear()
+        training_step(model, optimizer, Batch(tokens, tokens), 1)
+        optimizer.step(1e-4, 1.0)
+    return meter.peak + grid.sent
+
+
+def compare(plan: Plan) -> None:
+    """Layers are alike: two and three are run, the rest lies on the line through them."""
+    plan = replace(plan, batch=plan.dp)  # a micro-batch each
+    two, three = step(plan, 2), step(plan, 3)
+    found = Counter()
+    for key in three:
+        found[key] = three[key] + (three[key] - two[key]) * (plan.config.num_hidden_layers - 3)
+    memory = plan.memory()
+    assert found["cuda"] == pytest.approx(sum(memory.values()), rel=0.015), memory
+    assert found["cpu"] == pytest.approx(plan.on_host(), rel=0.01)
+    traffic = plan.traffic()
+    others = found["dp"] + found["dp_cp"] + found["all"] + found["cp_tp"]
+    for axis, sent in (("tp", found["tp"]), ("cp", found["cp"]), ("dp", others)):
+        assert sent == pytest.approx(traffic[axis], rel=0.01, abs=2**20), axis
+
+
+@pytest.mark.parametrize("plan", quick, ids=name)
+def test_the_plan_is_what_the_real_step_takes(plan):
+    compare(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", every_grid(), ids=name)
+def test_the_plan_is_what_the_real_step_takes_on_every_grid(plan):
+    compare(plan)
+
+
+# ------------------------------------------------------------------------------ planted mix-ups
+
+MODULES = ("rope_yarn", "parallel", "data", "model", "train")
+MIX_UPS = {  # of a module: what is there, what is put in its place
+    "positions_on_the_host": (
+        "model", "        positions = positions.to(self.head_weight.device)\n", ""),
+    "frequencies_on_the_host": (
+        "rope_yarn", "    inv_freq = inv_freq.to(positions.device)\n", ""),
+    "own_positions_on_the_host": ("model", "        own = own.to(positions.device)\n", ""),
+    "stop_tokens_on_the_host": (
+        "model", "dtype=torch.int64, device=device)\n        done", "dtype=torch.int64)\n        done"),
+    "done_on_the_host": (
+        "model", "torch.zeros(batch, dtype=torch.bool, device=device)",
+        "torch.zeros(batch, dtype=torch.bool)"),
+    "last_places_on_the_host": (
+        "model", "unread.shape[1] - 1, device=device)", "unread.shape[1] - 1)"),
+    "batch_on_the_host": ("train", "batch.part(rows, length).to(device)", "batch.part(rows, length)"),
+    "number_of_targets_on_the_host": (
+        "train", "(batch.targets != -100).sum()), device=device)",
+        "(batch.targets != -100).sum()))"),
+    "validation_batch_on_the_host": (
+        "train", "data.batch(dataset, index, 1).to(device)", "data.batch(dataset, index, 1)"),
+    "gradients_meet_masters_on_the_host": (
+        "parallel", "gradients[name].to(master.device)", "gradients[name]"),
+    "masters_sent_from_the_host": (
+        "parallel", "self.masters[name].to(parameter.device, parameter.dtype)",
+        "self.masters[name].to(parameter.dtype)"),
+    "state_sent_from_the_host": (
+        "parallel", "self.join(piece.to(parameter.device), parameter.shape)",
+        "self.join(piece, parameter.shape)"),
+    "out_and_lse_swapped": (
+        "parallel", "d_out, q, k, v, out, lse.contiguous(),\n            None",
+        "d_out, q, k, v, lse.contiguous(), out,\n            None"),
+}
+
+
+class OneSequence:
+    """A dataset of zeros."""
+
+    sequence_length = 64
+    document_mask = False
+
+    def sequence(self, index: int):
+        tokens = torch.zeros(65, dtype=torch.int64).numpy()
+        return tokens, tokens == 0, tokens
+
+
+def load(module: str, source: str) -> ModuleType:
+    loaded = importlib.util.module_from_spec(importlib.util.spec_from_loader(module, None))
+    sys.modules[module] = loaded
+    exec(compile(source, f"{module}.py", "exec"), loaded.__dict__)
+    return loaded
+
+
+def run_everything(changed: str = "", old: str = "", new: str = "") -> None:
+    """A step with everything offloaded, state saved and loaded, validation, generation, with one
+    module's source changed."""
+    with mock.patch.dict(sys.modules):
+        loaded = {}
+        for module in MODULES:
+            source = (ROOT / f"{module}.py").read_text()
+            if module == changed:
+                assert source.count(old) == 1, source.count(old)
+                source = source.replace(old, new)
+            loaded[module] = load(module, source)
+        model_py, train, parallel = loaded["model"], loaded["train"], loaded["parallel"]
+        config = model_py.ModelConfig.from_hf(SHAPE)
+        tokens = torch.zeros(2, 64, dtype=torch.int64)
+        with rank_of(2, 2, 2, 7) as grid, fake_cuda():
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                with torch.device("cuda:0"):
+                    model = model_py.Llama(config, grid)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            model.recompute, model.offload = "mlp", True
+            optimizer = parallel.ShardedAdamW(model, grid, on_host=True)
+            train.training_step(model, optimizer, Batch(tokens, tokens), 1)
+            optimizer.step(1e-4, 1.0)
+            for kind in optimizer.KINDS:
+                optimizer.load_state(kind, optimizer.state(kind), 1)
+            train.validate(model, OneSequence(), 2)
+            model.generate(tokens.to("cuda:0"), 3, stop_tokens=(1,))
+
+
+def test_nothing_is_on_the_wrong_device():
+    run_everything()
+
+
+@pytest.mark.parametrize("planted", MIX_UPS)
+def test_a_planted_mix_up_is_noticed(planted):
+    with pytest.raises((RuntimeError, AssertionError, TypeError)):
+        run_everything(*MIX_UPS[planted])
