@@ -8,7 +8,7 @@ Three tables: relative errors (norm of the difference / norm) against float64 fr
 causal and whole blocks, rectangles, lengths that cuDNN leaves to flash, a ring of two with one
 log-sum-exp over both, and of keys of more than 2^31 elements against their two halves; rates,
 forward and backward, of causal FLOPs, and what backward allocates beside its gradients; rates of a
-matrix product and of copies. Writes JSON; exits 1 if an error exceeds 1 %.
+matrix product and of copies. Writes JSON; exits 1 if an error exceeds 2 %.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks import common
 from parallel import ATTENTION, block_backward, block_forward, merge, one_line_errors
 from tools.plan import best_seconds, product_rate
 
-LIMIT = 1e-2  # bfloat16 rounds to 4e-3
+LIMIT = 2e-2  # bfloat16 rounds to 4e-3; a CPU adds grouped heads' gradients up in it
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 CASES = [  # causal, queries, keys, head_dim, query heads, key heads
     (True, 512, 512, 128, 8, 2),

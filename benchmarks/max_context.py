@@ -100,9 +100,11 @@ def measure(step: Step, length: int, memory_gib: float) -> tuple[float, float] |
     return found if found and found[0] <= memory_gib else None
 
 
-def largest(step: Step, memory_gib: float, layers: int, limit: int) -> tuple[int, float]:
+def largest(step: Step, memory_gib: float, layers: int, limit: int,
+            table: common.Table) -> tuple[int, float]:
     """The longest sequence up to `limit` that trains within the memory, to 1/32 of the predicted
-    one, and its peak in GiB. Steps are made with so many layers; the plan has what others take."""
+    one, and its peak in GiB. Steps are made with so many layers; the plan has what others take.
+    Each try goes into `table`."""
     lengths = range(1024, limit + 1, 1024)
     fits = [n for n in lengths if step.predicted_gib(n) <= memory_gib]
     if not fits:
@@ -110,9 +112,13 @@ def largest(step: Step, memory_gib: float, layers: int, limit: int) -> tuple[int
     small = replace(step, config=replace(step.config, num_hidden_layers=layers))
 
     def peak_of(length: int) -> float | None:
-        rest = step.predicted_gib(length) - small.predicted_gib(length)
+        predicted = step.predicted_gib(length)
+        rest = predicted - small.predicted_gib(length)
         found = measure(small, length, memory_gib - rest)
-        return found[0] + rest if found else None
+        peak = found[0] + rest if found else None
+        table.add({"S": length, "kernel": f"{step.kernel}, {layers} layers", "peak GiB": peak,
+                   "predicted GiB": predicted})
+        return peak
 
     stride = max(1024, fits[-1] // 32 // 1024 * 1024)
     length = fits[-1]
@@ -186,8 +192,11 @@ def main() -> None:
             row |= {"peak GiB": peak, "s a step": seconds, "tokens/s": length / seconds}
         table.add(row)
     rows = [row for row in table.rows if "peak GiB" in row]
-    if len(rows) < len(table.rows):
-        print("\nwhat has no peak does not fit")
+    if a.largest:
+        layers = a.search_layers or config.num_hidden_layers
+        length, peak = largest(step, memory_gib, layers, a.largest, table)
+        table.save(largest=length, largest_peak_gib=peak, largest_layers=layers)
+    print("\nwhat has no peak does not fit")
     if len(rows) > 1:
         lengths = np.array([row["S"] for row in rows])
         peaks = np.array([row["peak GiB"] for row in rows])
@@ -198,15 +207,11 @@ def main() -> None:
         predicted = predicted_line[0] * 2**30
         table.save(bytes_per_token=slope, predicted_bytes_per_token=predicted,
                    off_the_line_gib=straight)
-        print(f"\nslope: {slope:,.0f} bytes a token, predicted {predicted:,.0f} "
-              f"({predicted / slope - 1:+.1%}); points lie within "
-              f"{straight:.3f} GiB of a line", flush=True)
+        print(f"slope: {slope:,.0f} bytes a token, predicted {predicted:,.0f} "
+              f"({predicted / slope - 1:+.1%}); points lie within {straight:.3f} GiB of a line")
     if a.largest:
-        layers = a.search_layers or config.num_hidden_layers
-        length, peak = largest(step, memory_gib, layers, a.largest)
-        table.save(largest=length, largest_peak_gib=peak, largest_layers=layers)
-        print(f"\nlargest: {length:,} tokens, peak {peak:.2f} GiB of {memory_gib:.1f}; measured "
-              f"with {layers} of {config.num_hidden_layers} layers")
+        print(f"largest: {length:,} tokens, peak {peak:.2f} GiB of {memory_gib:.1f}; measured with "
+              f"{layers} of {config.num_hidden_layers} layers, the others' part planned")
 
 
 if __name__ == "__main__":

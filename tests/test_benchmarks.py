@@ -1,0 +1,69 @@
+"""The command for a day with a GPU, in small on a CPU: its first two parts; and what it refuses."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the project whose .venv is this Python."""
+    folder = tmp_path_factory.mktemp("gpu") / "project"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "out", "assets"))
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return folder
+
+
+def gpu_sh(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "benchmarks/gpu.sh", *arguments], cwd=folder,
+                          capture_output=True, text=True)
+
+
+def test_the_command_for_a_gpu_runs_in_small_on_a_cpu(tree):
+    result = gpu_sh(tree, "--tiny", "kernels", "step")
+    assert result.returncode == 0, result.stdout + result.stderr
+    out = tree / "out" / "gpu-tiny"
+
+    # 1. Pages for the documentation: headed by the machine, every row with its kernel.
+    kernels = (out / "kernels.md").read_text()
+    assert kernels.count("| kernel | block | heads | out | lse | dq | dk | dv |") == 1
+    assert kernels.count("CPU, ") >= 3  # each table says where
+    parity = json.loads((out / "kernels-flash" / "parity.json").read_text())
+    rates = json.loads((out / "kernels-flash" / "rates.json").read_text())
+    assert kernels.count("| flash |") == len(parity["rows"]) + len(rates["rows"])
+    step = (out / "step.md").read_text()
+    assert "attention by flash (the kernel for CPUs)" in step
+
+    # 2. JSON with the numbers.
+    assert all(row["out"] < 1e-2 for row in parity["rows"])
+    assert parity["torch"] in kernels
+    same = json.loads((out / "same_step-flash.json").read_text())
+    assert [row["--offload"] for row in same["rows"][1:]] == ["no", "no", "no", "yes"]
+    ranks = json.loads((out / "one_rank-flash.json").read_text())
+    first, second, whole = ranks["rows"]
+    assert whole["layers"] == "3, extrapolated"
+    # the line through 1 and 2 layers, at 3
+    line = 2 * second["s a step"] - first["s a step"]
+    assert whole["s a step"] == pytest.approx(line)
+    assert {row["kernel"] for row in ranks["rows"]} == {"flash"}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["speed"], "speed: usage: bash benchmarks/gpu.sh"),
+    (["--model", "nowhere", "recipe"], "--model nowhere: no config.json there"),
+    (["recipe"], "recipe: needs --model DIR"),
+])
+def test_the_command_for_a_gpu_refuses_in_a_line(arguments, words):
+    result = gpu_sh(ROOT, *arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
