@@ -34,9 +34,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel import Grid, Hop
 
 aten = torch.ops.aten
-BACKWARDS = (
-    aten._scaled_dot_product_flash_attention_backward.default,
-    aten._scaled_dot_product_cudnn_attention_backward.default)
+BACKWARDS = {  # dimensions of the log-sum-exp that they take
+    aten._scaled_dot_product_flash_attention_backward.default: 3,
+    aten._scaled_dot_product_cudnn_attention_backward.default: 4,
+}
 # torch for CPUs lacks these two on cuda, and would take them apart into others
 FUSED_ON_CUDA = ("_fused_rms_norm", "silu_backward")
 
@@ -47,7 +48,7 @@ class ShapeOnly(FakeTensorMode):
     avoid_device_init = True  # there is none to start
 
     def dispatch(self, operator, types, args=(), kwargs=None):
-        """C++ may ask for a tensor on "meta" like a given one: it belongs where the given one is."""
+        """C++ may ask for a tensor on "meta" like a given one: it belongs where that one is."""
         kwargs = dict(kwargs or {})
         given = tensors((args, kwargs))
         if given and kwargs.get("device") == torch.device("meta"):
@@ -76,6 +77,11 @@ class Meter(TorchDispatchMode):
             assert "cpu" not in devices, f"NCCL takes no host tensor: {operator}"
         if operator is aten._fused_adamw_.default:
             assert len(devices) == 1, f"fused AdamW takes one device, not {devices}"
+        if operator in BACKWARDS:
+            _, q, _, _, result, lse = args[:6]
+            assert result.shape == q.shape, f"out has shape {result.shape}"
+            assert lse.ndim == BACKWARDS[operator], f"lse has shape {lse.shape}"
+            assert lse.is_contiguous(), "the kernels read lse as if it were contiguous"
         # 2. pinned memory, which a machine without CUDA does not have
         if kwargs.pop("pin_memory", False):
             kwargs["device"] = torch.device("cpu")
@@ -133,7 +139,7 @@ def scratch(kernel: str, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Te
     grouped = q.shape[1] // k.shape[1]
     if kernel == "fa3":
         wide_kv = 4 * (k.numel() + v.numel()) if grouped > 1 else 0
-        return wide_q + 2 * rows + wide_kv
+        return wide_q + rows + wide_kv
     every_head = grouped * (k.nbytes + v.nbytes) if grouped > 1 else 0  # dK dV of each query head
     if kernel == "cudnn":
         return wide_q + rows + every_head
@@ -204,6 +210,7 @@ def fake_cuda(kernel: str = "flash") -> Iterator[Meter]:
           mock.patch.object(torch.Tensor, "_make_subclass", make_on_meta),
           mock.patch.object(FakeTensor, "is_cuda", is_cuda, create=True),
           mock.patch.object(torch.cuda, "is_available", lambda: True),
+          mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
           mode, meter):
         for operator in FUSED_ON_CUDA:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "CUDA"):

@@ -1,4 +1,4 @@
-"""The real step on fake CUDA tensors: memory and traffic are the plan's, and nothing is on the wrong
+"""The real step on fake CUDA tensors: memory and traffic are the plan's, nothing is on the wrong
 device.
 
     python -m pytest tests/test_fake_cuda.py              # a selection, as in CI
@@ -19,7 +19,7 @@ from steps import SHAPE
 
 from benchmarks.plans import planned_grids
 from data import Batch
-from model import Llama, ModelConfig, read_config
+from model import Llama, read_config
 from parallel import ShardedAdamW
 from tools.plan import DEVICES, Plan
 from train import training_step
@@ -27,16 +27,18 @@ from train import training_step
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = read_config(ROOT / "runs" / "llama31_8b.json")
 LARGE = read_config(ROOT / "runs" / "llama31_70b.json")
-# tp, cp, dp, recompute, offload, offload_optimizer
-QUICK = [
-    (8, 4, 8, "mlp", False, False),
-    (2, 8, 2, "none", False, False),
-    (1, 8, 1, "mlp", True, False),
-    (8, 1, 4, "block", True, True),
-    (1, 2, 1, "block", False, True),
+QUICK = [  # kernel, length, tp, cp, dp, recompute, offload, offload_optimizer
+    ("flash", 2**17, 8, 4, 8, "mlp", False, False),  # the paper's grid at 1M
+    ("cudnn", 2**17, 2, 8, 2, "none", False, False),
+    ("cudnn", 2**17, 1, 8, 8, "mlp", True, False),
+    ("fa3", 2**17, 1, 8, 1, "block", False, False),
+    ("flash", 2**16, 8, 1, 4, "block", False, True),
+    ("cudnn", 2**15, 1, 2, 1, "block", False, True),
+    ("flash", 2**13, 8, 1, 1, "none", False, False),  # stage 2 on a node of eight
 ]
-quick = [Plan(LLAMA, 2**17, 1, 1, *grid[:3], 2, *grid[3:]) for grid in QUICK]
-quick.append(Plan(LLAMA, 8192, 1, 1, 8, 1, 1))  # stage 2 on a node of eight
+quick = []
+for kernel, length, tp, cp, dp, *memory in QUICK:
+    quick.append(Plan(LLAMA, length, 1, 1, tp, cp, dp, 2, *memory, kernel=kernel))
 
 
 def every_grid() -> list[Plan]:
@@ -46,8 +48,13 @@ def every_grid() -> list[Plan]:
 
 
 def name(plan: Plan) -> str:
-    return (f"{plan.length // 1024}K tp {plan.tp} cp {plan.cp} dp {plan.dp} {plan.recompute}"
-            + " offload" * plan.offload + " on_host" * plan.offload_optimizer)
+    words = [plan.kernel, f"{plan.length // 1024}K", f"tp {plan.tp}", f"cp {plan.cp}",
+             f"dp {plan.dp}", plan.recompute]
+    if plan.offload:
+        words.append("offload")
+    if plan.offload_optimizer:
+        words.append("on_host")
+    return " ".join(words)
 
 
 def build(plan: Plan, grid, layers: int) -> Llama:
@@ -67,7 +74,8 @@ def step(plan: Plan, layers: int) -> Counter:
     """Of one step on the last rank: peak bytes by device, bytes sent by group."""
     tokens = torch.zeros(1, plan.length, dtype=torch.int64)
     place = rank_of(plan.tp, plan.cp, plan.dp, plan.processes - 1)
-    with place as grid, fake_cuda() as meter:
+    with place as grid, fake_cuda(plan.kernel) as meter:
+        grid.kernel = plan.kernel
         model = build(plan, grid, layers)
         optimizer = ShardedAdamW(model, grid, on_host=plan.offload_optimizer)
         meter.peak.clear()
@@ -114,13 +122,15 @@ MIX_UPS = {  # of a module: what is there, what is put in its place
         "rope_yarn", "    inv_freq = inv_freq.to(positions.device)\n", ""),
     "own_positions_on_the_host": ("model", "        own = own.to(positions.device)\n", ""),
     "stop_tokens_on_the_host": (
-        "model", "dtype=torch.int64, device=device)\n        done", "dtype=torch.int64)\n        done"),
+        "model", "torch.tensor(stop_tokens, dtype=torch.int64, device=device)",
+        "torch.tensor(stop_tokens, dtype=torch.int64)"),
     "done_on_the_host": (
         "model", "torch.zeros(batch, dtype=torch.bool, device=device)",
         "torch.zeros(batch, dtype=torch.bool)"),
     "last_places_on_the_host": (
         "model", "unread.shape[1] - 1, device=device)", "unread.shape[1] - 1)"),
-    "batch_on_the_host": ("train", "batch.part(rows, length).to(device)", "batch.part(rows, length)"),
+    "batch_on_the_host": (
+        "train", "batch.part(rows, length).to(device)", "batch.part(rows, length)"),
     "number_of_targets_on_the_host": (
         "train", "(batch.targets != -100).sum()), device=device)",
         "(batch.targets != -100).sum()))"),
@@ -134,9 +144,15 @@ MIX_UPS = {  # of a module: what is there, what is put in its place
     "state_sent_from_the_host": (
         "parallel", "self.join(piece.to(parameter.device), parameter.shape)",
         "self.join(piece, parameter.shape)"),
+    "lse_of_cudnn_as_flash_has_it": ("parallel", "out, lse[..., None], unused", "out, lse, unused"),
+    "lse_of_a_hop_is_a_slice": ("parallel", "lse = lse.contiguous()", "lse = lse"),
+    "lse_of_cudnn_leaves_as_it_comes": (
+        "parallel", "return out, lse.reshape(q.shape[:3])", "return out, lse"),
+    "cudnn_out_and_lse_swapped": (
+        "parallel", "d_out, q, k, v, out, lse[..., None]", "d_out, q, k, v, lse[..., None], out"),
     "out_and_lse_swapped": (
-        "parallel", "d_out, q, k, v, out, lse.contiguous(),\n            None",
-        "d_out, q, k, v, lse.contiguous(), out,\n            None"),
+        "parallel", "d_out, q, k, v, out, lse, None",
+        "d_out, q, k, v, lse, out, None"),
 }
 
 
@@ -158,7 +174,7 @@ def load(module: str, source: str) -> ModuleType:
     return loaded
 
 
-def run_everything(changed: str = "", old: str = "", new: str = "") -> None:
+def run_everything(kernel: str, changed: str = "", old: str = "", new: str = "") -> None:
     """A step with everything offloaded, state saved and loaded, validation, generation, with one
     module's source changed."""
     with mock.patch.dict(sys.modules):
@@ -170,9 +186,10 @@ def run_everything(changed: str = "", old: str = "", new: str = "") -> None:
                 source = source.replace(old, new)
             loaded[module] = load(module, source)
         model_py, train, parallel = loaded["model"], loaded["train"], loaded["parallel"]
-        config = model_py.ModelConfig.from_hf(SHAPE)
-        tokens = torch.zeros(2, 64, dtype=torch.int64)
-        with rank_of(2, 2, 2, 7) as grid, fake_cuda():
+        config = model_py.ModelConfig.from_hf(SHAPE | {"num_hidden_layers": 1})
+        tokens = torch.zeros(2, 512, dtype=torch.int64)  # cuDNN takes chunks of 128
+        with rank_of(2, 2, 2, 5) as grid, fake_cuda(kernel):
+            grid.kernel = kernel
             torch.set_default_dtype(torch.bfloat16)
             try:
                 with torch.device("cuda:0"):
@@ -186,14 +203,15 @@ def run_everything(changed: str = "", old: str = "", new: str = "") -> None:
             for kind in optimizer.KINDS:
                 optimizer.load_state(kind, optimizer.state(kind), 1)
             train.validate(model, OneSequence(), 2)
-            model.generate(tokens.to("cuda:0"), 3, stop_tokens=(1,))
+            model.generate(tokens.to("cuda:0"), 2, stop_tokens=(1,))
 
 
-def test_nothing_is_on_the_wrong_device():
-    run_everything()
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_nothing_is_on_the_wrong_device(kernel):
+    run_everything(kernel)
 
 
 @pytest.mark.parametrize("planted", MIX_UPS)
 def test_a_planted_mix_up_is_noticed(planted):
     with pytest.raises((RuntimeError, AssertionError, TypeError)):
-        run_everything(*MIX_UPS[planted])
+        run_everything("cudnn" if "cudnn" in planted else "flash", *MIX_UPS[planted])

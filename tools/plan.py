@@ -281,7 +281,7 @@ class Plan:
         states = states * c.hidden_size * size
         products = max((4 / size + 2 + 3 / self.tp) * states, (1 + 3 / self.tp) * states + columns)
         at_loss = {
-            name: kept,
+            name: 0.0 if self.offloaded else kept,
             "loss: x and its gradient": 2 * x,
             "loss: tile": logits + states + products,
             "loss: gradient of the head": head,
@@ -315,19 +315,25 @@ class Plan:
 
         # 4. The end of backward, and the update.
         at_embedding = {"embedding: gradients, tile": head + 2 * tied + x + tile}
-        summed = 4 * self.shard if self.dp * self.cp > 1 else 0.0
-        at_update = {"update: summed gradients": summed}
+        pieces = self.dp * self.cp
+        whole = rows * c.hidden_size * size  # the largest parameter, as it is published
+        at_update = {"update: a parameter": whole}
+        if pieces > 1:
+            at_update = {"update: summed gradients": 4 * self.shard,
+                         "update: a parameter and its piece": whole + whole / pieces}
         at_mlp = block | {"block: tile": tile}
         return [at_loss, at_mlp, at_attention, at_projections, at_embedding, at_update]
 
     def kernel_scratch(self, q: float, kv: float) -> float:
         """What attention's backward takes for itself on CUDA: dQ in float32, a number of each
-        query, and dK dV of each query head, where several share keys."""
+        query, and where heads share keys dK dV, of each query head or (FA3) in float32."""
         if not self.cuda:
             return 0.0
-        grouped = self.config.num_attention_heads // self.config.num_key_value_heads
-        every_head = grouped * kv if grouped > 1 else 0.0
-        return 4 / self.itemsize * q + self.sizes()["lse"] + every_head
+        wide = 4 / self.itemsize
+        share = self.config.num_attention_heads // self.config.num_key_value_heads
+        times = wide if self.kernel == "fa3" else share
+        shared = times * kv if share > 1 else 0.0
+        return wide * q + self.sizes()["lse"] + shared
 
     def tile_bytes(self, position: int) -> float:
         """Bytes of a tile whose positions have so many each."""
@@ -336,12 +342,13 @@ class Plan:
 
     def on_host(self) -> float:
         """Bytes of host memory for what is offloaded."""
-        state = kept = 0.0
-        if self.offload_optimizer:  # master, moments and the gradient of an update
-            state = 16 * self.shard
+        state = gradient = kept = 0.0
+        if self.offload_optimizer:
+            state = 12 * self.shard  # master and moments
+            gradient = 4 * self.shard  # at an update: what blocks keep is used up by then
         if self.offloaded:
             kept = self.config.num_hidden_layers * self.kept_by_block()
-        return state + kept
+        return state + max(gradient, kept)
 
     def traffic(self) -> dict[str, float]:
         """Bytes a rank sends in a step, by dimension."""
