@@ -648,7 +648,7 @@ def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torc
         cudnn   560, backward 555   part of torch: Hopper and Blackwell, D <= 128
         fa3     680, backward 585   FlashAttention-3, a package of its own: Hopper
 
-    (Causal, bfloat16, D = 128; fa3 as published, the others as measured: docs/memory.md.) auto is
+    (Causal, bfloat16, D = 128; the first two measured, fa3 assumed: docs/memory.md.) auto is
     cudnn where it can be, else flash. `capability` is the GPU's (major, minor), None of a CPU.
     `chunk` is the length of a zigzag chunk, None if lengths vary. ValueError for what cannot be.
     """

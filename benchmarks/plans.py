@@ -1,5 +1,5 @@
-"""Tables of plans for Llama 3.1 8B at 1M, 2M and 4M tokens: what fits on how many H100, how fast,
-and where the memory goes.
+"""Tables of plans for Llama 3.1 8B and 70B at 1M, 2M and 4M tokens: what fits on how many GPUs,
+how fast with cuDNN's attention and with flash, and where the memory goes.
 
     python -m benchmarks.plans
 
@@ -13,19 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from model import ModelConfig, read_config
-from tools.plan import DEVICES, Device, Plan, fitting_plans, options_of
+from tools.plan import DEVICES, Device, Plan, fitting_plans, options_of, tokens_per_second
 from train import forward_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 2**23
 PAPER = {2**20: (8, 4), 2**21: (8, 16), 2**22: (8, 16)}  # tp, cp on 256 H100
+PUBLISHED = {2**20: "217", 2**21: "181-212", 2**22: "105"}  # tokens/s/GPU, from its hours
 
 
-def line(title: str, plan: Plan, device) -> str:
+def line(title: str, plan: Plan, device: Device, published: str = "") -> str:
     """One row of the first table."""
     seconds = sum(plan.times(device).values())
     memory = sum(plan.memory().values())
-    rate = plan.batch * plan.length / seconds / plan.processes
+    rate = tokens_per_second(plan, device)
+    by_flash = tokens_per_second(replace(plan, kernel="flash"), device)
     flops = 3 * plan.batch * sum(forward_flops(plan.config, plan.length))
     utilisation = flops / plan.processes / seconds / device.peak
     options = plan.recompute
@@ -43,6 +45,8 @@ def line(title: str, plan: Plan, device) -> str:
         f"{seconds:,.0f}",
         f"{rate:,.0f}",
         f"{utilisation:.0%}",
+        f"{by_flash:,.0f}",
+        published,
         f"{1e9 / rate / 3600:,.0f}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -51,7 +55,7 @@ def line(title: str, plan: Plan, device) -> str:
 def planned_grids(config: ModelConfig, device: Device) -> Iterator[tuple[str, Plan]]:
     """(title, plan) of each row of the first table: the fastest on so many GPUs, the paper's."""
     for length, (tp, cp) in PAPER.items():
-        plan = Plan(config, length, TOKENS // length, 1, tp, cp, 1)
+        plan = Plan(config, length, TOKENS // length, 1, tp, cp, 1, kernel="cudnn")
         for processes in (8, 16, 128, 256):
             for found in fitting_plans(plan, processes, device)[:1]:
                 yield str(processes), found
@@ -59,16 +63,30 @@ def planned_grids(config: ModelConfig, device: Device) -> Iterator[tuple[str, Pl
         yield "256, the paper's grid", same[0]
 
 
+def others(small: ModelConfig, large: ModelConfig) -> Iterator[tuple[str, Plan, Device]]:
+    """(title, plan, device) of the rows beside the paper's: a larger GPU, a larger model."""
+    h100, h200 = DEVICES["H100-80"], DEVICES["H200"]
+    cases = [("8 x H200, 8B", small, h200, 8), ("256 x H100, 70B", large, h100, 256),
+             ("64 x H200, 70B", large, h200, 64)]
+    for length in PAPER:
+        for title, config, device, processes in cases:
+            plan = Plan(config, length, TOKENS // length, 1, 8, 1, 1, kernel="cudnn")
+            for found in fitting_plans(plan, processes, device)[:1]:
+                yield title, found, device
+
+
 def main() -> None:
     device = DEVICES["H100-80"]
     config = read_config(ROOT / "runs" / "llama31_8b.json")
     print("| S | GPUs | tp, cp, dp | recompute | GiB | host GiB | s a step | tokens/s/GPU | MFU | "
-          "GPU-hours for 1B |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+          "with flash | the paper | GPU-hours for 1B |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for title, plan in planned_grids(config, device):
+        print(line(title, plan, device, PUBLISHED[plan.length] if "paper" in title else ""))
+    for title, plan, device in others(config, read_config(ROOT / "runs" / "llama31_70b.json")):
         print(line(title, plan, device))
     print("\nwhere the memory goes: one of 8 ranks, tp 8, S = 1M, GiB")
-    plan = Plan(config, 2**20, 1, 1, 8, 1, 1, tile=2**40)
+    plan = Plan(config, 2**20, 1, 1, 8, 1, 1, tile=2**40, kernel="cudnn")
     steps = {"everything kept, no tiles": plan,
              "blocks recomputed whole": replace(plan, recompute="block")}
     steps["and tiles"] = replace(steps["blocks recomputed whole"], tile=None)

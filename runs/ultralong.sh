@@ -4,19 +4,19 @@
 #     bash runs/ultralong.sh PRESET --plan                     # memory and time of both stages; needs no model and no GPU
 #     bash runs/ultralong.sh PRESET MODEL_DIR TEXT CHAT OUT    # everything
 # PRESET        planned: memory of a GPU, a step and all of stage 1
-#               on one node of 8 H100-80                                  on the paper's grid of 256
-#   1m          29 GiB and 65 on the host a GPU, 56 min a step, 112 h     26 GiB, 104 s a step, 3.5 h (the paper: 5 h)
-#   2m          42 GiB and 129 on the host a GPU, 109 min a step, 217 h   16 GiB, 203 s a step, 6.8 h (the paper: 6 h)
-#   4m          67 GiB and 128 on the host a GPU, 264 min a step, 661 h   26 GiB, 401 s a step, 17 h (the paper: 13 h)
+#               on one node of 8 H100-80                                  on 256, 16 x 8 GPUs a sequence as in the paper
+#   1m          29 GiB and 65 on the host a GPU, 519 s a step, 69 h       12 GiB, 16 s a step, 2.2 h (the paper: 5 h)
+#   2m          42 GiB and 129 on the host a GPU, 66 min a step, 153 h    16 GiB, 123 s a step, 4.8 h (the paper: 6 h)
+#   4m          67 GiB and 128 on the host a GPU, 163 min a step, 408 h   26 GiB, 240 s a step, 10 h (the paper: 13 h)
 #               on one H100-80                                            with GPUS=8, a node of eight
-#   llama32_1b  46 GiB and 65 on the host, 418 s a step, 11 h             14 GiB and 8 on the host a GPU, 52 s a step, 1.4 h
-# The paper's grid, 1M tokens over 4 x 8 GPUs, 2M and 4M over 16 x 8:
-#     GPUS=256 CP=4 MEMORY="--recompute mlp" bash runs/ultralong.sh 1m --plan    # CP=16 for 2m and 4m
+#   llama32_1b  46 GiB and 65 on the host, 319 s a step, 9 h              14 GiB and 8 on the host a GPU, 40 s a step, 1.1 h
+# That grid (the paper's at 1M is 4 x 8, which spreads more than our two sequences a step):
+#     GPUS=256 CP=16 MEMORY="--recompute mlp" bash runs/ultralong.sh 1m --plan
 #     sbatch runs/ultralong.slurm PRESET MODEL_DIR TEXT CHAT OUT                 # under Slurm; elsewhere set LAUNCH as it does
 # MODEL_DIR  Llama-3.1-8B-Instruct (llama32_1b: Llama-3.2-1B-Instruct) in Hugging Face layout. Paths are absolute, or relative
 #     to this repository.
 # TEXT       a directory of SlimPajama's .jsonl or .jsonl.gz (its .zst unpacked), 10 GB or more, for llama32_1b 2: of its tokens
-#     stage 1 reads 1.007B (1m, 2m), 1.258B (4m) or 0.1B (llama32_1b)
+#     stage 1 reads 1.007B (1m), 1.174B (2m), 1.258B (4m) or 0.1B (llama32_1b)
 # CHAT       100K short samples, deduplicated and kept apart from the benchmarks, as written by
 #     python -m tools.chat_blend --source general=DIR math=FILE code=FILE --tokenizer MODEL_DIR --count 100500 --holdout 500 \
 #       --benchmark mmlu.jsonl mmlu_pro.jsonl math.jsonl gsm8k.jsonl humaneval.jsonl --out CHAT
@@ -27,13 +27,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "error: $*" >&2; exit 1; }
 usage() { fail "usage: bash $0 1m|2m|4m|llama32_1b MODEL_DIR TEXT CHAT OUT, or --plan in place of the last four"; }
 
-# What a preset says. WINDOW is FACTOR x 8,192, the window Llama 3 was pretrained with. A step reads BATCH x WINDOW tokens: 8M,
-# with the 1B 1M. LENGTHS is for the evaluation; WAIT, seconds without a word from a rank that are no fault: more than a step.
+# What a preset says. WINDOW is FACTOR x 8,192, the window Llama 3 was pretrained with. A step reads BATCH x WINDOW tokens. STEPS
+# are NVIDIA's for 1M, 2M and 4M; 2M tokens a step at 1M and 8M at the others give the paper's 1B or so: our inference. LENGTHS is for the evaluation; WAIT, seconds without a word from a rank that are no fault: more than a step.
 PRESET=${1:-} CONFIG=runs/llama31_8b.json  # what --plan reads instead of a model
 case "$PRESET" in
-  1m) WINDOW=1048576 FACTOR=128 BATCH=8 STEPS=120 WAIT=${WAIT:-7200}
+  1m) WINDOW=1048576 FACTOR=128 BATCH=2 STEPS=480 WAIT=${WAIT:-7200}
     LENGTHS="131072 262144 524288 1048576" ;;
-  2m) WINDOW=2097152 FACTOR=256 BATCH=4 STEPS=120 WAIT=${WAIT:-14400}
+  2m) WINDOW=2097152 FACTOR=256 BATCH=4 STEPS=140 WAIT=${WAIT:-14400}
     LENGTHS="131072 262144 524288 1048576 2097152" ;;
   4m) WINDOW=4194304 FACTOR=512 BATCH=2 STEPS=150 WAIT=${WAIT:-28800}
     LENGTHS="131072 262144 524288 1048576 2097152"  # 4M: below, where it fits
@@ -50,7 +50,7 @@ GPU=${GPU:-H100-80} GPUS=${GPUS:-8}   # what is planned for: H100-80, H200, A100
 TP=${TP:-8} CP=${CP:-1}               # tp shares weights and gradients too, but needs the links in a node; then cp
 MEMORY=${MEMORY:---recompute mlp --offload}  # attention runs once; what it leaves waits in host memory
 SAMPLES=${SAMPLES:-5}                 # of RULER, a task and length (RULER itself: 500)
-LAUNCH=${LAUNCH:-torchrun --standalone --nproc-per-node $GPUS --shutdown-timeout $WAIT}
+LAUNCH=${LAUNCH:-torchrun --standalone --nproc-per-node $GPUS}
 # Keys and values of 4M tokens take 512 GiB / (tp x cp) a GPU: beside the model too much for an H100 with tp x cp = 8
 if [ "$PRESET" = 4m ] && { [ $((TP * CP)) -gt 8 ] || [ "$GPU" = H200 ]; }; then LENGTHS+=" 4194304"; fi
 
@@ -76,6 +76,8 @@ echo "-- and stage 2:"
 python -m tools.plan "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE2[@]}"
 [ "$*" != --plan ] || exit 0
 mkdir -p "$OUT"
+# a stop waits for the step at work and its checkpoint; torch 2.11's torchrun, which lacks the option, for 30 s
+[[ $(torchrun --help) != *--shutdown-timeout* ]] || LAUNCH=${LAUNCH/torchrun/torchrun --shutdown-timeout $WAIT}
 
 echo "== 2. data: every document of the text once"
 # One in a hundred is held out, for validation and haystacks: of 10 GB about 25M tokens.

@@ -58,7 +58,7 @@ class Device:
     """What a plan assumes of one GPU: bytes, FLOP/s and bytes/s.
 
     `memory`, `peak`, `bandwidth` are the data sheet's, memory less 3 GiB for CUDA, NCCL and
-    fragmentation. Attention's rates are measurements, which docs/memory.md cites; those of matrix
+    fragmentation. Where attention's rates come from stands in docs/memory.md; those of matrix
     products and of the links are what well-tuned code is known to reach.
     """
 
@@ -67,6 +67,7 @@ class Device:
     peak: float  # dense bfloat16: 100 % utilisation
     product: float
     attention: dict[str, tuple[float, float]]  # by kernel: forward, backward, of causal FLOPs
+    small_heads: float  # what share of it heads of less than 128 reach
     bandwidth: float  # of its memory
     link: float  # to a GPU of the same node, one way
     network: float  # to one of another node
@@ -77,10 +78,11 @@ class Device:
 H100 = Device(
     capability=(9, 0), memory=76 * 2**30, peak=989e12, product=640e12,
     attention={"flash": (311e12, 328e12), "cudnn": (538e12, 545e12), "fa3": (680e12, 585e12)},
+    small_heads=0.8,
     bandwidth=3.35e12, link=350e9, network=40e9, host=50e9, host_memory=240 * 2**30)
 A100 = Device(
     capability=(8, 0), memory=76 * 2**30, peak=312e12, product=220e12,
-    attention={"flash": (185e12, 165e12)},
+    attention={"flash": (185e12, 165e12)}, small_heads=0.8,
     bandwidth=2.0e12, link=230e9, network=20e9, host=22e9, host_memory=120 * 2**30)
 DEVICES = {
     "H100-80": H100,
@@ -145,6 +147,7 @@ def measured_device(device: str, dtype: torch.dtype, head_dim: int, kernel: str)
     return Device(
         capability=capability_of(device), memory=total, peak=rate, product=rate,
         attention={kernel: (flops / forward, 2.5 * flops / backward)},
+        small_heads=1.0,  # these are the model's own heads
         bandwidth=copy, link=copy, network=copy, host=copy, host_memory=host)
 
 
@@ -335,10 +338,14 @@ class Plan:
         shared = times * kv if share > 1 else 0.0
         return wide * q + self.sizes()["lse"] + shared
 
-    def tile_bytes(self, position: int) -> float:
-        """Bytes of a tile whose positions have so many each."""
+    def tile_positions(self, position: float) -> float:
+        """Positions in a tile, where one of them has so many bytes."""
         full = TILE_BYTES["cuda" if self.cuda else "cpu"]
-        return min(self.tile or full / position, self.positions) * position
+        return min(self.tile or full / position, self.positions)
+
+    def tile_bytes(self, position: float) -> float:
+        """Bytes of such a tile."""
+        return self.tile_positions(position) * position
 
     def on_host(self) -> float:
         """Bytes of host memory for what is offloaded."""
@@ -385,6 +392,30 @@ class Plan:
         on_device = sum(self.memory().values())
         return on_device <= device.memory and self.on_host() <= device.host_memory
 
+    def pointwise(self) -> float:
+        """Bytes that a micro-batch's operators read and write on this rank, but for products and
+        attention. Counted on fake tensors (tests/fake_cuda.py), and put into few numbers."""
+        c = self.config
+        between = self.positions / self.tp
+        width = c.num_attention_heads * c.head_dim
+        # 1. norms, rotations, residuals, activations of a layer, in elements of a position
+        elements = 38 * c.hidden_size + 28 * c.intermediate_size
+        tiles = 1.0
+        if self.recompute != "none":  # forward runs twice
+            elements = 56 * c.hidden_size + 42 * c.intermediate_size
+            tiles = self.positions / self.tile_positions(block_bytes(c, self.tp, self.itemsize))
+        elements += 8 * (self.tp - 1) * c.hidden_size  # gathered, and their gradients' sums
+        elements += 22 * (self.cp - 1) * width  # a hop's merge, and its sums in float32
+        layer = between * elements * self.itemsize
+        # 2. each tile adds its gradients to all of a layer's weights', in float32
+        size = matrices(c)
+        weights = (size["qkv"] + size["o"] + size["mlp"]) / self.tp
+        layers = c.num_hidden_layers * layer + 18 * tiles * weights
+        # 3. logits are copied, exponentiated, summed; each tile adds to the head's gradient
+        rows = c.vocab_size / self.tp
+        tiles = self.positions / self.tile_positions(logit_bytes(c, self.tp, self.itemsize))
+        return layers + 36 * self.positions * rows + 10 * tiles * rows * c.hidden_size
+
     def times(self, device: Device) -> dict[str, float]:
         """Seconds of a step, by what they go to; the ring runs beside the computation."""
         c = self.config
@@ -401,8 +432,9 @@ class Plan:
         forwards = 2 if self.recompute == "block" else 1
         forward_rate, backward_rate = device.attention[self.kernel]
         attention_rate = forwards / forward_rate + 2.5 / backward_rate
-        elements = 30 * c.hidden_size + 16 * c.intermediate_size  # a token's, read and written
-        pointwise = tokens * c.num_hidden_layers * elements * self.itemsize
+        if c.head_dim < 128:
+            attention_rate = attention_rate / device.small_heads
+        rounds = rows / self.micro_batch
 
         # 2. What is sent: a dimension that leaves the node takes the slower network.
         traffic = self.traffic()
@@ -415,12 +447,17 @@ class Plan:
         if self.offload_optimizer:  # gradients come and weights go, in memory that is not pinned
             update += PAGEABLE * self.shard * (4 + self.itemsize) / device.host
         work = attention * attention_rate
+        # the last hop brings dK dV home, in float32, and nothing is left to compute meanwhile
+        home = 0.0
+        if self.cp > 1:
+            home = rounds * c.num_hidden_layers * self.sizes()["kv"] * 4 / self.itemsize
+            home = home / (device.link if share <= NODE else device.network)
         return {
             "matrix products": (3 * products + again) / device.product,
             "attention": work,
-            "norms, rotations, activations": pointwise / device.bandwidth,
+            "norms, activations, loss, sums": rounds * self.pointwise() / device.bandwidth,
             "tp communication": links["tp"],
-            "ring, beyond attention": max(0.0, links["cp"] - work),
+            "ring, beyond attention": max(0.0, links["cp"] - home - work) + home,
             "host copies": traffic["host"] / device.host,
             "dp communication": links["dp"],
             "update": update,
