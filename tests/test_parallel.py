@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
+from fake_cuda import fake_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import (
@@ -182,16 +182,18 @@ class Calls(TorchDispatchMode):
 def test_blocks_call_their_kernel_as_it_wants(kernel, queries, keys, used):
     """On fake CUDA tensors: each argument arrives under its own name, the log-sum-exp leaves as
     (B, H, S) and enters contiguous, of cuDNN as (B, H, S, 1)."""
-    with FakeTensorMode(), Calls() as calls:
-        q, d_out = (torch.empty(2, queries, 4, 64, device="cuda", dtype=torch.bfloat16)
+    with fake_cuda(), Calls() as calls:
+        q, d_out = (torch.empty(2, queries, 4, 64, device="cuda:0", dtype=torch.bfloat16)
                     .transpose(1, 2) for _ in range(2))
-        k, v = (torch.empty(2, keys, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        k, v = (torch.empty(2, keys, 2, 64, device="cuda:0", dtype=torch.bfloat16).transpose(1, 2)
                 for _ in range(2))
         out, lse = block_forward(q, k, v, True, kernel)
         assert out.shape == q.shape
         assert lse.shape == (2, 4, queries)
         assert lse.dtype == torch.float32
-        gradients = block_backward(d_out, q, k, v, out, lse, True, kernel)
+        late = torch.empty(2, 4, 2 * queries, device="cuda:0")[:, :, queries:]
+        assert not late.is_contiguous()
+        gradients = block_backward(d_out, q, k, v, out, late, True, kernel)
         assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
     name = f"_scaled_dot_product_{used}_attention"
     assert [key for key in calls.seen if "scaled" in key] == [name, f"{name}_backward"]
