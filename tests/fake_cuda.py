@@ -97,7 +97,7 @@ class Meter(TorchDispatchMode):
         if operator is aten.nonzero.default:
             return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
         # 5. C++ takes "meta" to "cuda" for a copy
-        if operator is aten._to_copy.default and device == args[0].device:
+        if operator is aten._to_copy.default and device and device.type == args[0].device.type:
             if kwargs.get("dtype", args[0].dtype) == args[0].dtype:
                 return args[0]
         out = self.count(given, operator(*args, **kwargs))
