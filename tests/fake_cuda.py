@@ -69,6 +69,12 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        # 0. in inference mode composite operators come whole: their parts are what counts
+        if torch.is_inference_mode_enabled():
+            with self:
+                out = operator.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         given = tensors((args, kwargs))
         devices = {x.device.type for x in given}
         device = kwargs.get("device")
