@@ -70,6 +70,12 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        # 0. in inference mode composite operators come whole: their parts are what counts
+        if torch.is_inference_mode_enabled():
+            with self:
+                out = operator.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         given = tensors((args, kwargs))
         devices = {x.device.type for x in given}
         device = kwargs.get("device")
@@ -98,7 +104,7 @@ class Meter(TorchDispatchMode):
         if operator is aten.nonzero.default:
             return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
         # 5. C++ takes "meta" to "cuda" for a copy
-        if operator is aten._to_copy.default and device == args[0].device:
+        if operator is aten._to_copy.default and device and device.type == args[0].device.type:
             if kwargs.get("dtype", args[0].dtype) == args[0].dtype:
                 return args[0]
         out = self.count(given, operator(*args, **kwargs))

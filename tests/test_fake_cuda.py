@@ -7,10 +7,11 @@ device.
 import importlib.util
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ from steps import SHAPE
 
 from benchmarks.plans import planned_grids
 from data import Batch
+from eval_niah import Prompt, Reader, predict
 from model import Llama, read_config
 from parallel import ShardedAdamW
 from tools.plan import DEVICES, Plan
-from train import training_step
+from tools.plan import parser as plan_parser
+from train import build as build_run
+from train import save_checkpoint, training_step
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = read_config(ROOT / "runs" / "llama31_8b.json")
@@ -153,6 +157,9 @@ MIX_UPS = {  # of a module: what is there, what is put in its place
         "parallel", "d_out, q, k, v, out, lse, None",
         "d_out, q, k, v, lse, out, None"),
 }
+# what is noticed must be the mix-up
+COMPLAINT = ("on the same device|NCCL takes no host tensor|fused AdamW takes one device|"
+             "(out|lse) has shape|as if it were contiguous|broadcast a dimension")
 
 
 class OneSequence:
@@ -173,17 +180,28 @@ def load(module: str, source: str) -> ModuleType:
     return loaded
 
 
-def run_everything(kernel: str, changed: str = "", old: str = "", new: str = "") -> None:
-    """A step with everything offloaded, state saved and loaded, validation, generation, with one
-    module's source changed."""
-    with mock.patch.dict(sys.modules):
-        loaded = {}
+@contextmanager
+def loaded_again(changed: str, old: str, new: str) -> Iterator[dict[str, ModuleType]]:
+    """The project's modules with one's source changed, under their own names inside `with`. (To put
+    the whole of sys.modules back would take away what torch has imported meanwhile, for good.)"""
+    before = {module: sys.modules[module] for module in MODULES}
+    loaded = {}
+    try:
         for module in MODULES:
             source = (ROOT / f"{module}.py").read_text()
             if module == changed:
                 assert source.count(old) == 1, source.count(old)
                 source = source.replace(old, new)
             loaded[module] = load(module, source)
+        yield loaded
+    finally:
+        sys.modules.update(before)
+
+
+def run_everything(kernel: str, changed: str = "", old: str = "", new: str = "") -> None:
+    """A step with everything offloaded, state saved and loaded, validation, generation, with one
+    module's source changed."""
+    with loaded_again(changed, old, new) as loaded:
         model_py, train, parallel = loaded["model"], loaded["train"], loaded["parallel"]
         config = model_py.ModelConfig.from_hf(SHAPE | {"num_hidden_layers": 1})
         tokens = torch.zeros(2, 512, dtype=torch.int64)  # cuDNN takes chunks of 128
@@ -212,5 +230,33 @@ def test_nothing_is_on_the_wrong_device(kernel):
 
 @pytest.mark.parametrize("planted", MIX_UPS)
 def test_a_planted_mix_up_is_noticed(planted):
-    with pytest.raises((RuntimeError, AssertionError, TypeError)):
+    with pytest.raises((RuntimeError, AssertionError), match=COMPLAINT):
         run_everything("cudnn" if "cudnn" in planted else "flash", *MIX_UPS[planted])
+
+
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_a_checkpoint_is_loaded_trained_and_evaluated(kernel, model_directory, tmp_path):
+    """Files of one process on a CPU, read by a rank of eight: weights, optimizer state; then a step
+    and needles, of which the second prompt finds the first one's keys and values in the cache."""
+    words = ["H100-80", "--model", str(model_directory), "--sequence-length", "512", "--recompute",
+             "mlp", "--offload", "--offload-optimizer", "--device", "cuda", "--tp", "2"]
+    options = plan_parser().parse_args(words)
+    saved = Llama.from_pretrained(model_directory)
+    saved.config = replace(saved.config, hf=saved.config.hf | {"eos_token_id": []})
+    checkpoint = save_checkpoint(tmp_path, 7, saved, ShardedAdamW(saved, saved.grid),
+                                 model_directory, {}, keep=1)
+    rows = torch.zeros(2, 512, dtype=torch.int64)
+    with rank_of(2, 2, 2, 5) as grid, fake_cuda(kernel) as meter:
+        grid.kernel = kernel
+        model, optimizer = build_run(saved.config, checkpoint, 7, grid, torch.bfloat16, options)
+        assert model.head_weight.is_cuda
+        assert {x.device.type for x in optimizer.masters.values()} == {"cpu"}
+        training_step(model, optimizer, Batch(rows, rows), 1)
+        optimizer.step(1e-4, 1.0)
+        reader = Reader(model)
+        for length in (512, 400):
+            prompt = Prompt([0] * length, length - 3, 8, "48213", "passkey", None)
+            answers = predict(reader, [prompt] * 2)
+            assert [len(answer) for answer in answers] == [4, 4]
+        assert 0 < reader.computed < reader.read
+    assert meter.peak["cuda"] > 0
