@@ -26,8 +26,8 @@ MUTATIONS = {
         "share = part_lse.exp() / (part_lse.exp() + lse.exp())"),
     "wrong_half": ("return everything, early", "return everything, late"),
     "mask_on_every_hop": (
-        "v[:, :, k_rows],\n            causal=hop == 0)",
-        "v[:, :, k_rows],\n            causal=True)"),
+        "v[:, :, k_rows],\n            causal=hop == 0,",
+        "v[:, :, k_rows],\n            causal=True,"),
     "lse_of_the_last_block": (
         "lse[:, :, q_rows], part, part_lse)",
         "lse[:, :, q_rows].clone(), part, part_lse)"),
