@@ -297,7 +297,8 @@ class Plan:
         hop_kv = kv / 2 if self.cp > 1 else kv
         ring = 0.0
         if self.cp == 2:  # the first hop's results are not yet sums; K V, and dK dV under way
-            ring = q + 3 * kv
+            one_head = c.num_key_value_heads == self.tp  # lies as it is sent; several are copied
+            ring = q + (3 if one_head else 4) * kv
         elif self.cp > 2:  # dQ and dK dV summed in float32, dK dV and K V under way, the last parts
             ring = 4 / size * (q + 2 * kv) + 2 * kv + q + hop_kv
         kernel = self.kernel_scratch(q, hop_kv)
