@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from allocations import tensors
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -210,13 +211,18 @@ def fake_cuda(kernel: str = "flash") -> Iterator[Meter]:
         return make(*arguments, **more)  # what dispatch_device would tell C++ is the device
 
     is_cuda = property(lambda x: x.device.type == "cuda")
+    driver = {  # what it would answer
+        "is_available": lambda: True,
+        "get_device_capability": lambda device: (9, 0),
+        "is_current_stream_capturing": lambda: False,
+    }
     mode = ShapeOnly(allow_non_fake_inputs=True)
     meter = Meter(kernel)
     with (torch.library._scoped_library("aten", "IMPL") as library,
           mock.patch.object(torch.Tensor, "_make_subclass", make_on_meta),
           mock.patch.object(FakeTensor, "is_cuda", is_cuda, create=True),
-          mock.patch.object(torch.cuda, "is_available", lambda: True),
-          mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
+          mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None),
+          mock.patch.multiple(torch.cuda, **driver),
           mode, meter):
         for operator in FUSED_ON_CUDA:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "CUDA"):

@@ -27,6 +27,7 @@ def gpu_sh(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
                           capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_for_a_gpu_runs_in_small_on_a_cpu(tree):
     result = gpu_sh(tree, "--tiny", "kernels", "step")
     assert result.returncode == 0, result.stdout + result.stderr
