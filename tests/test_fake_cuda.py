@@ -158,8 +158,8 @@ MIX_UPS = {  # of a module: what is there, what is put in its place
         "d_out, q, k, v, lse, out, None"),
 }
 # what is noticed must be the mix-up
-COMPLAINT = ("on the same device|two different devices|NCCL takes no host tensor|fused AdamW takes one device|"
-             "(out|lse) has shape|as if it were contiguous|broadcast a dimension")
+COMPLAINT = ("on the same device|two different devices|NCCL takes no host tensor|"
+             "fused AdamW takes one device|(out|lse) has shape|as if it were contiguous|broadcast a dimension")
 
 
 class OneSequence:

@@ -226,8 +226,10 @@ class Plan:
         if self.recompute == "mlp":  # attention's result too, so that attention never runs twice
             return s["x"] + s["q"] + s["lse"]
         inputs = 2 * s["gathered"]  # of the two column-parallel products
-        # on a CPU RMSNorm keeps float32 intermediates
-        norms = 0.0 if self.cuda else 14 / self.itemsize * s["x"]
+        # on a CPU RMSNorm keeps its parts, those of bfloat16 in float32
+        norms = 0.0
+        if not self.cuda:
+            norms = 2 * s["x"] if self.itemsize == 4 else 7 * s["x"]
         return 2 * s["x"] + inputs + norms + 2 * s["q"] + s["kv"] + s["lse"] + 4 * s["mlp"]
 
     def memory(self) -> dict[str, float]:
