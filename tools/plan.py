@@ -226,8 +226,10 @@ class Plan:
         if self.recompute == "mlp":  # attention's result too, so that attention never runs twice
             return s["x"] + s["q"] + s["lse"]
         inputs = 2 * s["gathered"]  # of the two column-parallel products
-        # on a CPU RMSNorm keeps float32 intermediates
-        norms = 0.0 if self.cuda else 14 / self.itemsize * s["x"]
+        # on a CPU RMSNorm keeps its parts, those of bfloat16 in float32
+        norms = 0.0
+        if not self.cuda:
+            norms = 2 * s["x"] if self.itemsize == 4 else 7 * s["x"]
         return 2 * s["x"] + inputs + norms + 2 * s["q"] + s["kv"] + s["lse"] + 4 * s["mlp"]
 
     def memory(self) -> dict[str, float]:
@@ -297,7 +299,8 @@ class Plan:
         hop_kv = kv / 2 if self.cp > 1 else kv
         ring = 0.0
         if self.cp == 2:  # the first hop's results are not yet sums; K V, and dK dV under way
-            ring = q + 3 * kv
+            one_head = c.num_key_value_heads == self.tp  # lies as it is sent; several are copied
+            ring = q + (3 if one_head else 4) * kv
         elif self.cp > 2:  # dQ and dK dV summed in float32, dK dV and K V under way, the last parts
             ring = 4 / size * (q + 2 * kv) + 2 * kv + q + hop_kv
         kernel = self.kernel_scratch(q, hop_kv)
