@@ -153,6 +153,24 @@ def capability_of(device: str) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
 
 
+def chunk_length(options: Namespace) -> float | None:
+    """Positions of a zigzag chunk, where every sequence has --sequence-length; None with a mask:
+    attention then sees documents, of any length."""
+    return None if options.document_mask else options.sequence_length / (2 * options.cp)
+
+
+def activate(kernel: str) -> None:
+    """Make a kernel ready in this process: FlashAttention-3 takes the place of torch's own flash
+    operators. Raises ValueError if its package is not there."""
+    if kernel != "fa3":
+        return
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"--attention fa3: {error}; install FlashAttention-3 (hopper/ of "
+                         "github.com/Dao-AILab/flash-attention) or use --attention auto") from None
+
+
 def choose_attention(options: Namespace, grid: Grid, config: ModelConfig,
                      chunk: float | None) -> None:
     """Set `grid.kernel` for this run, and say which it is and why: see `attention_kernel`."""
@@ -160,13 +178,7 @@ def choose_attention(options: Namespace, grid: Grid, config: ModelConfig,
     capability = capability_of(options.device)
     grid.kernel, why = attention_kernel(
         options.attention, capability, dtype, config.head_dim, chunk)
-    if grid.kernel == "fa3":  # its package takes the place of torch's own flash operators
-        try:
-            torch.nn.attention.activate_flash_attention_impl("FA3")
-        except (ImportError, RuntimeError) as error:
-            raise ValueError(f"--attention fa3: {error}; install FlashAttention-3 (hopper/ of "
-                             "github.com/Dao-AILab/flash-attention) or use --attention auto"
-                             ) from None
+    activate(grid.kernel)
     print_once(f"attention by {grid.kernel} ({why})")
 
 
@@ -727,9 +739,7 @@ def main(argv: list[str] | None = None) -> None:
         options = stage1_parser().parse_args(argv)
         grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
         scaling = scaling_from_options(vars(options))
-        # every sequence has this length; with a mask attention sees documents, of any length
-        chunk = None if options.document_mask else options.sequence_length / (2 * grid.cp)
-        config, tokenizer = load_start(options, grid, scaling, chunk)
+        config, tokenizer = load_start(options, grid, scaling, chunk_length(options))
         training, validation = stage1_datasets(options, tokenizer)
         run_stage(options, grid, config, tokenizer, training, validation)
         grid.close()

@@ -13,7 +13,7 @@ import torch
 from data import Batch
 from model import Llama
 from parallel import ShardedAdamW, attention_kernel
-from train import capability_of, training_step
+from train import activate, capability_of, training_step
 
 LEARNING_RATE = 1e-4
 
@@ -63,14 +63,8 @@ def start_kernel(options: Namespace, dtype: str, head_dim: int, length: int,
     capability = capability_of(options.device)
     kernel, why = attention_kernel(options.attention, capability, getattr(torch, dtype), head_dim,
                                    length / (2 * cp))
-    make_ready(kernel)
+    activate(kernel)
     return kernel, why
-
-
-def make_ready(kernel: str) -> None:
-    """Each process of FlashAttention-3 puts it in the place of torch's own flash operators."""
-    if kernel == "fa3":
-        torch.nn.attention.activate_flash_attention_impl("FA3")
 
 
 def machine(device: str) -> dict[str, str]:

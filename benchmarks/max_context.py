@@ -30,7 +30,7 @@ from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig, read_config
 from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
 from tools.plan import Plan
-from train import peak_memory_gib
+from train import activate, peak_memory_gib
 
 COLUMNS = {
     "S": ",", "kernel": "", "peak GiB": ".3f", "predicted GiB": ".3f", "s a step": ".2f",
@@ -67,7 +67,7 @@ class Step:
         """Child process: one step; answers (peak GiB, seconds), or None if the GPU's memory does
         not suffice."""
         torch.set_num_threads(self.threads)
-        common.make_ready(self.kernel)
+        activate(self.kernel)
         try:
             grid = Grid(kernel=self.kernel)
             model = Llama(self.config, grid).to(self.device, getattr(torch, self.dtype))

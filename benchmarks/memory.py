@@ -21,7 +21,7 @@ import torch
 from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig
 from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
-from train import peak_memory_gib
+from train import activate, peak_memory_gib
 
 VOCABULARY = 8192
 COLUMNS = {
@@ -44,7 +44,7 @@ def serve(pipe, rank: int, cp: int, port: int, length: int, config: dict, recomp
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cp),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    common.make_ready(kernel)
+    activate(kernel)
     grid = Grid.create(cp=cp, device=device)
     grid.kernel = kernel
     model = Llama(ModelConfig.from_hf(config), grid).initialise(0).to(device, getattr(torch, dtype))

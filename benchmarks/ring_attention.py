@@ -35,6 +35,7 @@ from parallel import (
     ring_attention,
     zigzag_block,
 )
+from train import activate
 
 COLUMNS = {
     "S": ",", "kernel": "", "dense, s": ".3f", "zigzag, s": ".3f", "zigzag, of dense": ".1%",
@@ -103,7 +104,7 @@ def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(threads)
-    common.make_ready(kernel)
+    activate(kernel)
     grid = Grid.create(cp=ranks, device=device)
     grid.kernel = kernel
     place = f"cuda:{rank}" if device == "cuda" else "cpu"

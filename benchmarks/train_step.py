@@ -28,7 +28,7 @@ import torch
 from benchmarks import common
 from model import Llama, ModelConfig
 from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
-from train import peak_memory_gib
+from train import activate, peak_memory_gib
 
 WEIGHT_DECAY = 0.1
 COLUMNS = {
@@ -40,7 +40,7 @@ COLUMNS = {
 
 def our_step(config: dict, dtype: torch.dtype, device: str, recompute: bool, kernel: str):
     """A function that makes one step of train.py on a batch and returns the mean loss."""
-    common.make_ready(kernel)
+    activate(kernel)
     grid = Grid(kernel=kernel)
     model = Llama(ModelConfig.from_hf(config), grid).initialise(0).to(device, dtype)
     model.recompute = "mlp" if recompute else "none"

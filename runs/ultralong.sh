@@ -27,8 +27,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "error: $*" >&2; exit 1; }
 usage() { fail "usage: bash $0 1m|2m|4m|llama32_1b MODEL_DIR TEXT CHAT OUT, or --plan in place of the last four"; }
 
-# What a preset says. WINDOW is FACTOR x 8,192, the window Llama 3 was pretrained with. A step reads BATCH x WINDOW tokens. STEPS
-# are NVIDIA's for 1M, 2M and 4M; 2M tokens a step at 1M and 8M at the others give the paper's 1B or so: our inference. LENGTHS is for the evaluation; WAIT, seconds without a word from a rank that are no fault: more than a step.
+# What a preset says. WINDOW is FACTOR x 8,192, the window Llama 3 was pretrained with. STEPS are NVIDIA's for 1M, 2M and 4M. A
+# step reads BATCH x WINDOW tokens: 2M at 1M and 8M at 2M and 4M, which gives the paper's 1B or so (our inference); with the 1B
+# 1M. LENGTHS is for the evaluation; WAIT, seconds without a word from a rank that are no fault: more than a step.
 PRESET=${1:-} CONFIG=runs/llama31_8b.json  # what --plan reads instead of a model
 case "$PRESET" in
   1m) WINDOW=1048576 FACTOR=128 BATCH=2 STEPS=480 WAIT=${WAIT:-7200}

@@ -21,7 +21,7 @@ from steps import SHAPE
 from benchmarks.plans import planned_grids
 from data import Batch
 from eval_niah import Prompt, Reader, predict
-from model import Llama, read_config
+from model import Llama, ModelConfig, read_config
 from parallel import ShardedAdamW
 from tools.plan import DEVICES, Plan
 from tools.plan import parser as plan_parser
@@ -60,13 +60,18 @@ def name(plan: Plan) -> str:
     return " ".join(words)
 
 
-def build(plan: Plan, grid, layers: int) -> Llama:
+def on_the_gpu(llama: type[Llama], config: ModelConfig, grid) -> Llama:
+    """A model that is born there, in bfloat16."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda:0"):
-            model = Llama(replace(plan.config, num_hidden_layers=layers), grid)
+            return llama(config, grid)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def build(plan: Plan, grid, layers: int) -> Llama:
+    model = on_the_gpu(Llama, replace(plan.config, num_hidden_layers=layers), grid)
     model.recompute = plan.recompute
     model.offload = plan.offload
     model.tile = plan.tile
@@ -208,12 +213,7 @@ def run_everything(kernel: str, changed: str = "", old: str = "", new: str = "")
         tokens = torch.zeros(2, 512, dtype=torch.int64)  # cuDNN takes chunks of 128
         with rank_of(2, 2, 2, 5) as grid, fake_cuda(kernel):
             grid.kernel = kernel
-            torch.set_default_dtype(torch.bfloat16)
-            try:
-                with torch.device("cuda:0"):
-                    model = model_py.Llama(config, grid)
-            finally:
-                torch.set_default_dtype(torch.float32)
+            model = on_the_gpu(model_py.Llama, config, grid)
             model.recompute, model.offload = "mlp", True
             optimizer = parallel.ShardedAdamW(model, grid, on_host=True)
             train.training_step(model, optimizer, Batch(tokens, tokens), 1)

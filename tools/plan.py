@@ -43,6 +43,7 @@ from train import (
     Parser,
     capability_of,
     check_run,
+    chunk_length,
     compute_type,
     forward_flops,
     is_here,
@@ -282,8 +283,7 @@ class Plan:
             logits = logits / 2
         columns = min(rows, VOCABULARY_TILE) * c.hidden_size * size
         # h and dh; then, the larger, h scaled in float32 and rounded, or a product of h
-        states = self.tile_bytes(logit_bytes(c, self.tp, size)) / logit_bytes(c, self.tp, size)
-        states = states * c.hidden_size * size
+        states = self.tile_positions(logit_bytes(c, self.tp, size)) * c.hidden_size * size
         products = max((4 / size + 2 + 3 / self.tp) * states, (1 + 3 / self.tp) * states + columns)
         at_loss = {
             name: 0.0 if self.offloaded else kept,
@@ -369,10 +369,10 @@ class Plan:
         # gathers and scatters of a block: 4 forward, 4 backward;
         # recomputed: 1 for q k v, 1 + 3 in the tiles' forward
         times = 8 if self.recompute == "none" else 13
-        others = (self.tp - 1) / self.tp
-        blocks = layers * times * s["gathered"] * others
+        partners = (self.tp - 1) / self.tp
+        blocks = layers * times * s["gathered"] * partners
         # the embedding scatters and gathers, the loss too; and sums three numbers a position
-        ends = (4 * s["gathered"] + 24 * self.positions) * others
+        ends = (4 * s["gathered"] + 24 * self.positions) * partners
 
         # K V go around once a forward, once in backward
         passes = 3 if self.recompute == "block" else 2
@@ -660,8 +660,8 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
         check_run(a, grid, config)
         capability = capability_of(where) if a.on == "measured" else DEVICES[a.on].capability
-        chunk = None if a.document_mask else a.sequence_length / (2 * grid.cp)
-        kernel, why = attention_kernel(a.attention, capability, dtype, config.head_dim, chunk)
+        kernel, why = attention_kernel(
+            a.attention, capability, dtype, config.head_dim, chunk_length(a))
 
         if a.on == "measured":
             device = measured_device(where, dtype, config.head_dim, kernel)
