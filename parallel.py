@@ -646,9 +646,9 @@ def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torc
 
         flash   330, backward 330   FlashAttention-2: any length; GPUs since A100, and CPUs
         cudnn   560, backward 555   part of torch: Hopper and Blackwell, D <= 128
-        fa3     680, backward 585   FlashAttention-3, a package of its own: Hopper
+        fa3     616, backward 561   FlashAttention-3, a package of its own: Hopper
 
-    (Causal, bfloat16, D = 128; the first two measured, fa3 assumed: docs/memory.md.) auto is
+    (Causal, D = 128; the first two measured, fa3 by its paper: docs/memory.md.) auto is
     cudnn where it can be, else flash. `capability` is the GPU's (major, minor), None of a CPU.
     `chunk` is the length of a zigzag chunk, None if lengths vary. ValueError for what cannot be.
     """

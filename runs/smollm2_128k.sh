@@ -50,7 +50,7 @@ SOURCE=(--model "$MODEL")
 [ "$*" != --plan ] || SOURCE=(--config runs/smollm2_135m.json)
 python -m tools.plan "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE1[@]}"
 echo "-- and stage 2:"
-python -m tools.plan "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE2[@]}"
+python -m tools.plan "$GPU" --processes "$GPUS" "${SOURCE[@]}" --stage 2 --pack "${STAGE2[@]}"
 [ "$*" != --plan ] || exit 0
 mkdir -p "$OUT"
 # a stop waits for the step at work and its checkpoint; torch 2.11's torchrun, which lacks the option, for 30 s

@@ -312,6 +312,9 @@ def test_plans_are_what_the_header_says(capsys, record, recipe):
     (first, second), (gib, host, seconds), header = plans(capsys, record, recipe)
     assert f"{batch} x {window:,} tokens a step" in first
     assert "128 x 8,192 tokens a step" in second
+    # sft.py's samples have any length
+    assert "attention by cudnn (the faster one here)" in first
+    assert "attention by flash (not cudnn: chunks of any number of positions" in second
     assert gib < 76
     assert host < 240
     assert "of 76.0: fits" in first

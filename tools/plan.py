@@ -5,9 +5,10 @@ anything is rented.
         --tp 8 --recompute mlp --offload
     python -m tools.plan measured --model MODEL_DIR --sequence-length 16384
 
-The second one is for this machine, which is timed in a few seconds. Options are train.py's,
-sft.py's --pack, and --processes: how many GPUs there are. Everything is computed from shapes,
-nothing is allocated. A plan that does not fit is an error that names the smallest change that does.
+The second one is for this machine, which is timed in a few seconds. Options are train.py's;
+--processes says how many GPUs there are, --stage 2 that sft.py is planned. Everything is computed
+from shapes, nothing is allocated. A plan that does not fit is an error that names the smallest
+change that does.
 """
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ from model import (
     read_config,
 )
 from parallel import (
+    CUDNN_MULTIPLE,
     Grid,
     attention_kernel,
     block_backward,
@@ -78,7 +80,7 @@ class Device:
 
 H100 = Device(
     capability=(9, 0), memory=76 * 2**30, peak=989e12, product=640e12,
-    attention={"flash": (311e12, 328e12), "cudnn": (538e12, 545e12), "fa3": (680e12, 585e12)},
+    attention={"flash": (311e12, 328e12), "cudnn": (538e12, 545e12), "fa3": (616e12, 561e12)},
     small_heads=0.8,
     bandwidth=3.35e12, link=350e9, network=40e9, host=50e9, host_memory=240 * 2**30)
 A100 = Device(
@@ -178,6 +180,7 @@ class Plan:
     tile: int | None = None  # positions, see Llama
     cuda: bool = True
     kernel: str = "flash"  # of attention, see parallel.attention_kernel
+    document_mask: bool = False  # which takes whole sequences
 
     @property
     def processes(self) -> int:
@@ -474,13 +477,18 @@ def tokens_per_second(plan: Plan, device: Device) -> float:
 
 
 def grids(plan: Plan, processes: int) -> Iterator[Plan]:
-    """The plan on every grid of so many GPUs that can split its heads, sequence and batch."""
+    """The plan on every grid of so many GPUs that can split its heads, sequence and batch, and
+    leaves chunks to its kernel that it takes."""
     split = [getattr(plan.config, name) for name in SPLIT_BY_TP]
     for tp in range(1, min(NODE, processes) + 1):
         if any(size % tp for size in split):
             continue
         for cp in range(1, processes // tp + 1):
             if processes % (cp * tp) or plan.length % Grid(cp=cp, tp=tp).sequence_multiple:
+                continue
+            if plan.document_mask and cp > 1:
+                continue
+            if plan.kernel == "cudnn" and plan.length % (2 * cp * CUDNN_MULTIPLE):
                 continue
             dp = processes // (tp * cp)
             if plan.batch % dp == 0:
@@ -579,25 +587,25 @@ def print_times(plan: Plan, device: Device) -> None:
           f"causal MFU {utilisation:.1%}, {1e9 / rate / 3600:,.0f} GPU-hours for 1B tokens")
     forward, backward = device.attention[plan.kernel]
     print(f"assumed: products at {device.product / 1e12:.3g} TFLOP/s, "
-          f"attention by {plan.kernel} {forward / 1e12:.3g} forward and "
-          f"{backward / 1e12:.3g} backward, "
+          f"attention {forward / 1e12:.3g} forward and {backward / 1e12:.3g} backward, "
           f"memory {device.bandwidth / 1e12:.3g} TB/s, "
           f"links {device.link / 1e9:.0f} GB/s in a node of {NODE}, "
           f"{device.network / 1e9:.0f} between nodes, host {device.host / 1e9:.0f}; "
           "the ring is hidden behind attention, nothing else is")
 
 
-def print_plan(plan: Plan, name: str, device: Device) -> None:
-    """What is planned, on which device, and both tables."""
+def print_plan(plan: Plan, name: str, device: Device, why: str) -> None:
+    """What is planned, on which device, `why` with this kernel, and both tables."""
     parameters = sum(matrices(plan.config).values())
     title = (f"{parameters / 1e9:.2f}B parameters, {plan.batch} x {plan.length:,} tokens a step; "
              f"dp {plan.dp} x cp {plan.cp} x tp {plan.tp} = {plan.processes} x {name}; "
-             f"attention by {plan.kernel}, --recompute {plan.recompute}")
+             f"--recompute {plan.recompute}")
     if plan.offload:
         title += ", --offload"
     if plan.offload_optimizer:
         title += ", --offload-optimizer"
     print(title)
+    print(f"attention by {plan.kernel} ({why})")
     print("a rank: " + rank_shapes(plan))
     print_memory(plan, device)
     print_times(plan, device)
@@ -629,9 +637,11 @@ def what_would_fit(plan: Plan, device: Device) -> str:
 
 def parser() -> Parser:
     parser = stage1_parser(planned=True)
-    parser.description = ("Plan a run: memory and time of a rank. Options are train.py's, and "
-                          "sft.py's --pack.")
+    parser.description = ("Plan a run: memory and time of a rank. Options are train.py's, and some "
+                          "of sft.py's.")
     add = parser.add_argument
+    add("--stage", type=int, choices=(1, 2), default=1,
+        help="2: sft.py's rows, each as long as its sample; all are planned at --sequence-length")
     add("--pack", dest="document_mask", action="store_true", help="of sft.py")
     add("on", metavar="GPU", choices=(*DEVICES, "measured"),
         help=f"{', '.join(DEVICES)}, or measured: this machine")
@@ -660,8 +670,8 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
         check_run(a, grid, config)
         capability = capability_of(where) if a.on == "measured" else DEVICES[a.on].capability
-        kernel, why = attention_kernel(
-            a.attention, capability, dtype, config.head_dim, chunk_length(a))
+        chunk = chunk_length(a) if a.stage == 1 else None  # samples have any length
+        kernel, why = attention_kernel(a.attention, capability, dtype, config.head_dim, chunk)
 
         if a.on == "measured":
             device = measured_device(where, dtype, config.head_dim, kernel)
@@ -670,9 +680,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = a.micro_batch_size or a.batch_size // grid.dp
         plan = Plan(config, a.sequence_length, a.batch_size, rows, a.tp, a.cp, grid.dp,
                     dtype.itemsize, a.recompute, a.offload, a.offload_optimizer, a.tile,
-                    cuda=where != "cpu", kernel=kernel)
-        print_plan(plan, a.on, device)
-        print(f"attention by {kernel}: {why}")
+                    cuda=where != "cpu", kernel=kernel, document_mask=a.document_mask)
+        print_plan(plan, a.on, device, why)
         if plan.length > config.max_position_embeddings and not a.rope_kind:
             print(f"the model's window is {config.max_position_embeddings}: training needs "
                   "--rope-kind and --rope-factor")

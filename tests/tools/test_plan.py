@@ -8,10 +8,10 @@ import torch
 from allocations import Allocations
 from steps import MEMORY_MODES, batch, build
 
-from model import ModelConfig
+from model import ModelConfig, read_config
 from parallel import Grid, ShardedAdamW
 from tools import plan
-from tools.plan import DEVICES, Plan, cheapest
+from tools.plan import DEVICES, Plan, cheapest, grids
 from train import forward_flops, training_step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -55,6 +55,7 @@ def test_plan_of_the_8b_model(capsys):
     out = planned(capsys, "H100-80", "--config", str(ROOT / "runs/llama31_8b.json"),
                   "--sequence-length", str(2**20), "--tp", "8", "--recompute", "block")
     assert "8.03B parameters" in out
+    assert out.count("cudnn") == 1  # the kernel, and why it: said once
     assert "fits" in out
     assert "DOES NOT" not in out
     table = out.split("GiB\n")[1].split("  total")[0]
@@ -75,6 +76,17 @@ def test_plan_names_the_smallest_that_fits(capsys):
     assert "--processes 8 --tp 8 --cp 1" in hint
     extra = hint.split("--micro-batch-size 1 ")[1].split()
     assert "fits" in planned(capsys, *words, *extra)
+
+
+@pytest.mark.parametrize("kernel, document_mask, largest", [
+    ("flash", False, 16),
+    ("cudnn", False, 4),  # chunks of 1024 / 8 = 128 positions
+    ("flash", True, 1),
+])
+def test_only_grids_that_run_are_looked_at(kernel, document_mask, largest):
+    config = read_config(ROOT / "runs/llama32_1b.json")
+    asked = Plan(config, 1024, 16, 1, 1, 1, 1, kernel=kernel, document_mask=document_mask)
+    assert max(grid.cp for grid in grids(asked, 16)) == largest
 
 
 def test_cheapest_is_none_when_nothing_fits():
