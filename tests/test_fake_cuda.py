@@ -229,6 +229,17 @@ def test_nothing_is_on_the_wrong_device(kernel):
     run_everything(kernel)
 
 
+def test_packed_samples_of_stage_2():
+    """--pack: rows with document ids, whose borders the host reads."""
+    rows = torch.zeros(2, 64, dtype=torch.int64)
+    with rank_of(tp=2, dp=2, rank=3) as grid, fake_cuda() as meter:
+        model = on_the_gpu(Llama, ModelConfig.from_hf(SHAPE | {"num_hidden_layers": 1}), grid)
+        optimizer = ShardedAdamW(model, grid)
+        training_step(model, optimizer, Batch(rows, rows, document_ids=rows), 1)
+        optimizer.step(1e-4, 1.0)
+    assert meter.peak["cuda"] > 0
+
+
 @pytest.mark.parametrize("planted", MIX_UPS)
 def test_a_planted_mix_up_is_noticed(planted):
     with pytest.raises((RuntimeError, AssertionError), match=COMPLAINT):
