@@ -48,6 +48,7 @@ GROUPS = {
 Segments = list[list[int]]  # of each row of a batch: where its documents begin and end, [0, ..., S]
 ATTENTION = ("auto", "flash", "cudnn", "fa3")  # what computes attention: see `attention_kernel`
 CUDNN_MULTIPLE = 128  # of the lengths of blocks that cuDNN is given
+aten = torch.ops.aten
 
 
 # -------------------------------------------------------------------------------------- the grid
@@ -644,13 +645,13 @@ def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torc
                      head_dim: int, chunk: float | None) -> tuple[str, str]:
     """(kernel, why): what computes a run's blocks; `asked` is one of ATTENTION. TFLOP/s on an H100:
 
-        flash   330, backward 330   FlashAttention-2: any length; GPUs since A100, and CPUs
-        cudnn   560, backward 555   part of torch: Hopper and Blackwell, D <= 128
+        flash   311, backward 328   FlashAttention-2: any length; GPUs since A100, and CPUs
+        cudnn   538, backward 545   part of torch: Hopper and Blackwell, D <= 128
         fa3     616, backward 561   FlashAttention-3, a package of its own: Hopper
 
-    (Causal, D = 128; the first two measured, fa3 by its paper: docs/memory.md.) auto is
-    cudnn where it can be, else flash. `capability` is the GPU's (major, minor), None of a CPU.
-    `chunk` is the length of a zigzag chunk, None if lengths vary. ValueError for what cannot be.
+    (Causal, D = 128; the first two measured, fa3 by its paper: docs/memory.md.) auto is cudnn where
+    it can be, else flash. `capability` is the GPU's (major, minor), None of a CPU. `chunk` is the
+    length of a zigzag chunk, None if lengths vary. ValueError for what cannot be.
     """
     if capability is None:
         if asked in ("cudnn", "fa3"):
@@ -666,22 +667,24 @@ def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torc
     if head_dim % 8 or head_dim > 256:
         raise ValueError(f"config.json: head_dim {head_dim} cannot be used on cuda; its flash "
                          "attention takes 8, 16, ... 256")
+    kernel = "cudnn" if asked == "auto" else asked
     major = capability[0]
-    obstacle = None  # what the kernel that is asked for does not take
-    if asked == "fa3" and major != 9:
+    obstacle = None  # what it does not take
+    if kernel == "fa3" and major != 9:
         obstacle = f"the GPU's compute capability, {major}.x, is not 9.0"
-    elif asked in ("auto", "cudnn") and major not in (9, 10):
+    elif kernel == "cudnn" and major not in (9, 10):
         obstacle = f"the GPU's compute capability, {major}.x, is neither 9 nor 10"
-    elif asked in ("auto", "cudnn") and head_dim > 128:
+    elif kernel == "cudnn" and head_dim > 128:
         obstacle = f"head_dim {head_dim} is above 128"
-    elif asked in ("auto", "cudnn") and (chunk is None or chunk % CUDNN_MULTIPLE):
-        length = f"{chunk:g}" if chunk else "any number of"
-        obstacle = f"chunks of {length} positions are no multiples of {CUDNN_MULTIPLE}"
+    elif kernel == "cudnn" and chunk is None:
+        obstacle = "lengths vary"
+    elif kernel == "cudnn" and chunk % CUDNN_MULTIPLE:
+        obstacle = f"chunks of {chunk:g} positions are no multiples of {CUDNN_MULTIPLE}"
+    if not obstacle:
+        return kernel, "the faster one here" if asked == "auto" else "as asked"
     if asked == "auto":
-        return ("flash", f"not cudnn: {obstacle}") if obstacle else ("cudnn", "the faster one here")
-    if obstacle:
-        raise ValueError(f"--attention {asked} cannot be used: {obstacle}; use --attention auto")
-    return asked, "as asked"
+        return "flash", f"not cudnn: {obstacle}"
+    raise ValueError(f"--attention {asked} cannot be used: {obstacle}; use --attention auto")
 
 
 def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool,
@@ -693,7 +696,6 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool,
     F.scaled_dot_product_attention, which does not return the log-sum-exp; 0.0 is dropout. Here and
     in `block_backward` is all that calls a kernel.
     """
-    aten = torch.ops.aten
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     if kernel == "cudnn" and cudnn_takes(q, k):
@@ -705,7 +707,6 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool,
 def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                    causal: bool, kernel: str = "flash") -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one block, given `out` and `lse` of the queries' whole rows."""
-    aten = torch.ops.aten
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             d_out, q, k, v, out, lse, 0.0, causal)

@@ -135,7 +135,7 @@ def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here
         help="if not given: bfloat16 on a GPU, float32 on a CPU")
     add("--device", type=device, default=here, help="cpu or cuda")
     add("--attention", choices=ATTENTION, default="auto",
-        help="what computes it on a GPU: FlashAttention-2, cuDNN, FlashAttention-3")
+        help="on a GPU; auto: cuDNN where it can be, else flash (FlashAttention-2)")
     add("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
     add("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
     add("--timeout", type=seconds, default=600.0,
