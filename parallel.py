@@ -46,7 +46,6 @@ GROUPS = {
     "cp_tp": ("cp", "tp"), "dp_cp": ("dp", "cp"), "all": AXES,
 }
 Segments = list[list[int]]  # of each row of a batch: where its documents begin and end, [0, ..., S]
-ATTENTION = ("auto", "flash", "cudnn", "fa3")  # what computes attention: see `attention_kernel`
 CUDNN_MULTIPLE = 128  # of the lengths of blocks that cuDNN is given
 aten = torch.ops.aten
 
@@ -77,7 +76,7 @@ class Grid:
 
     `groups` holds this rank's process group for each entry of GROUPS with more than one rank: over
     another there is nothing to do. `timeout` is in seconds, see `restart_timer`. `kernel` computes
-    the blocks of attention; whoever knows model and device sets it, see `attention_kernel`.
+    the blocks of attention, see `block_forward`; `train.choose_attention` sets it.
     """
 
     dp: int = 1
@@ -95,6 +94,10 @@ class Grid:
         self.is_first = self.rank == 0  # the process that prints and writes files
         # of sequence lengths: 2 cp equal chunks (zigzag), and cp tp equal pieces; alone, any length
         self.sequence_multiple = 2 * self.cp * self.tp if self.cp * self.tp > 1 else 1
+
+    def chunk(self, length: int) -> int:
+        """Positions in a zigzag chunk of a sequence; one rank has it whole."""
+        return length // (2 * self.cp) if self.cp > 1 else length
 
     @classmethod
     def create(cls, tp: int = 1, cp: int = 1, device: str | None = None,
@@ -641,60 +644,19 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.sub_(F.logsigmoid(lse - part_lse))
 
 
-def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torch.dtype,
-                     head_dim: int, chunk: float | None) -> tuple[str, str]:
-    """(kernel, why): what computes a run's blocks; `asked` is one of ATTENTION. TFLOP/s on an H100:
-
-        flash   311, backward 328   FlashAttention-2: any length; GPUs since A100, and CPUs
-        cudnn   538, backward 545   part of torch: Hopper and Blackwell, D <= 128
-        fa3     616, backward 561   FlashAttention-3, a package of its own: Hopper
-
-    (Causal, D = 128; the first two measured, fa3 by its paper: docs/memory.md.) auto is cudnn where
-    it can be, else flash. `capability` is the GPU's (major, minor), None of a CPU. `chunk` is the
-    length of a zigzag chunk, None if lengths vary. ValueError for what cannot be.
-    """
-    if capability is None:
-        if asked in ("cudnn", "fa3"):
-            raise ValueError(f"--attention {asked} needs a GPU; a CPU takes auto or flash")
-        return "flash", "the kernel for CPUs"
-    if capability < (8, 0):
-        raise ValueError("--device cuda: this GPU's compute capability is {}.{}, attention needs "
-                         "8.0 (A100) or newer; use --device cpu".format(*capability))
-    if dtype not in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"--dtype {name} cannot be used on cuda, whose flash attention takes "
-                         "bfloat16; use --dtype bfloat16")
-    if head_dim % 8 or head_dim > 256:
-        raise ValueError(f"config.json: head_dim {head_dim} cannot be used on cuda; its flash "
-                         "attention takes 8, 16, ... 256")
-    kernel = "cudnn" if asked == "auto" else asked
-    major = capability[0]
-    obstacle = None  # what it does not take
-    if kernel == "fa3" and major != 9:
-        obstacle = f"the GPU's compute capability, {major}.x, is not 9.0"
-    elif kernel == "cudnn" and major not in (9, 10):
-        obstacle = f"the GPU's compute capability, {major}.x, is neither 9 nor 10"
-    elif kernel == "cudnn" and head_dim > 128:
-        obstacle = f"head_dim {head_dim} is above 128"
-    elif kernel == "cudnn" and chunk is None:
-        obstacle = "lengths vary"
-    elif kernel == "cudnn" and chunk % CUDNN_MULTIPLE:
-        obstacle = f"chunks of {chunk:g} positions are no multiples of {CUDNN_MULTIPLE}"
-    if not obstacle:
-        return kernel, "the faster one here" if asked == "auto" else "as asked"
-    if asked == "auto":
-        return "flash", f"not cudnn: {obstacle}"
-    raise ValueError(f"--attention {asked} cannot be used: {obstacle}; use --attention auto")
-
-
 def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool,
                   kernel: str = "flash") -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(D)) v of one block, and its rows' log-sum-exp in float32 (or float64).
 
     q (B, H, S, D), k and v (B, Hkv, N, D) -> (B, H, S, D), (B, H, S). K and V keep their own number
-    of heads: grouped-query attention never repeats them in memory. These are the operators behind
-    F.scaled_dot_product_attention, which does not return the log-sum-exp; 0.0 is dropout. Here and
-    in `block_backward` is all that calls a kernel.
+    of heads: grouped-query attention never repeats them in memory. On CUDA by one of three kernels:
+
+        flash   FlashAttention-2: any length, heads up to 256, GPUs since A100
+        cudnn   1.6 times as fast on an H100: Hopper and Blackwell, heads up to 128
+        fa3     FlashAttention-3, a package of its own, behind flash's operators: Hopper
+
+    These are the operators behind F.scaled_dot_product_attention, which does not return the
+    log-sum-exp; 0.0 is dropout. Here and in `block_backward` is all that calls a kernel.
     """
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
@@ -714,6 +676,7 @@ def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     lengths = (q.shape[2], k.shape[2])
     lse = lse.contiguous()  # a slice of it is not, and both kernels read it as if it were
     if kernel == "cudnn" and cudnn_takes(q, k):
+        # it may remember strides by q, k, v alone: out and d_out are to lie in one way always
         return aten._scaled_dot_product_cudnn_attention_backward(
             d_out, q, k, v, out, lse[..., None], unused, unused, None, None, None, *lengths,
             0.0, causal)
@@ -722,7 +685,8 @@ def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
 
 
 def cudnn_takes(q: Tensor, k: Tensor) -> bool:
-    """Whether a block is for cuDNN, which gives NaN for one query and has erred at odd lengths."""
+    """Whether a block is for cuDNN: of one query its backward has given NaN, and other lengths are
+    left to flash to be safe."""
     return q.shape[2] % CUDNN_MULTIPLE == 0 and k.shape[2] % CUDNN_MULTIPLE == 0
 
 

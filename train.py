@@ -37,10 +37,11 @@ from tqdm import tqdm
 import data
 from model import RECOMPUTE, Llama, ModelConfig, read_config, rescale
 from parallel import (
-    ATTENTION,
+    CUDNN_MULTIPLE,
     Grid,
     ShardedAdamW,
-    attention_kernel,
+    block_backward,
+    block_forward,
     launched,
     one_line_errors,
     print_once,
@@ -57,6 +58,7 @@ FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is 
 PEAKS = {  # dense bfloat16 FLOP/s
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 CHECKPOINT_FORMAT = 2
+ATTENTION = ("auto", "flash", "cudnn", "fa3")  # see `attention_kernel`
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -146,40 +148,6 @@ def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here
 def compute_type(dtype: str | None, device: str) -> str:
     """The --dtype that was asked for; else bfloat16 on a GPU, and float32 on a CPU."""
     return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-
-
-def capability_of(device: str) -> tuple[int, int] | None:
-    """The compute capability of a GPU, (9, 0) of an H100; None of a CPU."""
-    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
-
-
-def chunk_length(options: Namespace) -> float | None:
-    """Positions of a zigzag chunk, where every sequence has --sequence-length; None with a mask:
-    attention then sees documents, of any length."""
-    return None if options.document_mask else options.sequence_length / (2 * options.cp)
-
-
-def activate(kernel: str) -> None:
-    """Make a kernel ready in this process: FlashAttention-3 takes the place of torch's own flash
-    operators. Raises ValueError if its package is not there."""
-    if kernel != "fa3":
-        return
-    try:
-        torch.nn.attention.activate_flash_attention_impl("FA3")
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(f"--attention fa3: {error}; install FlashAttention-3 (hopper/ of "
-                         "github.com/Dao-AILab/flash-attention) or use --attention auto") from None
-
-
-def choose_attention(options: Namespace, grid: Grid, config: ModelConfig,
-                     chunk: float | None) -> None:
-    """Set `grid.kernel` for this run, and say which it is and why: see `attention_kernel`."""
-    dtype = getattr(torch, compute_type(options.dtype, options.device))
-    capability = capability_of(options.device)
-    grid.kernel, why = attention_kernel(
-        options.attention, capability, dtype, config.head_dim, chunk)
-    activate(grid.kernel)
-    print_once(f"attention by {grid.kernel} ({why})")
 
 
 def argument_parser(description: str, planned: bool = False) -> Parser:
@@ -289,6 +257,94 @@ def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
     return training, validation
 
 
+# -------------------------------------------------------------------------- the kernel of attention
+
+
+def capability_of(device: str) -> tuple[int, int] | None:
+    """The compute capability of a GPU, (9, 0) of an H100; None of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
+
+
+def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torch.dtype,
+                     head_dim: int, chunk: int | None) -> tuple[str, str]:
+    """(kernel, why): what computes a run's blocks, see `parallel.block_forward`.
+
+    `asked` is one of ATTENTION; auto is cudnn where it can be, else flash. `capability` is the
+    GPU's (major, minor), None of a CPU; `chunk` the length of a zigzag chunk, None if lengths vary.
+    Raises ValueError for what cannot be.
+    """
+    if capability is None:
+        if asked in ("cudnn", "fa3"):
+            raise ValueError(f"--attention {asked} needs a GPU; a CPU takes auto or flash")
+        return "flash", "the kernel for CPUs"
+    if capability < (8, 0):
+        raise ValueError("--device cuda: this GPU's compute capability is {}.{}, attention needs "
+                         "8.0 (A100) or newer; use --device cpu".format(*capability))
+    if dtype not in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"--dtype {name} cannot be used on cuda, whose flash attention takes "
+                         "bfloat16; use --dtype bfloat16")
+    if head_dim % 8 or head_dim > 256:
+        raise ValueError(f"config.json: head_dim {head_dim} cannot be used on cuda; its flash "
+                         "attention takes 8, 16, ... 256")
+    kernel = "cudnn" if asked == "auto" else asked
+    major = capability[0]
+    obstacle = None  # what it does not take
+    if kernel == "fa3" and major != 9:
+        obstacle = f"the GPU's compute capability, {major}.x, is not 9.0"
+    elif kernel == "cudnn" and major not in (9, 10):
+        obstacle = f"the GPU's compute capability, {major}.x, is neither 9 nor 10"
+    elif kernel == "cudnn" and head_dim > 128:
+        obstacle = f"head_dim {head_dim} is above 128"
+    elif kernel == "cudnn" and chunk is None:
+        obstacle = "lengths vary"
+    elif kernel == "cudnn" and chunk % CUDNN_MULTIPLE:
+        obstacle = f"chunks of {chunk:,} positions are no multiples of {CUDNN_MULTIPLE}"
+    if not obstacle:
+        return kernel, "the faster one here" if asked == "auto" else "as asked"
+    if asked == "auto":
+        return "flash", f"not cudnn: {obstacle}"
+    raise ValueError(f"--attention {asked} cannot be used: {obstacle}; use --attention auto")
+
+
+def activate(kernel: str) -> None:
+    """In this process FlashAttention-3 takes the place of torch's own flash operators, if asked."""
+    if kernel == "fa3":
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
+def try_kernel(kernel: str, device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Make a kernel ready and compute a block with it: what this machine's torch or its packages
+    lack is met here, not in the first step. Raises ValueError."""
+    remedy = {
+        "fa3": "install FlashAttention-3 (hopper/ of github.com/Dao-AILab/flash-attention) or use "
+               "--attention auto",
+        "cudnn": "use --attention flash",
+        "flash": "use --device cpu",
+    }
+    try:
+        activate(kernel)
+        if device.startswith("cuda"):
+            q = torch.zeros(1, 1, CUDNN_MULTIPLE, head_dim, dtype=dtype, device=device)
+            out, lse = block_forward(q, q, q, True, kernel)
+            block_backward(q, q, q, q, out, lse, True, kernel)
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--attention {kernel} does not run here: {reason}; "
+                         f"{remedy[kernel]}") from None
+
+
+def choose_attention(options: Namespace, grid: Grid, config: ModelConfig,
+                     chunk: int | None) -> None:
+    """Set `grid.kernel` for this run, and say which it is and why: see `attention_kernel`."""
+    dtype = getattr(torch, compute_type(options.dtype, options.device))
+    capability = capability_of(options.device)
+    grid.kernel, why = attention_kernel(
+        options.attention, capability, dtype, config.head_dim, chunk)
+    try_kernel(grid.kernel, options.device, dtype, config.head_dim)
+    print_once(f"attention by {grid.kernel} ({why})")
+
+
 # ------------------------------------------------------------------------------- model and schedule
 
 
@@ -308,7 +364,7 @@ def extension_hint(config: ModelConfig, length: int) -> str:
 
 
 def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None,
-               chunk: float | None) -> tuple[ModelConfig, data.Tokenizer]:
+               chunk: int | None) -> tuple[ModelConfig, data.Tokenizer]:
     """Configuration and tokenizer to start from, checked against each other and the options; the
     kernel of attention is chosen, see `choose_attention`."""
     own = read_config(options.model or options.config)
@@ -739,7 +795,10 @@ def main(argv: list[str] | None = None) -> None:
         options = stage1_parser().parse_args(argv)
         grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
         scaling = scaling_from_options(vars(options))
-        config, tokenizer = load_start(options, grid, scaling, chunk_length(options))
+        chunk = grid.chunk(options.sequence_length)
+        if options.document_mask:  # attention then sees documents, of any length
+            chunk = None
+        config, tokenizer = load_start(options, grid, scaling, chunk)
         training, validation = stage1_datasets(options, tokenizer)
         run_stage(options, grid, config, tokenizer, training, validation)
         grid.close()

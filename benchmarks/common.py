@@ -1,21 +1,31 @@
-"""What several benchmarks share: a small Llama, a random batch, one training step of a model, the
-kernel that attention runs with, and a table of results."""
+"""What several benchmarks share: options, a small Llama, a random batch, one training step of a
+model, the kernel that attention runs with, and a table of results."""
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
 
 from data import Batch
 from model import Llama
-from parallel import ShardedAdamW, attention_kernel
-from train import activate, capability_of, training_step
+from parallel import Grid, ShardedAdamW
+from train import ATTENTION, attention_kernel, capability_of, training_step, try_kernel
 
 LEARNING_RATE = 1e-4
+
+
+def parser(description: str, out: str, device: str | None = None) -> ArgumentParser:
+    """The options that all have; `device` is the default, a GPU where there is one if not given."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--attention", choices=ATTENTION, default="auto")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device or here)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
 
 
 def small_llama(hidden_size: int, layers: int, vocab_size: int, length: int) -> dict:
@@ -61,9 +71,10 @@ def start_kernel(options: Namespace, dtype: str, head_dim: int, length: int,
     """The kernel that --attention and --device give for sequences of `length`, and why; made ready
     in this process."""
     capability = capability_of(options.device)
-    kernel, why = attention_kernel(options.attention, capability, getattr(torch, dtype), head_dim,
-                                   length / (2 * cp))
-    activate(kernel)
+    chunk = Grid(cp=cp).chunk(length)
+    number_type = getattr(torch, dtype)
+    kernel, why = attention_kernel(options.attention, capability, number_type, head_dim, chunk)
+    try_kernel(kernel, options.device, number_type, head_dim)
     return kernel, why
 
 

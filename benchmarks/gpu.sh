@@ -5,7 +5,8 @@
 # kernels  each attention kernel against float64, its rates, copies; this project's tests that need a GPU
 # step     a step of SmolLM2 against the CPU's; one rank of Llama 3.1 8B at 1M tokens, tp 8, beside the plan
 # long     Llama 3.2 1B at 32K, 128K and 512K tokens, and the longest that trains
-# recipe   SmolLM2-135M-Instruct (--model) from 8K to 32K tokens: needles before and after
+# recipe   SmolLM2-135M-Instruct (--model) from 8K to 32K tokens: needles before and after; without --model the programs only,
+#          with a model of random weights
 # Tables and JSON stand in out/gpu as soon as they are there: PART.md is for docs/results.md. What is cut off keeps its rows.
 # It takes .venv's Python, or python3 where there is none. Exit code 1 if something failed or was cut off.
 set -euo pipefail
@@ -21,7 +22,6 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ "${PARTS[*]}" != recipe ] || [ -n "$MODEL$TINY" ] || fail "recipe: needs --model DIR, SmolLM2-135M-Instruct in Hugging Face layout"
 [ ${#PARTS[@]} -gt 0 ] || PARTS=(kernels step long recipe)
 PYTHON=python3
 [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
@@ -68,7 +68,7 @@ recipe() {  # train.py and eval_niah.py as a user calls them: needles before, wi
   local old=8192 new=32768 lengths="4096 8192 16384 32768" source=stdlib holdout=0.1 base=$MODEL steps=80 here=$OUT/recipe
   local size=(--batch-size 4 --micro-batch-size 1 --recompute mlp --validation-sequences 4)
   rm -rf "$here"; mkdir -p "$here"
-  if [ -n "$TINY" ]; then
+  if [ -n "$TINY" ] || [ -z "$base" ]; then
     old=128 new=256 lengths="128 256" source=tools holdout=0.5 steps=2 size=(--validation-sequences 0)
     run $PYTHON -m tools.train_tokenizer --source $source --vocab-size 1024 --out "$here/tokenizer"
   fi
@@ -94,7 +94,6 @@ recipe() {  # train.py and eval_niah.py as a user calls them: needles before, wi
 }
 
 for part in "${PARTS[@]}"; do
-  if [ "$part" = recipe ] && [ -z "$MODEL$TINY" ]; then echo "recipe is left out: no --model DIR"; continue; fi
   PAGE=$OUT/$part.md
   : > "$PAGE"
   minutes=8

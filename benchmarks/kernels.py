@@ -4,24 +4,21 @@ and how fast?
     python -m benchmarks.kernels --attention cudnn
     python -m benchmarks.kernels --tiny --device cpu     # the same code in seconds
 
-Three tables: relative errors (norm of the difference / norm) against float64 from the formula, of
+Four tables: relative errors (norm of the difference / norm) against float64 from the formula, of
 causal and whole blocks, rectangles, lengths that cuDNN leaves to flash, a ring of two with one
-log-sum-exp over both, and of keys of more than 2^31 elements against their two halves; rates,
-forward and backward, of causal FLOPs, and what backward allocates beside its gradients; rates of a
-matrix product and of copies. Writes JSON; exits 1 if an error exceeds 2 %.
+log-sum-exp over both; rates, forward and backward, of causal FLOPs, and what backward allocates
+beside its gradients; rates of a matrix product and of copies; errors of keys of more than 2^31
+elements against their two halves. Writes JSON; exits 1 if an error exceeds 2 %.
 """
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import common
 from parallel import (
-    ATTENTION,
     block_backward,
     block_forward,
     cudnn_takes,
@@ -32,6 +29,7 @@ from tools.plan import best_seconds, product_rate
 
 LIMIT = 2e-2  # bfloat16 rounds to 4e-3; a CPU adds grouped heads' gradients up in it
 RESULTS = ("out", "lse", "dq", "dk", "dv")
+ERRORS = {"kernel": "", "block": "", "heads": ""} | dict.fromkeys(RESULTS, ".1e")  # a table
 CASES = [  # causal, queries, keys, head_dim, query heads, key heads
     (True, 512, 512, 128, 8, 2),
     (True, 384, 384, 64, 8, 8),
@@ -48,12 +46,14 @@ TINY_RATES = [(4, 1, 32, 256)]
 
 def draw(queries: int, keys: int, head_dim: int, heads: int, kv_heads: int, device: str,
          batch: int = 1) -> list[Tensor]:
-    """q, k, v and the gradient of the output, in bfloat16."""
+    """q, k, v and the gradient of the output, in bfloat16: (B, H, S, D), which lie in memory as a
+    model's do, (B, S, H, D)."""
     generator = torch.Generator(device).manual_seed(0)
     tensors = []
     for h, n in ((heads, queries), (kv_heads, keys), (kv_heads, keys), (heads, queries)):
-        shape = (batch, h, n, head_dim)
-        tensors.append(torch.randn(shape, generator=generator, device=device).bfloat16())
+        shape = (batch, n, h, head_dim)
+        x = torch.randn(shape, generator=generator, device=device)
+        tensors.append(x.bfloat16().transpose(1, 2))
     return tensors
 
 
@@ -107,7 +107,7 @@ def that_ran(kernel: str, q: Tensor, k: Tensor) -> str:
     return "flash" if kernel == "cudnn" and not cudnn_takes(q, k) else kernel
 
 
-def check_parity(table: common.Table, kernel: str, device: str, tiny: bool) -> None:
+def check_parity(table: common.Table, kernel: str, device: str) -> None:
     for causal, queries, keys, head_dim, heads, kv_heads in CASES:
         block = draw(queries, keys, head_dim, heads, kv_heads, device, batch=2)
         found = errors(whole_block(*block, causal, kernel), exact(*block, causal))
@@ -117,6 +117,9 @@ def check_parity(table: common.Table, kernel: str, device: str, tiny: bool) -> N
     block = draw(512, 1024, 128, 8, 2, device)
     found = errors(ring_of_two(*block, kernel), exact(*block, False))
     table.add({"kernel": kernel, "block": "ring of two, 512 x 1024", "heads": "8:2 of 128"} | found)
+
+
+def check_many_elements(table: common.Table, kernel: str, device: str, tiny: bool) -> None:
     # 4 heads x 4.2M keys x 128 are more than 2^31 elements
     keys = 1024 if tiny else 2**22 + 4096
     block = draw(128, keys, 128, 4, 4, device)
@@ -183,20 +186,14 @@ def measure_copies(table: common.Table, device: str, tiny: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attention", choices=ATTENTION, default="auto")
+    parser = common.parser(__doc__, "out/kernels")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/kernels"), help="a directory")
     a = parser.parse_args()
     kernel, why = common.start_kernel(a, "bfloat16", 128, 512)
 
-    columns = {"kernel": "", "block": "", "heads": ""} | dict.fromkeys(RESULTS, ".1e")
     title = f"Relative errors of a block in bfloat16, against float64, by {kernel} ({why})"
-    parity = common.Table(a.out / "parity.json", title, a.device, {"kernel": kernel}, columns)
-    check_parity(parity, kernel, a.device, a.tiny)
+    parity = common.Table(a.out / "parity.json", title, a.device, {}, ERRORS)
+    check_parity(parity, kernel, a.device)
 
     columns = {"kernel": "", "heads": "", "S": ",", "forward TFLOP/s": ".3g",
                "backward TFLOP/s": ".3g", "gradients MiB": ".0f", "scratch MiB": ".0f"}
@@ -208,7 +205,11 @@ def main() -> None:
     table = common.Table(a.out / "copies.json", "Products and copies", a.device, {}, columns)
     measure_copies(table, a.device, a.tiny)
 
-    worst = max(row[name] for row in parity.rows for name in RESULTS)
+    title = "More than 2^31 elements" if not a.tiny else "Many elements, in small"
+    large = common.Table(a.out / "large.json", title, a.device, {}, ERRORS)
+    check_many_elements(large, kernel, a.device, a.tiny)
+
+    worst = max(row[name] for row in parity.rows + large.rows for name in RESULTS)
     print(f"\nlargest error {worst:.1e}, limit {LIMIT:.0e}")
     sys.exit(not worst <= LIMIT)
 

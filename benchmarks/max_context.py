@@ -8,15 +8,16 @@ token, the largest length.
 The first is for a CPU: 2K to 64K tokens, a small Llama.
 
 Every length is a whole training step with its optimizer in a fresh process: peak is its largest
-resident size on a CPU, the most torch had allocated on a GPU. The slope is a least-squares line's;
-"predicted" is what `tools.plan` computes from shapes. --largest then looks for the longest sequence
-within --memory-gib, beginning at the predicted one; with --search-layers of a model with so few
-layers, and what the others take, by the plan, is added: a step at 1M tokens takes minutes, its
-attention 16 times those of 256K. Writes JSON.
+resident size on a CPU, the most torch had allocated on a GPU. On a GPU a second step follows a
+first of less than a minute, in which host memory is locked, and the time is the last one's. The
+slope is a least-squares line's; "predicted" is what `tools.plan` computes from shapes. --largest
+then looks for the longest sequence within --memory-gib and the host's memory, beginning at the
+predicted one; with --search-layers of a model with so few layers, and what the others take, by the
+plan, is added: a step at 1M tokens takes minutes, its attention 16 times those of 256K. Writes
+JSON.
 """
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import time
@@ -28,13 +29,13 @@ import torch
 
 from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig, read_config
-from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
+from parallel import Grid, ShardedAdamW, one_line_errors
 from tools.plan import Plan
 from train import activate, peak_memory_gib
 
 COLUMNS = {
-    "S": ",", "kernel": "", "peak GiB": ".3f", "predicted GiB": ".3f", "s a step": ".2f",
-    "tokens/s": ",.0f",
+    "S": ",", "layers": "", "kernel": "", "peak GiB": ".3f", "predicted GiB": ".3f", "steps": "",
+    "s a step": ".2f", "tokens/s": ",.0f",
 }
 
 
@@ -52,20 +53,19 @@ class Step:
     threads: int
     kernel: str
 
-    def predicted_gib(self, length: int) -> float:
-        """On a CPU the host's memory is the device's."""
+    def predicted_gib(self, length: int) -> tuple[float, float]:
+        """On the device and on the host; on a CPU all of it is the device's."""
         plan = Plan(self.config, length, batch=1, micro_batch=1, tp=1, cp=1, dp=1,
                     itemsize=getattr(torch, self.dtype).itemsize, recompute=self.recompute,
                     offload=self.offload, offload_optimizer=self.offload_optimizer, tile=self.tile,
                     cuda=self.device == "cuda", kernel=self.kernel)
-        total = sum(plan.memory().values())
-        if self.device == "cpu":
-            total += plan.on_host()
-        return total / 2**30
+        total = sum(plan.memory().values()) / 2**30
+        on_host = plan.on_host() / 2**30
+        return (total + on_host, 0.0) if self.device == "cpu" else (total, on_host)
 
     def serve(self, pipe, length: int) -> None:
-        """Child process: one step; answers (peak GiB, seconds), or None if the GPU's memory does
-        not suffice."""
+        """Child process: steps; answers (peak GiB, seconds of each), or None if the GPU's memory
+        does not suffice."""
         torch.set_num_threads(self.threads)
         activate(self.kernel)
         try:
@@ -78,15 +78,18 @@ class Step:
             batch = common.random_batch(self.config.vocab_size, length)
             short = batch.part(torch.arange(1), min(length, 1024))
             common.step(model, optimizer, short)  # warms up
-            start = time.perf_counter()
-            common.step(model, optimizer, batch)
-            pipe.send((peak_memory_gib(self.device), time.perf_counter() - start))
+            seconds = []
+            while not seconds or self.device == "cuda" and len(seconds) < 2 and seconds[0] < 60:
+                start = time.perf_counter()
+                common.step(model, optimizer, batch)
+                seconds.append(time.perf_counter() - start)
+            pipe.send((peak_memory_gib(self.device), seconds))
         except torch.OutOfMemoryError:
             pipe.send(None)
 
 
-def measure(step: Step, length: int, memory_gib: float) -> tuple[float, float] | None:
-    """(peak GiB, seconds) of a step at this length, None if it does not fit."""
+def measure(step: Step, length: int, memory_gib: float) -> tuple[float, list[float]] | None:
+    """(peak GiB, seconds) of steps at this length, None if they do not fit."""
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     process = context.Process(target=step.serve, args=(other, length))
@@ -97,6 +100,8 @@ def measure(step: Step, length: int, memory_gib: float) -> tuple[float, float] |
     except EOFError:  # the system ended the process
         found = None
     process.join()
+    if process.exitcode == 1:  # it has said why
+        raise SystemExit(f"error: the step of {length:,} tokens failed")
     return found if found and found[0] <= memory_gib else None
 
 
@@ -105,19 +110,27 @@ def largest(step: Step, memory_gib: float, layers: int, limit: int,
     """The longest sequence up to `limit` that trains within the memory, to 1/32 of the predicted
     one, and its peak in GiB. Steps are made with so many layers; the plan has what others take.
     Each try goes into `table`."""
-    lengths = range(1024, limit + 1, 1024)
-    fits = [n for n in lengths if step.predicted_gib(n) <= memory_gib]
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    fits = []
+    for length in range(1024, limit + 1, 1024):
+        predicted, on_host = step.predicted_gib(length)
+        if predicted <= memory_gib and on_host <= host:
+            fits.append(length)
     if not fits:
         raise SystemExit(f"error: --memory-gib {memory_gib:g}: the model alone takes more")
     small = replace(step, config=replace(step.config, num_hidden_layers=layers))
 
     def peak_of(length: int) -> float | None:
-        predicted = step.predicted_gib(length)
-        rest = predicted - small.predicted_gib(length)
+        predicted, on_host = step.predicted_gib(length)
+        if on_host > host:
+            return None
+        rest = predicted - small.predicted_gib(length)[0]
         found = measure(small, length, memory_gib - rest)
         peak = found[0] + rest if found else None
-        table.add({"S": length, "kernel": f"{step.kernel}, {layers} layers", "peak GiB": peak,
+        table.add({"S": length, "layers": layers, "kernel": step.kernel, "peak GiB": peak,
                    "predicted GiB": predicted})
+        if peak:
+            table.save(largest=length, largest_peak_gib=peak, largest_layers=layers)
         return peak
 
     stride = max(1024, fits[-1] // 32 // 1024 * 1024)
@@ -138,8 +151,7 @@ def largest(step: Step, memory_gib: float, layers: int, limit: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "out/max_context.json")
     parser.add_argument("--config", type=Path, help="config.json, or a model directory")
     parser.add_argument("--lengths", type=int, nargs="+",
                         default=[2048, 4096, 8192, 16384, 32768, 65536])
@@ -156,12 +168,8 @@ def main() -> None:
     parser.add_argument("--search-layers", type=int, help="for --largest (default: all)")
     parser.add_argument("--memory-gib", type=float,
                         help="for --largest (default: a GPU's memory less 1; needed on a CPU)")
-    parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("out/max_context.json"))
     a = parser.parse_args()
     cuda = a.device == "cuda"
     if a.config:
@@ -169,7 +177,7 @@ def main() -> None:
     else:
         small = common.small_llama(a.hidden_size, a.layers, 1024, 2**22)
         config = ModelConfig.from_hf(small)
-    kernel, why = common.start_kernel(a, a.dtype, config.head_dim, min(a.lengths))
+    kernel, why = common.start_kernel(a, a.dtype, config.head_dim, 2**20)
     step = Step(config, a.recompute, a.offload, a.offload_optimizer, a.tile, a.dtype, a.device,
                 a.threads, kernel)
     memory_gib = a.memory_gib or float("inf")
@@ -181,21 +189,22 @@ def main() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     title = (f"A training step by length: {config.num_hidden_layers} layers of width "
              f"{config.hidden_size}, --recompute {a.recompute}" + ", --offload" * a.offload
-             + f", {a.dtype}; attention by {kernel} ({why})")
-    facts = {"arguments": vars(a), "kernel": kernel, "why": why}
-    table = common.Table(a.out, title, a.device, facts, COLUMNS)
+             + f", {a.dtype}")
+    table = common.Table(a.out, title, a.device, {"arguments": vars(a)}, COLUMNS)
     for length in a.lengths:
-        row = {"S": length, "kernel": kernel, "predicted GiB": step.predicted_gib(length)}
-        found = measure(step, length, memory_gib)
+        kernel, why = common.start_kernel(a, a.dtype, config.head_dim, length)
+        row = {"S": length, "layers": config.num_hidden_layers, "kernel": kernel, "why": why,
+               "predicted GiB": step.predicted_gib(length)[0]}
+        found = measure(replace(step, kernel=kernel), length, memory_gib)
         if found:
             peak, seconds = found
-            row |= {"peak GiB": peak, "s a step": seconds, "tokens/s": length / seconds}
+            row |= {"peak GiB": peak, "steps": len(seconds), "s a step": seconds[-1],
+                    "tokens/s": length / seconds[-1]}
         table.add(row)
     rows = [row for row in table.rows if "peak GiB" in row]
     if a.largest:
         layers = a.search_layers or config.num_hidden_layers
         length, peak = largest(step, memory_gib, layers, a.largest, table)
-        table.save(largest=length, largest_peak_gib=peak, largest_layers=layers)
     print("\nwhat has no peak does not fit")
     if len(rows) > 1:
         lengths = np.array([row["S"] for row in rows])

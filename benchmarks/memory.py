@@ -10,7 +10,6 @@ process (getrusage), on a GPU torch.cuda.max_memory_allocated.
 """
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import socket
@@ -20,7 +19,7 @@ import torch
 
 from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig
-from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
+from parallel import Grid, ShardedAdamW, one_line_errors
 from train import activate, peak_memory_gib
 
 VOCABULARY = 8192
@@ -77,18 +76,14 @@ def measure(cp: int, length: int, *options) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "out/memory.json", device="cpu")
     parser.add_argument("--length", type=int, default=16384,
                         help="S where it is fixed; a quarter of it is the fixed S / cp")
     parser.add_argument("--rings", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--hidden-size", type=int, default=512, help="a multiple of 256")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none")
-    parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/memory.json"))
     a = parser.parse_args()
     title = f"Peak of a rank in GiB, {a.layers} layers of width {a.hidden_size}, {a.dtype}"
     table = common.Table(a.out, title, a.device, {"arguments": vars(a)}, COLUMNS)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig, read_config
-from parallel import ATTENTION, Grid, Hop, ShardedAdamW, one_line_errors
+from parallel import Grid, Hop, ShardedAdamW, one_line_errors
 from tools.plan import DEVICES, Device, Plan, measured_device
 from train import PEAKS, forward_flops, peak_memory_gib
 
@@ -152,8 +152,7 @@ def on_the_line(first: dict, last: dict, layers: int, name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "out/one_rank.json")
     parser.add_argument("--config", type=Path, help="config.json, or a model directory")
     parser.add_argument("--hidden-size", type=int, default=256,
                         help="without --config: a multiple of 128")
@@ -168,11 +167,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, help="positions")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--attention", choices=ATTENTION, default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/one_rank.json"))
     a = parser.parse_args()
     dtype = getattr(torch, a.dtype)
     config = configuration(a.config, a.hidden_size, a.length)

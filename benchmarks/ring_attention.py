@@ -13,20 +13,17 @@ all sides have the same cores; on GPUs dense has one, and is scaled by their num
 """
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import socket
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import common
 from parallel import (
-    ATTENTION,
     Grid,
     block_backward,
     block_forward,
@@ -99,17 +96,17 @@ PASSES = {"dense": dense_pass, "zigzag": zigzag_pass, "contiguous": contiguous_p
 
 
 def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int, int],
-          head_dim: int, dtype: str, device: str, kernel: str) -> None:
-    """Child process: one pass of a kind at a length whenever asked, answering its seconds."""
+          head_dim: int, dtype: str, device: str, asked: str) -> None:
+    """Child process: one pass of a kind at a length by a kernel whenever asked, answering its
+    seconds."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(threads)
-    activate(kernel)
+    activate(asked)
     grid = Grid.create(cp=ranks, device=device)
-    grid.kernel = kernel
     place = f"cuda:{rank}" if device == "cuda" else "cpu"
     while request := pipe.recv():
-        kind, length = request
+        kind, length, grid.kernel = request
         tensors = []
         for n in (heads[0], heads[1], heads[1], heads[0]):  # q, k, v and the output's gradient
             shape = (1, n, length // ranks, head_dim)
@@ -150,20 +147,16 @@ def work(ranks: int, kind: str) -> list[list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "out/ring_attention.json", device="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--attention", choices=ATTENTION, default="auto", help="of the rings")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("out/ring_attention.json"))
     a = parser.parse_args()
-    kernel, why = common.start_kernel(a, a.dtype, a.head_dim, min(a.lengths), a.ranks)
+    chosen = [common.start_kernel(a, a.dtype, a.head_dim, n, a.ranks) for n in a.lengths]
     for kind in ("zigzag", "contiguous"):
         print(f"{kind}: share of all scores by hop 0 ... {a.ranks - 1}")
         for rank, hops in enumerate(work(a.ranks, kind)):
@@ -181,27 +174,26 @@ def main() -> None:
             pipe, other = context.Pipe()
             threads = a.ranks // ranks if a.device == "cpu" else 1
             arguments = (other, rank, ranks, port, threads, (a.heads, a.kv_heads), a.head_dim,
-                         a.dtype, a.device, kernel)
+                         a.dtype, a.device, a.attention)
             process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             processes.append(process)
             sides[name].append(pipe)
     title = (f"Rings of {a.ranks} against dense attention, {a.dtype}, {a.heads}:{a.kv_heads} heads "
-             f"of {a.head_dim}; their blocks by {kernel} ({why})")
-    facts = {"arguments": vars(a), "kernel": kernel, "why": why}
-    table = common.Table(a.out, title, a.device, facts, COLUMNS)
-    for length in a.lengths:
+             f"of {a.head_dim}")
+    table = common.Table(a.out, title, a.device, {"arguments": vars(a)}, COLUMNS)
+    for length, (kernel, why) in zip(a.lengths, chosen, strict=True):
         seconds = {kind: [] for kind in PASSES}
         for _ in range(a.repeats + 1):
             for kind in PASSES:
                 pipes = sides["dense" if kind == "dense" else "ring"]
                 for pipe in pipes:
-                    pipe.send((kind, length))
+                    pipe.send((kind, length, kernel))
                 seconds[kind].append(max(pipe.recv() for pipe in pipes))
         # the first pass warms up
         medians = {kind: statistics.median(times[1:]) for kind, times in seconds.items()}
         scale = a.ranks if a.device == "cuda" else 1
-        row = {"S": length, "kernel": kernel, "seconds": seconds}
+        row = {"S": length, "kernel": kernel, "why": why, "seconds": seconds}
         for kind, median in medians.items():
             row[f"{kind}, s"] = median
             row[f"{kind}, of dense"] = medians["dense"] / (scale * median)

@@ -11,7 +11,6 @@ JSON; exits 1 if a loss is off by more than 1e-3 or a gradient by more than 5 %.
 """
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import common
 from model import Llama, ModelConfig, read_config
-from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
+from parallel import Grid, ShardedAdamW, one_line_errors
 from train import peak_memory_gib, training_step
 
 STEPS = 3
@@ -66,14 +65,9 @@ def gradient_error(ours: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "out/same_step.json")
     parser.add_argument("--config", type=Path, required=True, help="config.json")
     parser.add_argument("--length", type=int, required=True)
-    parser.add_argument("--attention", choices=ATTENTION, default="auto")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/same_step.json"))
     a = parser.parse_args()
     config = read_config(a.config)
     kernel, why = common.start_kernel(a, "bfloat16", config.head_dim, a.length)

@@ -17,17 +17,15 @@ our float32 state, so that row does not flatter ours.
 """
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
 from benchmarks import common
 from model import Llama, ModelConfig
-from parallel import ATTENTION, Grid, ShardedAdamW, one_line_errors
+from parallel import Grid, ShardedAdamW, one_line_errors
 from train import activate, peak_memory_gib
 
 WEIGHT_DECAY = 0.1
@@ -132,8 +130,7 @@ def compare(config: dict, rows: int, dtype: str, length: int, device: str, threa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "out/train_step.json")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--vocab-size", type=int, default=128256)
     parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 256")
@@ -144,10 +141,7 @@ def main() -> None:
                         default=["float32", "bfloat16"])
     parser.add_argument("--recompute", action="store_true",
                         help="ours --recompute mlp, theirs gradient checkpointing")
-    parser.add_argument("--attention", choices=ATTENTION, default="auto", help="ours")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("out/train_step.json"))
     a = parser.parse_args()
     title = (f"A training step: {a.layers} layers of width {a.hidden_size}, vocabulary "
              f"{a.vocab_size}; what has no number ran out of memory")

@@ -35,10 +35,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel import Grid, Hop
 
 aten = torch.ops.aten
-BACKWARDS = {  # dimensions of the log-sum-exp that they take
-    aten._scaled_dot_product_flash_attention_backward.default: 3,
-    aten._scaled_dot_product_cudnn_attention_backward.default: 4,
+KERNELS = {  # of attention: forward, backward
+    "flash": (aten._scaled_dot_product_flash_attention.default,
+              aten._scaled_dot_product_flash_attention_backward.default),
+    "cudnn": (aten._scaled_dot_product_cudnn_attention.default,
+              aten._scaled_dot_product_cudnn_attention_backward.default),
 }
+LSE_DIMENSIONS = {"flash": 3, "cudnn": 4}  # that backward takes
 # torch for CPUs lacks these two on cuda, and would take them apart into others
 FUSED_ON_CUDA = ("_fused_rms_norm", "silu_backward")
 
@@ -59,14 +62,17 @@ class ShapeOnly(FakeTensorMode):
 
 class Meter(TorchDispatchMode):
     """Sees every operator, in backward too. By device, "cuda" or "cpu": `live` bytes of storages
-    made here and not freed, and their `peak`. `kernel` says whose scratch memory attention's
-    backward takes, see `scratch`."""
+    made here and not freed, and their `peak`. `moved` adds up what the device's memory gives and
+    takes, see `bytes_moved`. `kernels` are those that attention was computed by;
+    flash's operators may be FlashAttention-3's."""
 
-    def __init__(self, kernel: str) -> None:
+    def __init__(self, fa3: bool) -> None:
         super().__init__()
-        self.kernel = kernel
+        self.fa3 = fa3
+        self.kernels = set()
         self.live = Counter()
         self.peak = Counter()
+        self.moved = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -84,11 +90,17 @@ class Meter(TorchDispatchMode):
             assert "cpu" not in devices, f"NCCL takes no host tensor: {operator}"
         if operator is aten._fused_adamw_.default:
             assert len(devices) == 1, f"fused AdamW takes one device, not {devices}"
-        if operator in BACKWARDS:
-            _, q, _, _, result, lse = args[:6]
-            assert result.shape == q.shape, f"out has shape {result.shape}"
-            assert lse.ndim == BACKWARDS[operator], f"lse has shape {lse.shape}"
-            assert lse.is_contiguous(), "the kernels read lse as if it were contiguous"
+        kernel = None
+        for name, (forward, backward) in KERNELS.items():
+            if operator in (forward, backward):
+                kernel = "fa3" if self.fa3 and name == "flash" else name
+                self.kernels.add(kernel)
+            if operator is backward:
+                d_out, q, _, _, result, lse = args[:6]
+                assert result.shape == q.shape, f"out has shape {result.shape}"
+                assert lse.ndim == LSE_DIMENSIONS[name], f"lse has shape {lse.shape}"
+                assert lse.is_contiguous(), "the kernels read lse as if it were contiguous"
+                assert name == "flash" or layout(d_out) == layout(result), "cuDNN may mix them up"
         # 2. pinned memory, which a machine without CUDA does not have
         if kwargs.pop("pin_memory", False):
             kwargs["device"] = torch.device("cpu")
@@ -108,8 +120,9 @@ class Meter(TorchDispatchMode):
             if kwargs.get("dtype", args[0].dtype) == args[0].dtype:
                 return args[0]
         out = self.count(given, operator(*args, **kwargs))
-        if operator in BACKWARDS:
-            self.mark("cuda", scratch(self.kernel, *args[:5]))
+        self.moved += bytes_moved(operator, given, tensors(out))
+        if kernel and "backward" in operator.name():
+            self.mark("cuda", scratch(kernel, *args[:5]))
         return out
 
     def count(self, given: list[Tensor], out):
@@ -130,11 +143,34 @@ class Meter(TorchDispatchMode):
         self.peak[device] = max(self.peak[device], self.live[device] + more)
 
 
+def bytes_moved(operator, given: list[Tensor], made: list[Tensor]) -> int:
+    """What an operator of the device reads and writes; 0 of products, attention, communication."""
+    name = operator._overloadpacket.__name__
+    if name in ("mm", "bmm", "addmm") or "scaled_dot" in name or operator.namespace == "c10d":
+        return 0
+    if "empty" in name or all(x.device.type == "cpu" for x in given + made):
+        return 0
+    known = {x.untyped_storage()._cdata for x in given}
+    new = [x for x in made if x.untyped_storage()._cdata not in known]
+    # what is expanded is read once
+    size = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in given)
+    if new:
+        return size + sum(x.nbytes for x in new)
+    if not operator._schema.is_mutable:  # a view
+        return 0
+    return size if name in ("copy_", "zero_", "fill_") else size + given[0].nbytes
+
+
 def made_up(x: Tensor) -> bool | float | int:
     """The value of one element of the device's."""
     if x.dtype == torch.bool:
         return False
     return 2.0 if x.is_floating_point() else 2
+
+
+def layout(x: Tensor) -> list[int]:
+    """Strides, but of dimensions of one element, which have any."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def scratch(kernel: str, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> int:
@@ -198,8 +234,8 @@ class MeteredGrid(Grid):
 
 
 @contextmanager
-def fake_cuda(kernel: str = "flash") -> Iterator[Meter]:
-    """Inside `with`, "cuda:0" is there, as said above; `kernel` is that of attention.
+def fake_cuda(fa3: bool = False) -> Iterator[Meter]:
+    """Inside `with`, "cuda:0" is there, as said above; flash's operators may be FlashAttention-3's.
 
     Autograd gives each device a thread that asks the device's driver for its number, and there is
     no driver. So to C++ these tensors are on "meta", a device without memory that torch has
@@ -217,7 +253,7 @@ def fake_cuda(kernel: str = "flash") -> Iterator[Meter]:
         "is_current_stream_capturing": lambda: False,
     }
     mode = ShapeOnly(allow_non_fake_inputs=True)
-    meter = Meter(kernel)
+    meter = Meter(fa3)
     with (torch.library._scoped_library("aten", "IMPL") as library,
           mock.patch.object(torch.Tensor, "_make_subclass", make_on_meta),
           mock.patch.object(FakeTensor, "is_cuda", is_cuda, create=True),

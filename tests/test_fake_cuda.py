@@ -78,19 +78,30 @@ def build(plan: Plan, grid, layers: int) -> Llama:
     return model
 
 
+@contextmanager
+def fake_rank(kernel: str, tp: int = 1, cp: int = 1, dp: int = 1, rank: int = 0):
+    """(grid, meter) of one rank, whose attention is by `kernel`."""
+    with rank_of(tp, cp, dp, rank) as grid, fake_cuda(fa3=kernel == "fa3") as meter:
+        grid.kernel = kernel
+        yield grid, meter
+
+
 def step(plan: Plan, layers: int) -> Counter:
-    """Of one step on the last rank: peak bytes by device, bytes sent by group."""
+    """Of one step on the last rank: peak bytes by device, bytes sent by group; "moved", bytes that
+    forward and backward move in the device's memory."""
     tokens = torch.zeros(1, plan.length, dtype=torch.int64)
-    place = rank_of(plan.tp, plan.cp, plan.dp, plan.processes - 1)
-    with place as grid, fake_cuda(plan.kernel) as meter:
-        grid.kernel = plan.kernel
+    place = (plan.tp, plan.cp, plan.dp, plan.processes - 1)
+    with fake_rank(plan.kernel, *place) as (grid, meter):
         model = build(plan, grid, layers)
         optimizer = ShardedAdamW(model, grid, on_host=plan.offload_optimizer)
         meter.peak.clear()
         grid.sent.clear()
+        meter.moved = 0
         training_step(model, optimizer, Batch(tokens, tokens), 1)
+        moved = Counter(moved=meter.moved)
         optimizer.step(1e-4, 1.0)
-    return meter.peak + grid.sent
+    assert meter.kernels == {plan.kernel}
+    return meter.peak + grid.sent + moved
 
 
 def compare(plan: Plan) -> None:
@@ -103,6 +114,7 @@ def compare(plan: Plan) -> None:
     memory = plan.memory()
     assert found["cuda"] == pytest.approx(sum(memory.values()), rel=0.015), memory
     assert found["cpu"] == pytest.approx(plan.on_host(), rel=0.01)
+    assert found["moved"] == pytest.approx(plan.pointwise(), rel=0.2)
     traffic = plan.traffic()
     others = found["dp"] + found["dp_cp"] + found["all"] + found["cp_tp"]
     for axis, sent in (("tp", found["tp"]), ("cp", found["cp"]), ("dp", others)):
@@ -171,11 +183,11 @@ COMPLAINT = ("on the same device|two different devices|NCCL takes no host tensor
 class OneSequence:
     """A dataset of zeros."""
 
-    sequence_length = 64
+    sequence_length = 512
     document_mask = False
 
     def sequence(self, index: int):
-        tokens = torch.zeros(65, dtype=torch.int64).numpy()
+        tokens = torch.zeros(513, dtype=torch.int64).numpy()
         return tokens, tokens == 0, tokens
 
 
@@ -211,8 +223,7 @@ def run_everything(kernel: str, changed: str = "", old: str = "", new: str = "")
         model_py, train, parallel = loaded["model"], loaded["train"], loaded["parallel"]
         config = model_py.ModelConfig.from_hf(SHAPE | {"num_hidden_layers": 1})
         tokens = torch.zeros(2, 512, dtype=torch.int64)  # cuDNN takes chunks of 128
-        with rank_of(2, 2, 2, 5) as grid, fake_cuda(kernel):
-            grid.kernel = kernel
+        with fake_rank(kernel, 2, 2, 2, 5) as (grid, meter):
             model = on_the_gpu(model_py.Llama, config, grid)
             model.recompute, model.offload = "mlp", True
             optimizer = parallel.ShardedAdamW(model, grid, on_host=True)
@@ -221,6 +232,7 @@ def run_everything(kernel: str, changed: str = "", old: str = "", new: str = "")
             for kind in optimizer.KINDS:
                 optimizer.load_state(kind, optimizer.state(kind), 1)
             train.validate(model, OneSequence(), 2)
+            assert meter.kernels == {kernel}
             model.generate(tokens.to("cuda:0"), 2, stop_tokens=(1,))
 
 
@@ -232,7 +244,7 @@ def test_nothing_is_on_the_wrong_device(kernel):
 def test_packed_samples_of_stage_2():
     """--pack: rows with document ids, whose borders the host reads."""
     rows = torch.zeros(2, 64, dtype=torch.int64)
-    with rank_of(tp=2, dp=2, rank=3) as grid, fake_cuda() as meter:
+    with fake_rank("flash", tp=2, dp=2, rank=3) as (grid, meter):
         model = on_the_gpu(Llama, ModelConfig.from_hf(SHAPE | {"num_hidden_layers": 1}), grid)
         optimizer = ShardedAdamW(model, grid)
         training_step(model, optimizer, Batch(rows, rows, document_ids=rows), 1)
@@ -258,8 +270,7 @@ def test_a_checkpoint_is_loaded_trained_and_evaluated(kernel, model_directory, t
     checkpoint = save_checkpoint(tmp_path, 7, saved, ShardedAdamW(saved, saved.grid),
                                  model_directory, {}, keep=1)
     rows = torch.zeros(2, 512, dtype=torch.int64)
-    with rank_of(2, 2, 2, 5) as grid, fake_cuda(kernel) as meter:
-        grid.kernel = kernel
+    with fake_rank(kernel, 2, 2, 2, 5) as (grid, meter):
         model, optimizer = build_run(saved.config, checkpoint, 7, grid, torch.bfloat16, options)
         assert model.head_weight.is_cuda
         assert {x.device.type for x in optimizer.masters.values()} == {"cpu"}

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel import (
     Grid,
     ShardedAdamW,
-    attention_kernel,
+    attend_earlier,
     block_backward,
     block_forward,
     merge,
@@ -17,6 +17,7 @@ from parallel import (
     zigzag_block,
     zigzag_shard,
 )
+from train import attention_kernel
 
 
 def test_grid_of_one_process_and_refusal_of_more():
@@ -43,15 +44,16 @@ def test_attention_equals_the_formula_with_grouped_heads(kv_heads):
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("device, dtype, limit", [
-    ("cpu", torch.float64, 1e-12),
-    ("cpu", torch.bfloat16, 1e-2),
-    pytest.param("cuda", torch.bfloat16, 1e-2, marks=gpu),
+@pytest.mark.parametrize("device, dtype, kernel, limit", [
+    ("cpu", torch.float64, "flash", 1e-12),
+    ("cpu", torch.bfloat16, "flash", 1e-2),
+    pytest.param("cuda", torch.bfloat16, "flash", 1e-2, marks=gpu),
+    pytest.param("cuda", torch.bfloat16, "cudnn", 1e-2, marks=gpu),
 ])
 @pytest.mark.parametrize("cp", [2, 3])
-def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
+def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, kernel, limit, cp):
     """The kernels as the ring calls them, on strided halves, for all ranks in one process: the
-    check of a new backend."""
+    check of a new backend. Chunks of 384 and 256 positions are for cuDNN, too."""
     def assert_close(ours, whole, rank):
         right = zigzag_shard(whole.detach(), Grid(cp=cp, rank=rank), 2)
         assert (ours - right).norm() <= limit * right.norm()
@@ -60,8 +62,8 @@ def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
     generator = torch.Generator().manual_seed(0)
     whole = []
     for heads in (8, 2, 2, 8):  # q, k, v and the gradient of the output
-        x = torch.randn(2, heads, 96, 32, generator=generator)
-        whole.append(x.to(device, dtype))
+        x = torch.randn(2, 1536, heads, 64, generator=generator)
+        whole.append(x.to(device, dtype).transpose(1, 2))
     leaves = [x.to(torch.float64, copy=True).requires_grad_() for x in whole[:3]]
     expected = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
     gradients = torch.autograd.grad(expected, leaves, whole[3].double())
@@ -85,7 +87,7 @@ def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
         for rows, columns, source in blocks:
             _, k, v, _ = shards[source]
             part, part_lse = block_forward(q[:, :, rows], k[:, :, columns], v[:, :, columns],
-                                           source == rank)
+                                           source == rank, kernel)
             if source == rank:  # the first hop, and all rows
                 out = part.to(torch.promote_types(dtype, torch.float32))
                 lse = part_lse
@@ -100,7 +102,7 @@ def test_blocks_of_a_ring_give_its_rows_and_gradients(device, dtype, limit, cp):
             _, k, v, _ = shards[source]
             parts = block_backward(d_out[:, :, rows], q[:, :, rows], k[:, :, columns],
                                    v[:, :, columns], out[:, :, rows], lse[:, :, rows],
-                                   source == rank)
+                                   source == rank, kernel)
             d_q[:, :, rows] += parts[0]
             d_keys[source][0][:, :, columns] += parts[1]
             d_keys[source][1][:, :, columns] += parts[2]
@@ -121,7 +123,7 @@ HOPPER, BLACKWELL, AMPERE, GAMING = (9, 0), (10, 0), (8, 0), (12, 0)
     ("auto", GAMING, 128, 1024, "flash", "12.x, is neither 9 nor 10"),
     ("auto", HOPPER, 256, 1024, "flash", "head_dim 256 is above 128"),
     ("auto", HOPPER, 128, 192, "flash", "192 positions are no multiples of 128"),
-    ("auto", HOPPER, 128, 128.5, "flash", "128.5 positions"),
+    ("auto", HOPPER, 128, 1048640, "flash", "chunks of 1,048,640 positions"),
     ("auto", HOPPER, 128, None, "flash", "lengths vary"),  # samples, documents
     ("auto", None, 128, 1024, "flash", "CPU"),
     ("flash", HOPPER, 256, None, "flash", "asked"),
@@ -211,6 +213,15 @@ def test_blocks_call_their_kernel_as_it_wants(kernel, queries, keys, used):
     assert (given["max_q"], given["max_k"]) == (queries, keys)
     assert given["philox_seed"].device == q.device
     assert given["cum_seq_q"] is given["cum_seq_k"] is None
+
+
+def test_cached_tokens_are_attended_to_by_the_grids_kernel():
+    with fake_cuda() as meter:
+        q, k, out = (torch.empty(1, 4, 128, 64, device="cuda:0", dtype=torch.bfloat16)
+                     for _ in range(3))
+        lse = torch.empty(1, 4, 128, device="cuda:0")
+        attend_earlier(q, out, lse, k, k, Grid(kernel="cudnn"))
+    assert meter.kernels == {"cudnn"}
 
 
 def test_a_rank_keeps_its_own_piece_only():

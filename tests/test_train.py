@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import Operators
+from fake_cuda import fake_cuda
 from processes import fork_context
 
 import data
@@ -669,29 +671,35 @@ def test_export_states_window_and_stop_tokens_for_servers(workplace, tmp_path):
     assert written == {"eos_token_id": stops}
 
 
-@pytest.fixture
-def a_gpu(monkeypatch):
-    """What this machine may lack: the answer to which GPU it has."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-
-
-def test_the_kernel_of_a_run_is_chosen_once_and_told(a_gpu, tiny_model, capsys):
-    """A run on a Hopper, without one: what is asked, what is chosen, what is said."""
+@pytest.mark.parametrize("chunk, kernel, said", [
+    (512, "cudnn", "attention by cudnn (the faster one here)"),
+    (None, "flash", "attention by flash (not cudnn: lengths vary)"),
+])
+def test_the_kernel_of_a_run_is_tried_and_told(tiny_model, capsys, chunk, kernel, said):
+    """A run on a Hopper, without one: what is chosen, what has run, what is said."""
     config = tiny_model(torch.bfloat16).config
-    options = argparse.Namespace(attention="auto", device="cuda", dtype=None)
+    options = argparse.Namespace(attention="auto", device="cuda:0", dtype=None)
     grid = Grid()
-    choose_attention(options, grid, config, chunk=512)
-    assert grid.kernel == "cudnn"
-    choose_attention(options, grid, config, chunk=None)
-    assert grid.kernel == "flash"
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "attention by cudnn (the faster one here)"
-    assert said[1].startswith("attention by flash (not cudnn: ")
-    assert len(said) == 2
+    with fake_cuda() as meter:
+        choose_attention(options, grid, config, chunk)
+    assert grid.kernel == kernel
+    assert meter.kernels == {kernel}
+    assert capsys.readouterr().out == said + "\n"
 
 
-def test_flash_attention_3_without_its_package_is_refused(a_gpu, tiny_model):
+@pytest.mark.parametrize("asked, said", [
+    ("auto", "--attention cudnn does not run here: No plan; use --attention flash"),
+    ("flash", "--attention flash does not run here: No plan; use --device cpu"),
+    ("fa3", "--attention fa3 does not run here: .*; install FlashAttention-3 .* --attention auto"),
+])
+def test_a_kernel_that_this_machine_lacks_is_refused(tiny_model, monkeypatch, asked, said):
+    """Of capability 9.0, but without cuDNN's kernel, flash's, or FlashAttention-3's package."""
+    def refuse(*arguments):
+        raise RuntimeError("No plan\nto be found")
+
     config = tiny_model(torch.bfloat16).config
-    options = argparse.Namespace(attention="fa3", device="cuda", dtype=None)
-    with pytest.raises(ValueError, match="--attention fa3: No module .*; install FlashAttention-3"):
+    options = argparse.Namespace(attention=asked, device="cuda:0", dtype=None)
+    monkeypatch.setattr(train, "block_forward", refuse)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with fake_cuda(), pytest.raises(ValueError, match=said):
         choose_attention(options, Grid(), config, chunk=512)

@@ -34,7 +34,6 @@ from model import (
 from parallel import (
     CUDNN_MULTIPLE,
     Grid,
-    attention_kernel,
     block_backward,
     block_forward,
     launched,
@@ -43,14 +42,15 @@ from parallel import (
 from rope_yarn import scaling_from_options
 from train import (
     Parser,
+    attention_kernel,
     capability_of,
     check_run,
-    chunk_length,
     compute_type,
     forward_flops,
     is_here,
     positive,
     stage1_parser,
+    try_kernel,
 )
 
 # ---------------------------------------------------------------------------------------- devices
@@ -102,7 +102,8 @@ def best_seconds(function: Callable[[], Tensor]) -> float:
     seconds = []
     while len(seconds) < 2 or len(seconds) < 6 and sum(seconds[1:]) < 1:
         start = time.perf_counter()
-        function().flatten()[0].item()  # waits for the device
+        result = function()
+        result[(0,) * result.ndim].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 
@@ -135,8 +136,9 @@ def measured_device(device: str, dtype: torch.dtype, head_dim: int, kernel: str)
     seconds."""
     cuda = device.startswith("cuda")
     length, heads = (16384, 16) if cuda else (1024, 4)
-    shape = (1, heads, length, head_dim)
-    q, k, v, d_out = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
+    shape = (1, length, heads, head_dim)  # in memory, as a model has them
+    q, k, v, d_out = (torch.randn(shape, dtype=dtype, device=device).transpose(1, 2)
+                      for _ in range(4))
     out, lse = block_forward(q, k, v, True, kernel)
     forward = best_seconds(lambda: block_forward(q, k, v, True, kernel)[0])
     backward = best_seconds(lambda: block_backward(d_out, q, k, v, out, lse, True, kernel)[0])
@@ -179,7 +181,7 @@ class Plan:
     offload_optimizer: bool = False
     tile: int | None = None  # positions, see Llama
     cuda: bool = True
-    kernel: str = "flash"  # of attention, see parallel.attention_kernel
+    kernel: str = "flash"  # of attention, see parallel.block_forward
     document_mask: bool = False  # which takes whole sequences
 
     @property
@@ -339,10 +341,11 @@ class Plan:
         if not self.cuda:
             return 0.0
         wide = 4 / self.itemsize
-        share = self.config.num_attention_heads // self.config.num_key_value_heads
-        times = wide if self.kernel == "fa3" else share
-        shared = times * kv if share > 1 else 0.0
-        return wide * q + self.sizes()["lse"] + shared
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        d_kv = wide * kv if self.kernel == "fa3" else group * kv
+        if group == 1:
+            d_kv = 0.0
+        return wide * q + self.sizes()["lse"] + d_kv
 
     def tile_positions(self, position: float) -> float:
         """Positions in a tile, where one of them has so many bytes."""
@@ -371,17 +374,17 @@ class Plan:
 
         # gathers and scatters of a block: 4 forward, 4 backward;
         # recomputed: 1 for q k v, 1 + 3 in the tiles' forward
-        times = 8 if self.recompute == "none" else 13
+        count = 8 if self.recompute == "none" else 13
         partners = (self.tp - 1) / self.tp
-        blocks = layers * times * s["gathered"] * partners
+        blocks = layers * count * s["gathered"] * partners
         # the embedding scatters and gathers, the loss too; and sums three numbers a position
         ends = (4 * s["gathered"] + 24 * self.positions) * partners
 
         # K V go around once a forward, once in backward
         passes = 3 if self.recompute == "block" else 2
-        hops = (self.cp - 1) * s["kv"] * passes + s["kv"]
+        ring = (self.cp - 1) * s["kv"] * passes + s["kv"]
         # dK dV: the first hop in the compute type, the others in float32
-        hops += (self.cp - 1) * s["kv"] * 4 / self.itemsize
+        ring += (self.cp - 1) * s["kv"] * 4 / self.itemsize
 
         kept = 0.0
         if self.offloaded:  # out and in
@@ -389,7 +392,7 @@ class Plan:
         others = (self.dp * self.cp - 1) / (self.dp * self.cp)
         return {
             "tp": rounds * (blocks + ends),
-            "cp": rounds * layers * hops if self.cp > 1 else 0.0,
+            "cp": rounds * layers * ring if self.cp > 1 else 0.0,
             "dp": others * self.parameters * (4 + self.itemsize),
             "host": kept,
         }
@@ -400,7 +403,8 @@ class Plan:
 
     def pointwise(self) -> float:
         """Bytes that a micro-batch's operators read and write on this rank, but for products and
-        attention. Counted on fake tensors (tests/fake_cuda.py), and put into few numbers."""
+        attention. The numbers were fitted to counts on fake tensors; tests/test_fake_cuda.py holds
+        them to 20 %."""
         c = self.config
         between = self.positions / self.tp
         width = c.num_attention_heads * c.head_dim
@@ -419,45 +423,46 @@ class Plan:
         layers = c.num_hidden_layers * layer + 18 * tiles * weights
         # 3. logits are copied, exponentiated, summed; each tile adds to the head's gradient
         rows = c.vocab_size / self.tp
-        tiles = self.positions / self.tile_positions(logit_bytes(c, self.tp, self.itemsize))
-        return layers + 36 * self.positions * rows + 10 * tiles * rows * c.hidden_size
+        logit_tiles = self.positions / self.tile_positions(logit_bytes(c, self.tp, self.itemsize))
+        head = 36 * self.positions * rows + 10 * logit_tiles * rows * c.hidden_size
+        return layers + head
 
     def times(self, device: Device) -> dict[str, float]:
         """Seconds of a step, by what they go to; the ring runs beside the computation."""
         c = self.config
         rows = self.batch / self.dp
-        share = self.tp * self.cp
-        tokens = rows * self.length / share
+        ranks = self.tp * self.cp  # that share a sequence
+        tokens = rows * self.length / ranks
 
         # 1. What is computed: backward takes two products for each of forward's.
-        products, attention = (rows * flops / share for flops in forward_flops(c, self.length))
+        products, attention = (rows * flops / ranks for flops in forward_flops(c, self.length))
         size = matrices(c)
         again = 0
         if self.recompute != "none":
             again = 2 * tokens * (2 * size["qkv"] + size["o"] + size["mlp"])
         forwards = 2 if self.recompute == "block" else 1
         forward_rate, backward_rate = device.attention[self.kernel]
-        attention_rate = forwards / forward_rate + 2.5 / backward_rate
+        seconds_a_flop = forwards / forward_rate + 2.5 / backward_rate
         if c.head_dim < 128:
-            attention_rate = attention_rate / device.small_heads
+            seconds_a_flop = seconds_a_flop / device.small_heads
         rounds = rows / self.micro_batch
 
         # 2. What is sent: a dimension that leaves the node takes the slower network.
         traffic = self.traffic()
         links = {}
-        for axis, reach in (("tp", self.tp), ("cp", share), ("dp", self.processes)):
+        for axis, reach in (("tp", self.tp), ("cp", ranks), ("dp", self.processes)):
             links[axis] = traffic[axis] / (device.link if reach <= NODE else device.network)
 
         # 3. The update: bytes that AdamW reads and writes.
         update = 28 * self.shard / (device.host if self.offload_optimizer else device.bandwidth)
         if self.offload_optimizer:  # gradients come and weights go, in memory that is not pinned
             update += PAGEABLE * self.shard * (4 + self.itemsize) / device.host
-        work = attention * attention_rate
+        work = attention * seconds_a_flop
         # the last hop brings dK dV home, in float32, and nothing is left to compute meanwhile
         home = 0.0
         if self.cp > 1:
             home = rounds * c.num_hidden_layers * self.sizes()["kv"] * 4 / self.itemsize
-            home = home / (device.link if share <= NODE else device.network)
+            home = home / (device.link if ranks <= NODE else device.network)
         return {
             "matrix products": (3 * products + again) / device.product,
             "attention": work,
@@ -484,11 +489,12 @@ def grids(plan: Plan, processes: int) -> Iterator[Plan]:
         if any(size % tp for size in split):
             continue
         for cp in range(1, processes // tp + 1):
-            if processes % (cp * tp) or plan.length % Grid(cp=cp, tp=tp).sequence_multiple:
+            grid = Grid(cp=cp, tp=tp)
+            if processes % (cp * tp) or plan.length % grid.sequence_multiple:
                 continue
             if plan.document_mask and cp > 1:
                 continue
-            if plan.kernel == "cudnn" and plan.length % (2 * cp * CUDNN_MULTIPLE):
+            if plan.kernel == "cudnn" and grid.chunk(plan.length) % CUDNN_MULTIPLE:
                 continue
             dp = processes // (tp * cp)
             if plan.batch % dp == 0:
@@ -670,10 +676,13 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
         check_run(a, grid, config)
         capability = capability_of(where) if a.on == "measured" else DEVICES[a.on].capability
-        chunk = chunk_length(a) if a.stage == 1 else None  # samples have any length
+        chunk = grid.chunk(a.sequence_length)
+        if a.stage == 2 or a.document_mask:  # samples and documents have any length
+            chunk = None
         kernel, why = attention_kernel(a.attention, capability, dtype, config.head_dim, chunk)
 
         if a.on == "measured":
+            try_kernel(kernel, where, dtype, config.head_dim)
             device = measured_device(where, dtype, config.head_dim, kernel)
         else:
             device = DEVICES[a.on]
