@@ -652,7 +652,7 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool,
     of heads: grouped-query attention never repeats them in memory. On CUDA by one of three kernels:
 
         flash   FlashAttention-2: any length, heads up to 256, GPUs since A100
-        cudnn   1.6 times as fast on an H100: Hopper and Blackwell, heads up to 128
+        cudnn   1.6 times as fast on an H100: compute capability 9 and 10, heads up to 128
         fa3     FlashAttention-3, a package of its own, behind flash's operators: Hopper
 
     These are the operators behind F.scaled_dot_product_attention, which does not return the

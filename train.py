@@ -297,9 +297,10 @@ def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torc
     elif kernel == "cudnn" and head_dim > 128:
         obstacle = f"head_dim {head_dim} is above 128"
     elif kernel == "cudnn" and chunk is None:
-        obstacle = "lengths vary"
+        obstacle = "samples, prompts, documents have any length"
     elif kernel == "cudnn" and chunk % CUDNN_MULTIPLE:
-        obstacle = f"chunks of {chunk:,} positions are no multiples of {CUDNN_MULTIPLE}"
+        obstacle = (f"a chunk of --sequence-length, {chunk:,} positions, is no multiple of "
+                    f"{CUDNN_MULTIPLE}")
     if not obstacle:
         return kernel, "the faster one here" if asked == "auto" else "as asked"
     if asked == "auto":

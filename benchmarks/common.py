@@ -13,7 +13,14 @@ import torch
 from data import Batch
 from model import Llama
 from parallel import Grid, ShardedAdamW
-from train import ATTENTION, attention_kernel, capability_of, training_step, try_kernel
+from train import (
+    ATTENTION,
+    attention_kernel,
+    capability_of,
+    device_here,
+    training_step,
+    try_kernel,
+)
 
 LEARNING_RATE = 1e-4
 
@@ -23,7 +30,7 @@ def parser(description: str, out: str, device: str | None = None) -> ArgumentPar
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--attention", choices=ATTENTION, default="auto")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device or here)
+    parser.add_argument("--device", type=device_here, default=device or here)
     parser.add_argument("--out", type=Path, default=Path(out))
     return parser
 

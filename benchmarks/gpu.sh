@@ -15,6 +15,7 @@ fail() { echo "error: $*" >&2; exit 1; }
 TINY="" MODEL="" PARTS=()
 while [ $# -gt 0 ]; do
   case "$1" in
+    -h|--help) sed -n '2,/^set /{/^#/s/^# //p}' "$0"; exit 0 ;;
     --tiny) TINY=yes ;;
     --model) MODEL=${2:-}; [ -f "$MODEL/config.json" ] || fail "--model $MODEL: no config.json there"; shift ;;
     kernels|step|long|recipe) PARTS+=("$1") ;;
@@ -26,8 +27,10 @@ done
 PYTHON=python3
 [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
 export PYTHONUNBUFFERED=1
+$PYTHON -c 'import torch, pytest, tiktoken, safetensors, tqdm' 2> /dev/null || fail "$PYTHON lacks packages: bash runs/setup.sh makes a .venv"
 if [ -n "$TINY" ]; then
   OUT=out/gpu-tiny KERNELS=flash DEVICE=cpu
+  echo "--tiny: shows that it runs; its numbers mean nothing"
 else
   OUT=out/gpu KERNELS="flash cudnn" DEVICE=cuda
   $PYTHON -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || fail "no GPU here; try --tiny"

@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 GPU=${GPU:-measured} GPUS=${GPUS:-1}  # what is planned for: this machine, or H100-80, H200, A100-80; and how many
-MEMORY=${MEMORY:---recompute mlp}     # without it 77 GiB at 128K
+MEMORY=${MEMORY:---recompute mlp}     # MEMORY="--recompute none": 77 GiB at 128K
 BATCH=${BATCH:-4}                     # sequences a step: 0.5M tokens at 128K, 21M in 40 steps
 ROWS=${ROWS:-8}                       # stage 2's, of 8,192 tokens: about the paper's 128 samples, packed
 LR1=${LR1:-1e-4} LR2=${LR2:-2e-5}     # small models take more than the paper's 3e-5 and 5e-6 for 8B: our choice, not tuned

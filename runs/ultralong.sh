@@ -10,7 +10,7 @@
 #   4m          67 GiB and 128 on the host a GPU, 163 min a step, 408 h   26 GiB, 240 s a step, 10 h (the paper: 13 h)
 #               on one H100-80                                            with GPUS=8, a node of eight
 #   llama32_1b  46 GiB and 65 on the host, 319 s a step, 9 h              14 GiB and 8 on the host a GPU, 40 s a step, 1.1 h
-# That grid (the paper's at 1M is 4 x 8, which spreads more than our two sequences a step):
+# That grid (at 1M the paper has 4 x 8 GPUs a sequence and eight sequences a step, we have two):
 #     GPUS=256 CP=16 MEMORY="--recompute mlp" bash runs/ultralong.sh 1m --plan
 #     sbatch runs/ultralong.slurm PRESET MODEL_DIR TEXT CHAT OUT                 # under Slurm; elsewhere set LAUNCH as it does
 # MODEL_DIR  Llama-3.1-8B-Instruct (llama32_1b: Llama-3.2-1B-Instruct) in Hugging Face layout. Paths are absolute, or relative

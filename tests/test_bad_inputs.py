@@ -129,6 +129,14 @@ CASES = [
      f"--model weightless {TRAIN}", "neither model.safetensors nor"),
     ("plan with a type the kernel does not take", "tools.plan",
      "H100-80 --config 8b.json --dtype float32 --sequence-length 64", "--dtype float32"),
+    ("plan of a window that the extension does not reach", "tools.plan",
+     "H100-80 --config 8b.json --sequence-length 1048576 --rope-kind yarn --rope-factor 4 "
+     "--original-length 8192", "beyond the model's window of 32768; extend it .*--rope-factor 128"),
+    ("plan of stage 1, packed", "tools.plan",
+     "H100-80 --config 8b.json --sequence-length 64 --pack", "--pack is sft.py's: add --stage 2"),
+    ("plan of stage 2 with stage 1's mask", "tools.plan",
+     "H100-80 --config 8b.json --sequence-length 64 --stage 2 --cross-document-mask",
+     "sft.py's is --pack"),
     ("top-p out of range", "tools.chat",
      "good --prompt hello --top-p 1.5", "--top-p 1.5 must be a number above 0"),
 ]

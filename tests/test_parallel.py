@@ -122,9 +122,9 @@ HOPPER, BLACKWELL, AMPERE, GAMING = (9, 0), (10, 0), (8, 0), (12, 0)
     ("auto", AMPERE, 128, 1024, "flash", "8.x, is neither 9 nor 10"),
     ("auto", GAMING, 128, 1024, "flash", "12.x, is neither 9 nor 10"),
     ("auto", HOPPER, 256, 1024, "flash", "head_dim 256 is above 128"),
-    ("auto", HOPPER, 128, 192, "flash", "192 positions are no multiples of 128"),
-    ("auto", HOPPER, 128, 1048640, "flash", "chunks of 1,048,640 positions"),
-    ("auto", HOPPER, 128, None, "flash", "lengths vary"),  # samples, documents
+    ("auto", HOPPER, 128, 192, "flash", "192 positions, is no multiple of 128"),
+    ("auto", HOPPER, 128, 1048640, "flash", "1,048,640 positions"),
+    ("auto", HOPPER, 128, None, "flash", "have any length"),  # samples, documents
     ("auto", None, 128, 1024, "flash", "CPU"),
     ("flash", HOPPER, 256, None, "flash", "asked"),
     ("flash", None, 128, None, "flash", "CPU"),
@@ -147,7 +147,7 @@ def test_the_kernel_is_chosen_by_device_head_and_length(asked, capability, head_
     ("fa3", None, torch.bfloat16, 128, 1024, "--attention fa3 needs a GPU"),
     ("cudnn", AMPERE, torch.bfloat16, 128, 1024, "--attention cudnn .* 8.x, is neither"),
     ("cudnn", HOPPER, torch.bfloat16, 256, 1024, "--attention cudnn .* head_dim 256"),
-    ("cudnn", HOPPER, torch.bfloat16, 128, None, "--attention cudnn .* lengths vary"),
+    ("cudnn", HOPPER, torch.bfloat16, 128, None, "--attention cudnn .* have any length"),
     ("fa3", BLACKWELL, torch.bfloat16, 128, 1024, "--attention fa3 .* 10.x, is not 9.0"),
 ])
 def test_a_kernel_that_cannot_be_is_refused(asked, capability, dtype, head_dim, chunk, message):

@@ -314,7 +314,7 @@ def test_plans_are_what_the_header_says(capsys, record, recipe):
     assert "128 x 8,192 tokens a step" in second
     # sft.py's samples have any length
     assert "attention by cudnn (the faster one here)" in first
-    assert "attention by flash (not cudnn: lengths vary" in second
+    assert "attention by flash (not cudnn: samples, prompts, documents have any length" in second
     assert gib < 76
     assert host < 240
     assert "of 76.0: fits" in first

@@ -673,7 +673,7 @@ def test_export_states_window_and_stop_tokens_for_servers(workplace, tmp_path):
 
 @pytest.mark.parametrize("chunk, kernel, said", [
     (512, "cudnn", "attention by cudnn (the faster one here)"),
-    (None, "flash", "attention by flash (not cudnn: lengths vary)"),
+    (None, "flash", "attention by flash (not cudnn: samples, prompts, documents have any length)"),
 ])
 def test_the_kernel_of_a_run_is_tried_and_told(tiny_model, capsys, chunk, kernel, said):
     """A run on a Hopper, without one: what is chosen, what has run, what is said."""

@@ -30,6 +30,7 @@ from model import (
     block_bytes,
     logit_bytes,
     read_config,
+    rescale,
 )
 from parallel import (
     CUDNN_MULTIPLE,
@@ -46,6 +47,7 @@ from train import (
     capability_of,
     check_run,
     compute_type,
+    extension_hint,
     forward_flops,
     is_here,
     positive,
@@ -60,9 +62,10 @@ from train import (
 class Device:
     """What a plan assumes of one GPU: bytes, FLOP/s and bytes/s.
 
-    `memory`, `peak`, `bandwidth` are the data sheet's, memory less 3 GiB for CUDA, NCCL and
-    fragmentation. Where attention's rates come from stands in docs/memory.md; those of matrix
-    products and of the links are what well-tuned code is known to reach.
+    `peak` and `bandwidth` are the data sheet's; `memory` is what torch reports (H100: 79.6 GiB,
+    H200: about 140) less 3 GiB for CUDA, NCCL and fragmentation. Where attention's rates come from
+    stands in docs/memory.md; those of matrix products and of the links are what well-tuned code is
+    known to reach.
     """
 
     capability: tuple[int, int] | None  # the compute capability of a GPU
@@ -565,12 +568,12 @@ def print_memory(plan: Plan, device: Device) -> None:
     print("\nmemory of a rank at its worst moment, GiB")
     for name, size in memory.items():
         print(f"  {name:34}{gib(size):9.2f}")
-    verdict = "fits" if plan.fits(device) else "DOES NOT FIT"
-    total = gib(sum(memory.values()))
-    print(f"  {'total':34}{total:9.2f} of {gib(device.memory):.1f}: {verdict}")
+    lines = [("total", sum(memory.values()), device.memory)]
     if plan.on_host():
-        on_host = gib(plan.on_host())
-        print(f"  {'in host memory':34}{on_host:9.2f} of {gib(device.host_memory):.1f}")
+        lines.append(("in host memory", plan.on_host(), device.host_memory))
+    for name, needed, there in lines:
+        verdict = "fits" if needed <= there else "DOES NOT FIT"
+        print(f"  {name:34}{gib(needed):9.2f} of {gib(there):.1f}: {verdict}")
 
 
 def print_times(plan: Plan, device: Device) -> None:
@@ -647,8 +650,10 @@ def parser() -> Parser:
                           "of sft.py's.")
     add = parser.add_argument
     add("--stage", type=int, choices=(1, 2), default=1,
-        help="2: sft.py's rows, each as long as its sample; all are planned at --sequence-length")
-    add("--pack", dest="document_mask", action="store_true", help="of sft.py")
+        help="2: sft.py, its batch of 128 and micro-batch of 1 if not given; rows are as long as "
+        "their samples, and planned at --sequence-length")
+    add("--pack", action="store_true", help="with --stage 2: as sft.py --pack")
+    parser.set_defaults(batch_size=None)
     add("on", metavar="GPU", choices=(*DEVICES, "measured"),
         help=f"{', '.join(DEVICES)}, or measured: this machine")
     add("--processes", type=positive, help="GPUs in all (if not given: tp x cp)")
@@ -660,6 +665,14 @@ def main(argv: list[str] | None = None) -> None:
     that names what would."""
     with one_line_errors():
         a = parser().parse_args(argv)
+        if a.pack and a.stage == 1:
+            raise ValueError("--pack is sft.py's: add --stage 2")
+        if a.document_mask and a.stage == 2:
+            raise ValueError("--cross-document-mask is train.py's: sft.py's is --pack")
+        a.document_mask = a.document_mask or a.pack
+        a.batch_size = a.batch_size or (1 if a.stage == 1 else 128)
+        if a.stage == 2:
+            a.micro_batch_size = a.micro_batch_size or 1
         where = "cuda"
         if a.on == "measured":
             where = a.device
@@ -668,8 +681,13 @@ def main(argv: list[str] | None = None) -> None:
         dtype = getattr(torch, compute_type(a.dtype, where))
 
         # a command that cannot run has no plan
-        scaling_from_options(vars(a))
-        config = read_config(a.model or a.config)
+        own = read_config(a.model or a.config)
+        config = rescale(own, scaling_from_options(vars(a)))
+        beyond = (f"--sequence-length {a.sequence_length} is beyond the model's window of "
+                  f"{config.max_position_embeddings}")
+        is_beyond = a.sequence_length > config.max_position_embeddings
+        if is_beyond and a.rope_kind:
+            raise ValueError(f"{beyond}; extend it ({extension_hint(own, a.sequence_length)})")
         processes = a.processes or max(launched()[1], a.tp * a.cp)
         if processes % (a.tp * a.cp):
             raise ValueError(f"--tp {a.tp} x --cp {a.cp} must divide --processes {processes}")
@@ -691,9 +709,8 @@ def main(argv: list[str] | None = None) -> None:
                     dtype.itemsize, a.recompute, a.offload, a.offload_optimizer, a.tile,
                     cuda=where != "cpu", kernel=kernel, document_mask=a.document_mask)
         print_plan(plan, a.on, device, why)
-        if plan.length > config.max_position_embeddings and not a.rope_kind:
-            print(f"the model's window is {config.max_position_embeddings}: training needs "
-                  "--rope-kind and --rope-factor")
+        if is_beyond:
+            print(f"{beyond}: training needs {extension_hint(own, a.sequence_length)}")
         if not plan.fits(device):
             raise ValueError(f"{a.on}: {what_would_fit(plan, device)}")
         print_fastest(plan, a.on, device)
