@@ -301,7 +301,8 @@ class ScatterSequence(torch.autograd.Function):
 
 
 def gathered(x: Tensor, grid: Grid) -> Tensor:
-    return grid.all_gather(x, "tp").movedim(0, 1)  # (tp, B, m, hidden) -> (B, tp, m, hidden)
+    x = grid.all_gather(x, "tp").movedim(0, 1)  # (tp, B, m, hidden) -> (B, tp, m, hidden)
+    return x.contiguous()  # once, not in each product that reads it; one row lies so already
 
 
 def scattered(x: Tensor, grid: Grid) -> Tensor:

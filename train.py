@@ -137,7 +137,7 @@ def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here
         help="if not given: bfloat16 on a GPU, float32 on a CPU")
     add("--device", type=device, default=here, help="cpu or cuda")
     add("--attention", choices=ATTENTION, default="auto",
-        help="on a GPU; auto: cuDNN where it can be, else flash (FlashAttention-2)")
+        help="on a GPU; auto: cuDNN where it can be (stage 1), else flash (FlashAttention-2)")
     add("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
     add("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
     add("--timeout", type=seconds, default=600.0,
@@ -588,6 +588,8 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
         places = has_target.nonzero()  # (n, 1), ascending
         # what follows the last target, padding say, changes nothing
         length = int(places[-1]) + 1 if len(places) else 1
+        if grid.kernel == "cudnn":  # which takes whole chunks
+            length += -length % (2 * grid.cp * CUDNN_MULTIPLE)
         part = batch.part(rows, length).to(device)
         loss, _ = model.loss(part.tokens, part.targets, part.document_ids)
         (loss / targets).backward()

@@ -41,7 +41,7 @@ mkdir -p "$OUT"
 STATUS=0
 run() {  # a command, within what its part has left; what it prints goes to the part's page too
   local code=0
-  timeout $((END > SECONDS ? END - SECONDS : 1)) "$@" | tee -a "$PAGE" || code=$?
+  timeout -k 60 $((END > SECONDS ? END - SECONDS : 1)) "$@" | tee -a "$PAGE" || code=$?
   [ $code = 0 ] || { STATUS=1; echo "note: exit code $code (124 when cut off): $*" >&2; }
 }
 benchmark() { run $PYTHON -m "benchmarks.$1" "${@:2}" --device $DEVICE; }

@@ -8,7 +8,7 @@ Four tables: relative errors (norm of the difference / norm) against float64 fro
 causal and whole blocks, rectangles, lengths that cuDNN leaves to flash, a ring of two with one
 log-sum-exp over both; rates, forward and backward, of causal FLOPs, and what backward allocates
 beside its gradients; rates of a matrix product and of copies; errors of keys of more than 2^31
-elements against their two halves. Writes JSON; exits 1 if an error exceeds 2 %.
+elements against their two halves. Writes JSON; exits 1 if an error exceeds its limit.
 """
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from parallel import (
 )
 from tools.plan import best_seconds, product_rate
 
-LIMIT = 2e-2  # bfloat16 rounds to 4e-3; a CPU adds grouped heads' gradients up in it
 RESULTS = ("out", "lse", "dq", "dk", "dv")
+# bfloat16 rounds to 4e-3, and a CPU adds grouped heads' gradients up in it; lse is float32, and
+# rings exponentiate it
+LIMITS = dict.fromkeys(RESULTS, 2e-2) | {"lse": 1e-4}
 ERRORS = {"kernel": "", "block": "", "heads": ""} | dict.fromkeys(RESULTS, ".1e")  # a table
 CASES = [  # causal, queries, keys, head_dim, query heads, key heads
     (True, 512, 512, 128, 8, 2),
@@ -209,9 +211,10 @@ def main() -> None:
     large = common.Table(a.out / "large.json", title, a.device, {}, ERRORS)
     check_many_elements(large, kernel, a.device, a.tiny)
 
-    worst = max(row[name] for row in parity.rows + large.rows for name in RESULTS)
-    print(f"\nlargest error {worst:.1e}, limit {LIMIT:.0e}")
-    sys.exit(not worst <= LIMIT)
+    rows = parity.rows + large.rows
+    good = all(row[name] <= limit for row in rows for name, limit in LIMITS.items())  # NaN is not
+    print(f"\n{'ok' if good else 'FAILED'}: errors to 2e-2, of the log-sum-exp to 1e-4")
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

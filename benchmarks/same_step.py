@@ -11,6 +11,7 @@ JSON; exits 1 if a loss is off by more than 1e-3 or a gradient by more than 5 %.
 """
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -82,6 +83,7 @@ def main() -> None:
     plain = None
     for recompute, offload in OPTIONS:
         if a.device == "cuda":
+            gc.collect()  # what the last one has left
             torch.cuda.reset_peak_memory_stats()
         losses, gradients, seconds = first_steps(
             config, a.length, kernel, recompute, offload, a.device, torch.bfloat16, STEPS)

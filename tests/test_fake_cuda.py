@@ -42,6 +42,7 @@ QUICK = [  # kernel, length, tp, cp, dp, recompute, offload, offload_optimizer
 quick = []
 for kernel, length, tp, cp, dp, *memory in QUICK:
     quick.append(Plan(LLAMA, length, 1, 1, tp, cp, dp, 2, *memory, kernel=kernel))
+quick.append(replace(quick[-1], micro_batch=4))
 
 
 def every_grid() -> list[Plan]:
@@ -53,6 +54,8 @@ def every_grid() -> list[Plan]:
 def name(plan: Plan) -> str:
     words = [plan.kernel, f"{plan.length // 1024}K", f"tp {plan.tp}", f"cp {plan.cp}",
              f"dp {plan.dp}", plan.recompute]
+    if plan.micro_batch > 1:
+        words.append(f"{plan.micro_batch} rows")
     if plan.offload:
         words.append("offload")
     if plan.offload_optimizer:
@@ -89,7 +92,7 @@ def fake_rank(kernel: str, tp: int = 1, cp: int = 1, dp: int = 1, rank: int = 0)
 def step(plan: Plan, layers: int) -> Counter:
     """Of one step on the last rank: peak bytes by device, bytes sent by group; "moved", bytes that
     forward and backward move in the device's memory."""
-    tokens = torch.zeros(1, plan.length, dtype=torch.int64)
+    tokens = torch.zeros(plan.micro_batch, plan.length, dtype=torch.int64)
     place = (plan.tp, plan.cp, plan.dp, plan.processes - 1)
     with fake_rank(plan.kernel, *place) as (grid, meter):
         model = build(plan, grid, layers)
@@ -97,7 +100,7 @@ def step(plan: Plan, layers: int) -> Counter:
         meter.peak.clear()
         grid.sent.clear()
         meter.moved = 0
-        training_step(model, optimizer, Batch(tokens, tokens), 1)
+        training_step(model, optimizer, Batch(tokens, tokens), plan.micro_batch)
         moved = Counter(moved=meter.moved)
         optimizer.step(1e-4, 1.0)
     assert meter.kernels == {plan.kernel}
@@ -106,7 +109,7 @@ def step(plan: Plan, layers: int) -> Counter:
 
 def compare(plan: Plan) -> None:
     """Layers are alike: two and three are run, the rest lies on the line through them."""
-    plan = replace(plan, batch=plan.dp)  # a micro-batch each
+    plan = replace(plan, batch=plan.dp * plan.micro_batch)  # a micro-batch each
     two, three = step(plan, 2), step(plan, 3)
     found = Counter()
     for key in three:
@@ -239,6 +242,18 @@ def run_everything(kernel: str, changed: str = "", old: str = "", new: str = "")
 @pytest.mark.parametrize("kernel", ["flash", "cudnn"])
 def test_nothing_is_on_the_wrong_device(kernel):
     run_everything(kernel)
+
+
+def test_a_row_that_ends_early_is_computed_by_the_same_kernel():
+    """Its last 800 targets carry no loss: what is computed is whole chunks all the same."""
+    tokens = torch.zeros(1, 2048, dtype=torch.int64)
+    targets = tokens.clone()
+    targets[:, -800:] = -100
+    with fake_rank("cudnn", tp=2, cp=2, rank=3) as (grid, meter):
+        model = on_the_gpu(Llama, ModelConfig.from_hf(SHAPE | {"num_hidden_layers": 1}), grid)
+        optimizer = ShardedAdamW(model, grid)
+        training_step(model, optimizer, Batch(tokens, targets), 1)
+    assert meter.kernels == {"cudnn"}
 
 
 def test_packed_samples_of_stage_2():

@@ -114,7 +114,7 @@ def best_seconds(function: Callable[[], Tensor]) -> float:
 def product_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product here, of a size that keeps the device busy."""
     size = 8192 if device.startswith("cuda") else 512
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    matrix = torch.randn(size, size, dtype=dtype, device=device)  # a GPU is faster at ones
     return 2 * size**3 / best_seconds(lambda: matrix @ matrix)
 
 
@@ -369,17 +369,19 @@ class Plan:
             kept = self.config.num_hidden_layers * self.kept_by_block()
         return state + max(gradient, kept)
 
+    def gathers(self) -> int:
+        """Gathers and scatters of a block over tp: 4 forward, 4 backward; recomputed, 1 more for q k v,
+        and 1 + 3 in the tiles' forward."""
+        return 8 if self.recompute == "none" else 13
+
     def traffic(self) -> dict[str, float]:
         """Bytes a rank sends in a step, by dimension."""
         s = self.sizes()
         layers = self.config.num_hidden_layers
         rounds = self.batch / self.dp / self.micro_batch
 
-        # gathers and scatters of a block: 4 forward, 4 backward;
-        # recomputed: 1 for q k v, 1 + 3 in the tiles' forward
-        count = 8 if self.recompute == "none" else 13
         partners = (self.tp - 1) / self.tp
-        blocks = layers * count * s["gathered"] * partners
+        blocks = layers * self.gathers() * s["gathered"] * partners
         # the embedding scatters and gathers, the loss too; and sums three numbers a position
         ends = (4 * s["gathered"] + 24 * self.positions) * partners
 
@@ -418,6 +420,8 @@ class Plan:
             elements = 56 * c.hidden_size + 42 * c.intermediate_size
             tiles = self.positions / self.tile_positions(block_bytes(c, self.tp, self.itemsize))
         elements += 8 * (self.tp - 1) * c.hidden_size  # gathered, and their gradients' sums
+        if self.micro_batch > 1 and self.tp > 1:  # of several rows they are copied, too
+            elements += 2 * self.gathers() * self.tp * c.hidden_size
         elements += 22 * (self.cp - 1) * width  # a hop's merge, and its sums in float32
         layer = between * elements * self.itemsize
         # 2. each tile adds its gradients to all of a layer's weights', in float32
