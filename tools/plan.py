@@ -370,8 +370,10 @@ class Plan:
         return state + max(gradient, kept)
 
     def gathers(self) -> int:
-        """Gathers and scatters of a block over tp: 4 forward, 4 backward; recomputed, 1 more for q k v,
-        and 1 + 3 in the tiles' forward."""
+        """Gathers and scatters of a block over tp: 4 forward, 4 backward.
+
+        Recomputed: 1 more for q k v, and 1 + 3 in the tiles' forward.
+        """
         return 8 if self.recompute == "none" else 13
 
     def traffic(self) -> dict[str, float]:
