@@ -34,8 +34,8 @@ LARGE = read_config(ROOT / "runs" / "llama31_70b.json")
 QUICK = [  # kernel, length, tp, cp, dp, recompute, offload, offload_optimizer
     ("flash", 2**17, 8, 4, 8, "mlp", False, False),  # the paper's grid at 1M
     ("cudnn", 2**17, 2, 8, 2, "none", False, False),
-    ("cudnn", 2**17, 1, 8, 8, "mlp", True, False),
-    ("fa3", 2**17, 1, 8, 1, "block", False, False),
+    ("cudnn", 2**16, 1, 8, 8, "mlp", True, False),
+    ("fa3", 2**16, 1, 8, 1, "block", False, False),
     ("cudnn", 2**15, 1, 2, 1, "block", False, True),
     ("flash", 2**13, 8, 1, 1, "none", False, False),  # stage 2 on a node of eight
 ]
