@@ -46,7 +46,7 @@ GROUPS = {
     "cp_tp": ("cp", "tp"), "dp_cp": ("dp", "cp"), "all": AXES,
 }
 Segments = list[list[int]]  # of each row of a batch: where its documents begin and end, [0, ..., S]
-CUDNN_MULTIPLE = 128  # of the lengths of blocks that cuDNN is given
+CUDNN_MULTIPLE = 128  # cuDNN is given blocks whose lengths are multiples of it
 aten = torch.ops.aten
 
 
@@ -675,7 +675,7 @@ def block_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
             d_out, q, k, v, out, lse, 0.0, causal)
     unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state of no dropout
     lengths = (q.shape[2], k.shape[2])
-    lse = lse.contiguous()  # a slice of it is not, and both kernels read it as if it were
+    lse = lse.contiguous()  # a slice of it is not, and every kernel reads it as if it were
     if kernel == "cudnn" and cudnn_takes(q, k):
         # it may remember strides by q, k, v alone: out and d_out are to lie in one way always
         return aten._scaled_dot_product_cudnn_attention_backward(

@@ -335,15 +335,26 @@ def try_kernel(kernel: str, device: str, dtype: torch.dtype, head_dim: int) -> N
                          f"{remedy[kernel]}") from None
 
 
+def kernel_here(asked: str, device: str, dtype: torch.dtype, head_dim: int,
+                chunk: int | None) -> tuple[str, str]:
+    """`attention_kernel` of this machine's device, tried."""
+    kernel, why = attention_kernel(asked, capability_of(device), dtype, head_dim, chunk)
+    try_kernel(kernel, device, dtype, head_dim)
+    return kernel, why
+
+
 def choose_attention(options: Namespace, grid: Grid, config: ModelConfig,
                      chunk: int | None) -> None:
     """Set `grid.kernel` for this run, and say which it is and why: see `attention_kernel`."""
     dtype = getattr(torch, compute_type(options.dtype, options.device))
-    capability = capability_of(options.device)
-    grid.kernel, why = attention_kernel(
-        options.attention, capability, dtype, config.head_dim, chunk)
-    try_kernel(grid.kernel, options.device, dtype, config.head_dim)
+    grid.kernel, why = kernel_here(
+        options.attention, options.device, dtype, config.head_dim, chunk)
     print_once(f"attention by {grid.kernel} ({why})")
+
+
+def chunk_length(options: Namespace, grid: Grid) -> int | None:
+    """Positions in a zigzag chunk of stage 1; None with a mask: documents have any length."""
+    return None if options.document_mask else grid.chunk(options.sequence_length)
 
 
 # ------------------------------------------------------------------------------- model and schedule
@@ -364,17 +375,25 @@ def extension_hint(config: ModelConfig, length: int) -> str:
     return f"{options}, if that was its window before; it replaces {rule}"
 
 
+def beyond_window(own: ModelConfig, config: ModelConfig, length: int) -> str:
+    """What is wrong with sequences of `length`, and what would be right; "" if nothing is. `config`
+    is the model's `own`, extended as the options say."""
+    window = config.max_position_embeddings
+    if length <= window:
+        return ""
+    return (f"--sequence-length {length} is beyond the model's window of {window}; extend it "
+            f"({extension_hint(own, length)}) or shorten the sequences")
+
+
 def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None,
                chunk: int | None) -> tuple[ModelConfig, data.Tokenizer]:
     """Configuration and tokenizer to start from, checked against each other and the options; the
     kernel of attention is chosen, see `choose_attention`."""
     own = read_config(options.model or options.config)
     config = rescale(own, scaling)
-    length = options.sequence_length
-    window = config.max_position_embeddings
-    if length > window:
-        raise ValueError(f"--sequence-length {length} is beyond the model's window of {window}; "
-                         f"extend it ({extension_hint(own, length)}) or shorten the sequences")
+    problem = beyond_window(own, config, options.sequence_length)
+    if problem:
+        raise ValueError(problem)
     check_run(options, grid, config)
     choose_attention(options, grid, config, chunk)
     path = options.tokenizer or options.model
@@ -798,9 +817,7 @@ def main(argv: list[str] | None = None) -> None:
         options = stage1_parser().parse_args(argv)
         grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
         scaling = scaling_from_options(vars(options))
-        chunk = grid.chunk(options.sequence_length)
-        if options.document_mask:  # attention then sees documents, of any length
-            chunk = None
+        chunk = chunk_length(options, grid)
         config, tokenizer = load_start(options, grid, scaling, chunk)
         training, validation = stage1_datasets(options, tokenizer)
         run_stage(options, grid, config, tokenizer, training, validation)

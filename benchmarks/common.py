@@ -13,14 +13,7 @@ import torch
 from data import Batch
 from model import Llama
 from parallel import Grid, ShardedAdamW
-from train import (
-    ATTENTION,
-    attention_kernel,
-    capability_of,
-    device_here,
-    training_step,
-    try_kernel,
-)
+from train import ATTENTION, device_here, kernel_here, training_step
 
 LEARNING_RATE = 1e-4
 
@@ -77,12 +70,8 @@ def start_kernel(options: Namespace, dtype: str, head_dim: int, length: int,
                  cp: int = 1) -> tuple[str, str]:
     """The kernel that --attention and --device give for sequences of `length`, and why; made ready
     in this process."""
-    capability = capability_of(options.device)
     chunk = Grid(cp=cp).chunk(length)
-    number_type = getattr(torch, dtype)
-    kernel, why = attention_kernel(options.attention, capability, number_type, head_dim, chunk)
-    try_kernel(kernel, options.device, number_type, head_dim)
-    return kernel, why
+    return kernel_here(options.attention, options.device, getattr(torch, dtype), head_dim, chunk)
 
 
 def machine(device: str) -> dict[str, str]:

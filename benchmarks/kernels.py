@@ -18,13 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from parallel import (
-    block_backward,
-    block_forward,
-    cudnn_takes,
-    merge,
-    one_line_errors,
-)
+from parallel import block_backward, block_forward, cudnn_takes, merge, one_line_errors
 from tools.plan import best_seconds, product_rate
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")

@@ -30,7 +30,7 @@ import torch
 from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig, read_config
 from parallel import Grid, ShardedAdamW, one_line_errors
-from tools.plan import Plan
+from tools.plan import Plan, host_bytes
 from train import activate, peak_memory_gib
 
 COLUMNS = {
@@ -63,9 +63,9 @@ class Step:
         on_host = plan.on_host() / 2**30
         return (total + on_host, 0.0) if self.device == "cpu" else (total, on_host)
 
-    def serve(self, pipe, length: int) -> None:
-        """Child process: steps; answers (peak GiB, seconds of each), or None if the GPU's memory
-        does not suffice."""
+    def serve(self, pipe, length: int, steps: int) -> None:
+        """Child process: so many steps, none after a minute; answers (peak GiB, seconds of each),
+        or None if the GPU's memory does not suffice."""
         torch.set_num_threads(self.threads)
         activate(self.kernel)
         try:
@@ -79,7 +79,7 @@ class Step:
             short = batch.part(torch.arange(1), min(length, 1024))
             common.step(model, optimizer, short)  # warms up
             seconds = []
-            while not seconds or self.device == "cuda" and len(seconds) < 2 and seconds[0] < 60:
+            while len(seconds) < steps and sum(seconds) < 60:
                 start = time.perf_counter()
                 common.step(model, optimizer, batch)
                 seconds.append(time.perf_counter() - start)
@@ -88,11 +88,12 @@ class Step:
             pipe.send(None)
 
 
-def measure(step: Step, length: int, memory_gib: float) -> tuple[float, list[float]] | None:
+def measure(step: Step, length: int, memory_gib: float,
+            steps: int = 1) -> tuple[float, list[float]] | None:
     """(peak GiB, seconds) of steps at this length, None if they do not fit."""
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
-    process = context.Process(target=step.serve, args=(other, length))
+    process = context.Process(target=step.serve, args=(other, length, steps))
     process.start()
     other.close()
     try:
@@ -110,20 +111,15 @@ def largest(step: Step, memory_gib: float, layers: int, limit: int,
     """The longest sequence up to `limit` that trains within the memory, to 1/32 of the predicted
     one, and its peak in GiB. Steps are made with so many layers; the plan has what others take.
     Each try goes into `table`."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    fits = []
-    for length in range(1024, limit + 1, 1024):
-        predicted, on_host = step.predicted_gib(length)
-        if predicted <= memory_gib and on_host <= host:
-            fits.append(length)
+    host = host_bytes() / 2**30
+    lengths = [n for n in range(1024, limit + 1, 1024) if step.predicted_gib(n)[1] <= host]
+    fits = [n for n in lengths if step.predicted_gib(n)[0] <= memory_gib]
     if not fits:
         raise SystemExit(f"error: --memory-gib {memory_gib:g}: the model alone takes more")
     small = replace(step, config=replace(step.config, num_hidden_layers=layers))
 
     def peak_of(length: int) -> float | None:
-        predicted, on_host = step.predicted_gib(length)
-        if on_host > host:
-            return None
+        predicted, _ = step.predicted_gib(length)
         rest = predicted - small.predicted_gib(length)[0]
         found = measure(small, length, memory_gib - rest)
         peak = found[0] + rest if found else None
@@ -137,7 +133,7 @@ def largest(step: Step, memory_gib: float, layers: int, limit: int,
     length = fits[-1]
     best = peak_of(length)
     direction = 1 if best else -1
-    while 0 < length + direction * stride <= limit:
+    while 0 < length + direction * stride <= lengths[-1]:
         peak = peak_of(length + direction * stride)
         if direction > 0 and peak is None:
             break
@@ -177,7 +173,7 @@ def main() -> None:
     else:
         small = common.small_llama(a.hidden_size, a.layers, 1024, 2**22)
         config = ModelConfig.from_hf(small)
-    kernel, why = common.start_kernel(a, a.dtype, config.head_dim, 2**20)
+    kernel, _ = common.start_kernel(a, a.dtype, config.head_dim, 1024)  # --largest: multiples of it
     step = Step(config, a.recompute, a.offload, a.offload_optimizer, a.tile, a.dtype, a.device,
                 a.threads, kernel)
     memory_gib = a.memory_gib or float("inf")
@@ -195,7 +191,7 @@ def main() -> None:
         kernel, why = common.start_kernel(a, a.dtype, config.head_dim, length)
         row = {"S": length, "layers": config.num_hidden_layers, "kernel": kernel, "why": why,
                "predicted GiB": step.predicted_gib(length)[0]}
-        found = measure(replace(step, kernel=kernel), length, memory_gib)
+        found = measure(replace(step, kernel=kernel), length, memory_gib, 2 if cuda else 1)
         if found:
             peak, seconds = found
             row |= {"peak GiB": peak, "steps": len(seconds), "s a step": seconds[-1],

@@ -35,13 +35,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel import Grid, Hop
 
 aten = torch.ops.aten
-KERNELS = {  # of attention: forward, backward
-    "flash": (aten._scaled_dot_product_flash_attention.default,
-              aten._scaled_dot_product_flash_attention_backward.default),
-    "cudnn": (aten._scaled_dot_product_cudnn_attention.default,
-              aten._scaled_dot_product_cudnn_attention_backward.default),
+FORWARDS = {
+    aten._scaled_dot_product_flash_attention.default: "flash",
+    aten._scaled_dot_product_cudnn_attention.default: "cudnn",
 }
-LSE_DIMENSIONS = {"flash": 3, "cudnn": 4}  # that backward takes
+BACKWARDS = {
+    aten._scaled_dot_product_flash_attention_backward.default: "flash",
+    aten._scaled_dot_product_cudnn_attention_backward.default: "cudnn",
+}
+LSE_DIMENSIONS = {"flash": 3, "cudnn": 4}  # that their backward takes
 # torch for CPUs lacks these two on cuda, and would take them apart into others
 FUSED_ON_CUDA = ("_fused_rms_norm", "silu_backward")
 
@@ -63,8 +65,8 @@ class ShapeOnly(FakeTensorMode):
 class Meter(TorchDispatchMode):
     """Sees every operator, in backward too. By device, "cuda" or "cpu": `live` bytes of storages
     made here and not freed, and their `peak`. `moved` adds up what the device's memory gives and
-    takes, see `bytes_moved`. `kernels` are those that attention was computed by;
-    flash's operators may be FlashAttention-3's."""
+    takes, see `bytes_moved`. `kernels` are those that attention was computed by; flash's operators
+    may be FlashAttention-3's."""
 
     def __init__(self, fa3: bool) -> None:
         super().__init__()
@@ -90,17 +92,16 @@ class Meter(TorchDispatchMode):
             assert "cpu" not in devices, f"NCCL takes no host tensor: {operator}"
         if operator is aten._fused_adamw_.default:
             assert len(devices) == 1, f"fused AdamW takes one device, not {devices}"
-        kernel = None
-        for name, (forward, backward) in KERNELS.items():
-            if operator in (forward, backward):
-                kernel = "fa3" if self.fa3 and name == "flash" else name
-                self.kernels.add(kernel)
-            if operator is backward:
-                d_out, q, _, _, result, lse = args[:6]
-                assert result.shape == q.shape, f"out has shape {result.shape}"
-                assert lse.ndim == LSE_DIMENSIONS[name], f"lse has shape {lse.shape}"
-                assert lse.is_contiguous(), "the kernels read lse as if it were contiguous"
-                assert name == "flash" or layout(d_out) == layout(result), "cuDNN may mix them up"
+        name = FORWARDS.get(operator) or BACKWARDS.get(operator)
+        kernel = "fa3" if self.fa3 and name == "flash" else name
+        if kernel:
+            self.kernels.add(kernel)
+        if operator in BACKWARDS:
+            d_out, q, _, _, result, lse = args[:6]
+            assert result.shape == q.shape, f"out has shape {result.shape}"
+            assert lse.ndim == LSE_DIMENSIONS[name], f"lse has shape {lse.shape}"
+            assert lse.is_contiguous(), "the kernels read lse as if it were contiguous"
+            assert name == "flash" or layout(d_out) == layout(result), "cuDNN may mix them up"
         # 2. pinned memory, which a machine without CUDA does not have
         if kwargs.pop("pin_memory", False):
             kwargs["device"] = torch.device("cpu")
@@ -121,18 +122,14 @@ class Meter(TorchDispatchMode):
                 return args[0]
         out = self.count(given, operator(*args, **kwargs))
         self.moved += bytes_moved(operator, given, tensors(out))
-        if kernel and "backward" in operator.name():
+        if operator in BACKWARDS:
             self.mark("cuda", scratch(kernel, *args[:5]))
         return out
 
     def count(self, given: list[Tensor], out):
-        """Note the storages of `out` that no given tensor has, until they are freed."""
-        known = {x.untyped_storage()._cdata for x in given}
-        for x in tensors(out):
+        """Note the storages that an operator has made, until they are freed."""
+        for x in made_anew(given, tensors(out)):
             storage = x.untyped_storage()
-            if storage._cdata in known:  # a view, or in place
-                continue
-            known.add(storage._cdata)
             size = {x.device.type: storage.nbytes()}
             self.live.update(size)
             weakref.finalize(storage, self.live.subtract, size)
@@ -143,6 +140,18 @@ class Meter(TorchDispatchMode):
         self.peak[device] = max(self.peak[device], self.live[device] + more)
 
 
+def made_anew(given: list[Tensor], results: list[Tensor]) -> list[Tensor]:
+    """A tensor for each storage of the results that no given one has: not views, not in place."""
+    known = {x.untyped_storage()._cdata for x in given}
+    new = []
+    for x in results:
+        identity = x.untyped_storage()._cdata
+        if identity not in known:
+            known.add(identity)
+            new.append(x)
+    return new
+
+
 def bytes_moved(operator, given: list[Tensor], made: list[Tensor]) -> int:
     """What an operator of the device reads and writes; 0 of products, attention, communication."""
     name = operator._overloadpacket.__name__
@@ -150,8 +159,7 @@ def bytes_moved(operator, given: list[Tensor], made: list[Tensor]) -> int:
         return 0
     if "empty" in name or all(x.device.type == "cpu" for x in given + made):
         return 0
-    known = {x.untyped_storage()._cdata for x in given}
-    new = [x for x in made if x.untyped_storage()._cdata not in known]
+    new = made_anew(given, made)
     # what is expanded is read once
     size = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in given)
     if new:

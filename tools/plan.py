@@ -7,8 +7,8 @@ anything is rented.
 
 The second one is for this machine, which is timed in a few seconds. Options are train.py's;
 --processes says how many GPUs there are, --stage 2 that sft.py is planned. Everything is computed
-from shapes, nothing is allocated. A plan that does not fit is an error that names the smallest
-change that does.
+from shapes, nothing is allocated. A plan that does not fit is an error that names options that do,
+on the fewest GPUs.
 """
 from __future__ import annotations
 
@@ -41,18 +41,20 @@ from parallel import (
     one_line_errors,
 )
 from rope_yarn import scaling_from_options
+from sft import stage2_parser
 from train import (
     Parser,
     attention_kernel,
+    beyond_window,
     capability_of,
     check_run,
+    chunk_length,
     compute_type,
-    extension_hint,
     forward_flops,
     is_here,
+    kernel_here,
     positive,
     stage1_parser,
-    try_kernel,
 )
 
 # ---------------------------------------------------------------------------------------- devices
@@ -134,6 +136,11 @@ def matrices(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def host_bytes() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def measured_device(device: str, dtype: torch.dtype, head_dim: int, kernel: str) -> Device:
     """This machine, for a plan: a matrix product, attention's `kernel` and a copy, timed in a few
     seconds."""
@@ -149,7 +156,7 @@ def measured_device(device: str, dtype: torch.dtype, head_dim: int, kernel: str)
 
     large = torch.empty(2**28 if cuda else 2**25, dtype=torch.uint8, device=device)
     copy = 2 * large.nbytes / best_seconds(large.clone)  # a byte is read and written
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = host_bytes()
     total = torch.cuda.get_device_properties(0).total_memory - 3 * 2**30 if cuda else host
     rate = product_rate(device, dtype)
     return Device(
@@ -659,7 +666,7 @@ def parser() -> Parser:
         help="2: sft.py, its batch of 128 and micro-batch of 1 if not given; rows are as long as "
         "their samples, and planned at --sequence-length")
     add("--pack", action="store_true", help="with --stage 2: as sft.py --pack")
-    parser.set_defaults(batch_size=None)
+    parser.set_defaults(batch_size=None)  # the stage's, see `main`
     add("on", metavar="GPU", choices=(*DEVICES, "measured"),
         help=f"{', '.join(DEVICES)}, or measured: this machine")
     add("--processes", type=positive, help="GPUs in all (if not given: tp x cp)")
@@ -676,9 +683,9 @@ def main(argv: list[str] | None = None) -> None:
         if a.document_mask and a.stage == 2:
             raise ValueError("--cross-document-mask is train.py's: sft.py's is --pack")
         a.document_mask = a.document_mask or a.pack
-        a.batch_size = a.batch_size or (1 if a.stage == 1 else 128)
-        if a.stage == 2:
-            a.micro_batch_size = a.micro_batch_size or 1
+        defaults = stage1_parser() if a.stage == 1 else stage2_parser()
+        a.batch_size = a.batch_size or defaults.get_default("batch_size")
+        a.micro_batch_size = a.micro_batch_size or defaults.get_default("micro_batch_size")
         where = "cuda"
         if a.on == "measured":
             where = a.device
@@ -689,34 +696,30 @@ def main(argv: list[str] | None = None) -> None:
         # a command that cannot run has no plan
         own = read_config(a.model or a.config)
         config = rescale(own, scaling_from_options(vars(a)))
-        beyond = (f"--sequence-length {a.sequence_length} is beyond the model's window of "
-                  f"{config.max_position_embeddings}")
-        is_beyond = a.sequence_length > config.max_position_embeddings
-        if is_beyond and a.rope_kind:
-            raise ValueError(f"{beyond}; extend it ({extension_hint(own, a.sequence_length)})")
+        problem = beyond_window(own, config, a.sequence_length)
+        if problem and a.rope_kind:
+            raise ValueError(problem)
         processes = a.processes or max(launched()[1], a.tp * a.cp)
         if processes % (a.tp * a.cp):
             raise ValueError(f"--tp {a.tp} x --cp {a.cp} must divide --processes {processes}")
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
         check_run(a, grid, config)
-        capability = capability_of(where) if a.on == "measured" else DEVICES[a.on].capability
-        chunk = grid.chunk(a.sequence_length)
-        if a.stage == 2 or a.document_mask:  # samples and documents have any length
-            chunk = None
-        kernel, why = attention_kernel(a.attention, capability, dtype, config.head_dim, chunk)
+        chunk = chunk_length(a, grid) if a.stage == 1 else None  # samples have any length
 
+        head_dim = config.head_dim
         if a.on == "measured":
-            try_kernel(kernel, where, dtype, config.head_dim)
-            device = measured_device(where, dtype, config.head_dim, kernel)
+            kernel, why = kernel_here(a.attention, where, dtype, head_dim, chunk)
+            device = measured_device(where, dtype, head_dim, kernel)
         else:
             device = DEVICES[a.on]
+            kernel, why = attention_kernel(a.attention, device.capability, dtype, head_dim, chunk)
         rows = a.micro_batch_size or a.batch_size // grid.dp
         plan = Plan(config, a.sequence_length, a.batch_size, rows, a.tp, a.cp, grid.dp,
                     dtype.itemsize, a.recompute, a.offload, a.offload_optimizer, a.tile,
                     cuda=where != "cpu", kernel=kernel, document_mask=a.document_mask)
         print_plan(plan, a.on, device, why)
-        if is_beyond:
-            print(f"{beyond}: training needs {extension_hint(own, a.sequence_length)}")
+        if problem:
+            print(f"note: {problem}")
         if not plan.fits(device):
             raise ValueError(f"{a.on}: {what_would_fit(plan, device)}")
         print_fastest(plan, a.on, device)
