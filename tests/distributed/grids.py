@@ -72,6 +72,13 @@ def rows(batch: Batch, grid: Grid) -> Batch:
     return batch.part(own_rows, SEQUENCE)
 
 
+def summed(tensors: list[torch.Tensor], group: str, grid: Grid) -> list[torch.Tensor]:
+    """Each added up over a group, in one message."""
+    flat = grid.all_reduce(torch.cat([tensor.flatten() for tensor in tensors]), group)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
 def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[str, float]:
     """Relative errors against one process; of a tensor: norm of the difference / norm."""
     alone = Grid()
@@ -101,10 +108,13 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
         parts = (rows(batch, grid), batch)
         for model, optimizer, part in zip(models, optimizers, parts, strict=True):
             losses.append(training_step(model, optimizer, part, micro_batch)[0])
-        for name, theirs in optimizers[1].parameters.items():
-            among = "all" if dims[name] is None else "dp_cp"
-            ours = grid.all_reduce(optimizers[0].parameters[name].grad.clone(), among)
-            note("gradients", ours, own(theirs.grad, dims[name], grid))
+        whole = [name for name, dim in dims.items() if dim is None]
+        cut = [name for name, dim in dims.items() if dim is not None]
+        for names, group in ((whole, "all"), (cut, "dp_cp")):
+            gradients = [optimizers[0].parameters[name].grad for name in names]
+            for name, ours in zip(names, summed(gradients, group, grid), strict=True):
+                theirs = optimizers[1].parameters[name].grad
+                note("gradients", ours, own(theirs, dims[name], grid))
         norms = [optimizer.step(1e-4, max_norm=1.0) for optimizer in optimizers]
         note("loss", *torch.tensor(losses, dtype=torch.float64))
         note("norm", *torch.tensor(norms, dtype=torch.float64))

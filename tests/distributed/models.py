@@ -27,12 +27,12 @@ def agree(grid: Grid, tokens: torch.Tensor) -> bool:
 
 
 def largest(model: Llama) -> int:
-    """Elements of the largest tensor that a rank makes in a forward and backward pass over 2,048
+    """Elements of the largest tensor that a rank makes in a forward and backward pass over 1,088
     tokens."""
     model.recompute = "block"
-    model.tile = 32
+    model.tile = 32 * model.grid.tp
     generator = torch.Generator().manual_seed(2)
-    tokens = torch.randint(model.config.vocab_size, (1, 2048), generator=generator)
+    tokens = torch.randint(model.config.vocab_size, (1, 1088), generator=generator)
     with Allocations() as seen:
         model.loss(tokens, tokens)[0].backward()
     return seen.elements
