@@ -556,7 +556,8 @@ class Llama(nn.Module):
 
     def pad(self, rows: Tensor, value: int = 0) -> Tensor:
         """(B, S) -> (B, S'), padded on the right: 37 positions to 40 on a grid of multiple 8."""
-        return F.pad(rows, (0, -rows.shape[1] % self.grid.sequence_multiple), value=value)
+        length = rows.shape[1]
+        return F.pad(rows, (0, self.grid.padded(length) - length), value=value)
 
     def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of this rank's positions (S / cp,): float32 (tp, m, D / 2) each."""

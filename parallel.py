@@ -95,8 +95,13 @@ class Grid:
         # of sequence lengths: 2 cp equal chunks (zigzag), and cp tp equal pieces; alone, any length
         self.sequence_multiple = 2 * self.cp * self.tp if self.cp * self.tp > 1 else 1
 
+    def padded(self, length: int) -> int:
+        """A sequence's length with the padding that makes it a multiple: 37 is 40 if that is 8."""
+        return length + -length % self.sequence_multiple
+
     def chunk(self, length: int) -> int:
-        """Positions in a zigzag chunk of a sequence; one rank has it whole."""
+        """Positions in a zigzag chunk of a padded sequence; one rank has it whole."""
+        length = self.padded(length)
         return length // (2 * self.cp) if self.cp > 1 else length
 
     @classmethod

@@ -104,7 +104,8 @@ def is_here(device: str) -> bool:
     if not torch.cuda.is_available():
         return device == "cpu"
     # of several processes each takes a GPU of its own, so none names one
-    return device in ("cpu", "cuda") or (device.startswith("cuda:") and launched()[1] == 1)
+    named = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if launched()[1] == 1 else []
+    return device in ("cpu", "cuda", *named)
 
 
 positive = option(int, lambda n: n >= 1, "a whole number, 1 or more")
@@ -137,7 +138,8 @@ def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here
         help="if not given: bfloat16 on a GPU, float32 on a CPU")
     add("--device", type=device, default=here, help="cpu or cuda")
     add("--attention", choices=ATTENTION, default="auto",
-        help="on a GPU; auto: cuDNN where it can be (stage 1), else flash (FlashAttention-2)")
+        help="on a GPU; auto: cuDNN on a Hopper or Blackwell in stage 1, else flash: "
+        "FlashAttention-2")
     add("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
     add("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
     add("--timeout", type=seconds, default=600.0,
@@ -195,7 +197,7 @@ def stage1_parser(planned: bool = False) -> Parser:
     add("--data", nargs="+", action="extend", type=str if planned else weighted_path,
         required=not planned, metavar="DIR[=WEIGHT]",
         help="corpora that `python -m tools.prepare` wrote; a sequence comes from one, by weight")
-    add("--sequence-length", type=positive, required=True, help="tokens")
+    add("--sequence-length", type=positive, required=not planned, help="tokens")
     add("--separator", choices=("<s>", "none", "bos_eos"), default="<s>", help="between documents")
     add("--short-length", type=nonnegative, default=4096, help="documents below are short")
     add("--long-length", type=nonnegative, default=8192, help="documents above are long")
@@ -299,7 +301,7 @@ def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torc
     elif kernel == "cudnn" and chunk is None:
         obstacle = "samples, prompts, documents have any length"
     elif kernel == "cudnn" and chunk % CUDNN_MULTIPLE:
-        obstacle = (f"a chunk of --sequence-length, {chunk:,} positions, is no multiple of "
+        obstacle = (f"a chunk of the sequence, {chunk:,} positions, is no multiple of "
                     f"{CUDNN_MULTIPLE}")
     if not obstacle:
         return kernel, "the faster one here" if asked == "auto" else "as asked"
@@ -329,15 +331,19 @@ def try_kernel(kernel: str, device: str, dtype: torch.dtype, head_dim: int) -> N
             q = torch.zeros(1, 1, CUDNN_MULTIPLE, head_dim, dtype=dtype, device=device)
             out, lse = block_forward(q, q, q, True, kernel)
             block_backward(q, q, q, q, out, lse, True, kernel)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"--device {device}: its memory is full before anything is loaded; end "
+                         "what else runs there") from None
     except (ImportError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--attention {kernel} does not run here: {reason}; "
+        raise ValueError(f"attention by {kernel} does not run here: {reason}; "
                          f"{remedy[kernel]}") from None
 
 
 def kernel_here(asked: str, device: str, dtype: torch.dtype, head_dim: int,
                 chunk: int | None) -> tuple[str, str]:
-    """`attention_kernel` of this machine's device, tried."""
+    """`attention_kernel` of this machine's device, ready in this process: see `try_kernel`. Raises
+    ValueError for what cannot be, or does not run."""
     kernel, why = attention_kernel(asked, capability_of(device), dtype, head_dim, chunk)
     try_kernel(kernel, device, dtype, head_dim)
     return kernel, why
@@ -607,8 +613,8 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
         places = has_target.nonzero()  # (n, 1), ascending
         # what follows the last target, padding say, changes nothing
         length = int(places[-1]) + 1 if len(places) else 1
-        if grid.kernel == "cudnn":  # which takes whole chunks
-            length += -length % (2 * grid.cp * CUDNN_MULTIPLE)
+        if grid.kernel == "cudnn":  # which takes whole chunks, so none may be padded later
+            length += -length % math.lcm(2 * grid.cp * CUDNN_MULTIPLE, grid.sequence_multiple)
         part = batch.part(rows, length).to(device)
         loss, _ = model.loss(part.tokens, part.targets, part.document_ids)
         (loss / targets).backward()

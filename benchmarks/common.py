@@ -23,7 +23,8 @@ def parser(description: str, out: str, device: str | None = None) -> ArgumentPar
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--attention", choices=ATTENTION, default="auto")
-    parser.add_argument("--device", type=device_here, default=device or here)
+    parser.add_argument("--device", type=device_here, choices=("cpu", "cuda"),
+                        default=device or here)
     parser.add_argument("--out", type=Path, default=Path(out))
     return parser
 
@@ -67,10 +68,10 @@ def step(model: Llama, optimizer: ShardedAdamW, batch: Batch) -> float:
 
 
 def start_kernel(options: Namespace, dtype: str, head_dim: int, length: int,
-                 cp: int = 1) -> tuple[str, str]:
+                 cp: int = 1, tp: int = 1) -> tuple[str, str]:
     """The kernel that --attention and --device give for sequences of `length`, and why; made ready
     in this process."""
-    chunk = Grid(cp=cp).chunk(length)
+    chunk = Grid(cp=cp, tp=tp).chunk(length)
     return kernel_here(options.attention, options.device, getattr(torch, dtype), head_dim, chunk)
 
 

@@ -5,8 +5,8 @@
 # kernels  each attention kernel against float64, its rates, copies; this project's tests that need a GPU
 # step     a step of SmolLM2 against the CPU's; one rank of Llama 3.1 8B at 1M tokens, tp 8, beside the plan
 # long     Llama 3.2 1B at 32K, 128K and 512K tokens, and the longest that trains
-# recipe   SmolLM2-135M-Instruct (--model) from 8K to 32K tokens: needles before and after; without --model the programs only,
-#          with a model of random weights
+# recipe   SmolLM2-135M-Instruct (--model, absolute or relative to this repository) from 8K to 32K tokens: needles before and
+#          after; without --model the programs only, with a model of random weights
 # Tables and JSON stand in out/gpu as soon as they are there: PART.md is for docs/results.md. What is cut off keeps its rows.
 # It takes .venv's Python, or python3 where there is none. Exit code 1 if something failed or was cut off.
 set -euo pipefail
@@ -15,7 +15,7 @@ fail() { echo "error: $*" >&2; exit 1; }
 TINY="" MODEL="" PARTS=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h|--help) sed -n '2,/^set /{/^#/s/^# //p}' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,/^set /{/^#/s/^# //p}' benchmarks/gpu.sh; exit 0 ;;
     --tiny) TINY=yes ;;
     --model) MODEL=${2:-}; [ -f "$MODEL/config.json" ] || fail "--model $MODEL: no config.json there"; shift ;;
     kernels|step|long|recipe) PARTS+=("$1") ;;
@@ -42,7 +42,7 @@ STATUS=0
 run() {  # a command, within what its part has left; what it prints goes to the part's page too
   local code=0
   timeout -k 60 $((END > SECONDS ? END - SECONDS : 1)) "$@" | tee -a "$PAGE" || code=$?
-  [ $code = 0 ] || { STATUS=1; echo "note: exit code $code (124 when cut off): $*" >&2; }
+  [ $code = 0 ] || { STATUS=1; echo "note: exit code $code (124, 137: cut off): $*" >&2; }
 }
 benchmark() { run $PYTHON -m "benchmarks.$1" "${@:2}" --device $DEVICE; }
 

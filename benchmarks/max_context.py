@@ -11,10 +11,10 @@ Every length is a whole training step with its optimizer in a fresh process: pea
 resident size on a CPU, the most torch had allocated on a GPU. On a GPU a second step follows a
 first of less than a minute, in which host memory is locked, and the time is the last one's. The
 slope is a least-squares line's; "predicted" is what `tools.plan` computes from shapes. --largest
-then looks for the longest sequence within --memory-gib and the host's memory, beginning at the
-predicted one; with --search-layers of a model with so few layers, and what the others take, by the
-plan, is added: a step at 1M tokens takes minutes, its attention 16 times those of 256K. Writes
-JSON.
+then looks, a step a try, for the longest sequence within --memory-gib and the host's memory,
+beginning at the predicted one; with --search-layers of a model with so few layers, and what the
+others take, by the plan, is added: a step at 1M tokens takes minutes, its attention 16 times those
+of 256K. Writes JSON.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from benchmarks import common
 from model import RECOMPUTE, Llama, ModelConfig, read_config
 from parallel import Grid, ShardedAdamW, one_line_errors
 from tools.plan import Plan, host_bytes
-from train import activate, peak_memory_gib
+from train import activate, option, peak_memory_gib
 
 COLUMNS = {
     "S": ",", "layers": "", "kernel": "", "peak GiB": ".3f", "predicted GiB": ".3f", "steps": "",
@@ -113,6 +113,9 @@ def largest(step: Step, memory_gib: float, layers: int, limit: int,
     Each try goes into `table`."""
     host = host_bytes() / 2**30
     lengths = [n for n in range(1024, limit + 1, 1024) if step.predicted_gib(n)[1] <= host]
+    if not lengths:
+        raise SystemExit(f"error: this machine's memory, {host:.0f} GiB: what is offloaded takes "
+                         "more")
     fits = [n for n in lengths if step.predicted_gib(n)[0] <= memory_gib]
     if not fits:
         raise SystemExit(f"error: --memory-gib {memory_gib:g}: the model alone takes more")
@@ -159,7 +162,8 @@ def main() -> None:
     parser.add_argument("--offload-optimizer", action="store_true")
     parser.add_argument("--tile", type=int, default=1024,
                         help="positions; few, so that tiles are full at the shortest length")
-    parser.add_argument("--largest", type=int, nargs="?", const=2**24, metavar="N",
+    at_least_1024 = option(int, lambda n: n >= 1024, "a whole number, 1024 or more")
+    parser.add_argument("--largest", type=at_least_1024, nargs="?", const=2**24, metavar="N",
                         help="also look for the longest sequence, up to N tokens")
     parser.add_argument("--search-layers", type=int, help="for --largest (default: all)")
     parser.add_argument("--memory-gib", type=float,

@@ -172,7 +172,7 @@ def main() -> None:
     dtype = getattr(torch, a.dtype)
     config = configuration(a.config, a.hidden_size, a.length)
     whole = config.num_hidden_layers
-    kernel, why = common.start_kernel(a, a.dtype, config.head_dim, a.length, a.cp)
+    kernel, why = common.start_kernel(a, a.dtype, config.head_dim, a.length, a.cp, a.tp)
     plan = Plan(config, a.length, batch=1, micro_batch=1, tp=a.tp, cp=a.cp, dp=1,
                 itemsize=dtype.itemsize, recompute=a.recompute, offload=a.offload,
                 offload_optimizer=a.offload_optimizer, tile=a.tile, cuda=a.device == "cuda",

@@ -149,6 +149,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
     a = parser.parse_args()
+    for length in a.lengths:
+        if length % (2 * a.ranks):
+            parser.error(f"--lengths {length} must be a multiple of {2 * a.ranks} (2 x ranks)")
     chosen = [common.start_kernel(a, a.dtype, a.head_dim, n, a.ranks) for n in a.lengths]
     for kind in ("zigzag", "contiguous"):
         print(f"{kind}: share of all scores by hop 0 ... {a.ranks - 1}")

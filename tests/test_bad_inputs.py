@@ -90,7 +90,7 @@ CASES = [
      f"--model good --offload {TRAIN}", "--offload moves what"),
     ("plan that does not fit", "tools.plan",
      "H100-80 --config 8b.json --sequence-length 1048576 --tp 8",
-     "do not fit in 76.0 .*; the smallest"),
+     "do not fit in 76.0 .*; these options do: --processes 8"),
     ("chat file: broken JSON line", "sft.py",
      f"--model good --data broken.jsonl {CHAT}", "broken.jsonl.*2"),
     ("chat file: unknown role", "sft.py",

@@ -1,4 +1,5 @@
-"""The command for a day with a GPU, in small on a CPU: its first two parts; and what it refuses."""
+"""The command for a day with a GPU, in small on a CPU: its first two parts; and what it refuses.
+What all benchmarks refuse."""
 import json
 import shutil
 import subprocess
@@ -6,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks import common
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +63,17 @@ def test_the_command_for_a_gpu_runs_in_small_on_a_cpu(tree):
     assert {row["kernel"] for row in ranks["rows"]} == {"flash"}
 
 
+def test_benchmarks_take_the_first_gpu(monkeypatch, capsys):
+    """CUDA_VISIBLE_DEVICES chooses another: measurements and tables are of the first one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = common.parser("", "out").parse_args(["--device", "cuda"])
+    assert options.device == "cuda"
+    with pytest.raises(SystemExit):
+        common.parser("", "out").parse_args(["--device", "cuda:1"])
+    assert "cuda:1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["speed"], "speed: usage: bash benchmarks/gpu.sh"),
     (["--model", "nowhere", "recipe"], "--model nowhere: no config.json there"),
@@ -69,3 +84,10 @@ def test_the_command_for_a_gpu_refuses_in_a_line(arguments, words):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert words in result.stderr
+
+
+def test_the_command_for_a_gpu_says_what_it_does_from_anywhere():
+    result = subprocess.run(["bash", "gpu.sh", "--help"], cwd=ROOT / "benchmarks",
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "bash benchmarks/gpu.sh [--model DIR] [kernels|step|long|recipe]" in result.stdout

@@ -26,6 +26,18 @@ def test_grid_of_one_process_and_refusal_of_more():
         Grid.create(tp=2)
 
 
+@pytest.mark.parametrize("cp, tp, padded, chunk", [
+    (1, 1, 513, 513),  # alone, any length
+    (1, 3, 516, 516),
+    (2, 1, 516, 129),
+    (2, 2, 520, 130),
+])
+def test_chunks_are_those_of_the_padded_sequence(cp, tp, padded, chunk):
+    """Else 513 tokens on two ranks would seem to have chunks of 128, which cuDNN takes."""
+    grid = Grid(cp=cp, tp=tp)
+    assert (grid.padded(513), grid.chunk(513)) == (padded, chunk)
+
+
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 def test_attention_equals_the_formula_with_grouped_heads(kv_heads):
     generator = torch.Generator().manual_seed(0)

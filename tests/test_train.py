@@ -671,6 +671,23 @@ def test_export_states_window_and_stop_tokens_for_servers(workplace, tmp_path):
     assert written == {"eos_token_id": stops}
 
 
+@pytest.mark.parametrize("device, world, there", [
+    ("cpu", 1, True),
+    ("cuda", 1, True),
+    ("cuda:1", 1, True),
+    ("cuda:2", 1, False),
+    ("cuda:x", 1, False),
+    ("cuda:1", 2, False),  # each of several processes takes a GPU of its own
+])
+def test_a_device_must_be_there(monkeypatch, device, world, there):
+    """On a machine of two GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("RANK", "0")
+    assert train.is_here(device) == there
+
+
 @pytest.mark.parametrize("chunk, kernel, said", [
     (512, "cudnn", "attention by cudnn (the faster one here)"),
     (None, "flash", "attention by flash (not cudnn: samples, prompts, documents have any length)"),
@@ -688,18 +705,28 @@ def test_the_kernel_of_a_run_is_tried_and_told(tiny_model, capsys, chunk, kernel
 
 
 @pytest.mark.parametrize("asked, said", [
-    ("auto", "--attention cudnn does not run here: No plan; use --attention flash"),
-    ("flash", "--attention flash does not run here: No plan; use --device cpu"),
-    ("fa3", "--attention fa3 does not run here: .*; install FlashAttention-3 .* --attention auto"),
+    ("auto", "attention by cudnn does not run here: No plan; use --attention flash"),
+    ("flash", "attention by flash does not run here: No plan; use --device cpu"),
+    ("fa3", "attention by fa3 does not run here: .*flash_attn_interface.*; install "
+            "FlashAttention-3 .* or use --attention auto"),
+    ("full", "--device cuda:0: its memory is full before anything is loaded; end what else runs"),
 ])
 def test_a_kernel_that_this_machine_lacks_is_refused(tiny_model, monkeypatch, asked, said):
-    """Of capability 9.0, but without cuDNN's kernel, flash's, or FlashAttention-3's package."""
+    """Of capability 9.0, but without cuDNN's kernel, flash's, FlashAttention-3's package, or any
+    memory."""
     def refuse(*arguments):
         raise RuntimeError("No plan\nto be found")
 
+    def run_out(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
     config = tiny_model(torch.bfloat16).config
     options = argparse.Namespace(attention=asked, device="cuda:0", dtype=None)
-    monkeypatch.setattr(train, "block_forward", refuse)
+    if asked == "full":
+        options.attention = "auto"
+        monkeypatch.setattr(train, "block_forward", run_out)
+    elif asked != "fa3":  # which is refused before it computes
+        monkeypatch.setattr(train, "block_forward", refuse)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     with fake_cuda(), pytest.raises(ValueError, match=said):
         choose_attention(options, Grid(), config, chunk=512)

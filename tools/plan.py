@@ -8,13 +8,14 @@ anything is rented.
 The second one is for this machine, which is timed in a few seconds. Options are train.py's;
 --processes says how many GPUs there are, --stage 2 that sft.py is planned. Everything is computed
 from shapes, nothing is allocated. A plan that does not fit is an error that names options that do,
-on the fewest GPUs.
+on as many GPUs or else on the next power of two that suffices.
 """
 from __future__ import annotations
 
 import itertools
 import os
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -33,7 +34,6 @@ from model import (
     rescale,
 )
 from parallel import (
-    CUDNN_MULTIPLE,
     Grid,
     block_backward,
     block_forward,
@@ -157,7 +157,7 @@ def measured_device(device: str, dtype: torch.dtype, head_dim: int, kernel: str)
     large = torch.empty(2**28 if cuda else 2**25, dtype=torch.uint8, device=device)
     copy = 2 * large.nbytes / best_seconds(large.clone)  # a byte is read and written
     host = host_bytes()
-    total = torch.cuda.get_device_properties(0).total_memory - 3 * 2**30 if cuda else host
+    total = torch.cuda.get_device_properties(device).total_memory - 3 * 2**30 if cuda else host
     rate = product_rate(device, dtype)
     return Device(
         capability=capability_of(device), memory=total, peak=rate, product=rate,
@@ -497,9 +497,12 @@ def tokens_per_second(plan: Plan, device: Device) -> float:
     return plan.batch * plan.length / seconds / plan.processes
 
 
-def grids(plan: Plan, processes: int) -> Iterator[Plan]:
+KernelOn = Callable[[Grid], str]  # what computes attention on a grid; ValueError if it cannot be
+
+
+def grids(plan: Plan, processes: int, kernel_on: KernelOn) -> Iterator[Plan]:
     """The plan on every grid of so many GPUs that can split its heads, sequence and batch, and
-    leaves chunks to its kernel that it takes."""
+    leaves chunks to a kernel that it takes."""
     split = [getattr(plan.config, name) for name in SPLIT_BY_TP]
     for tp in range(1, min(NODE, processes) + 1):
         if any(size % tp for size in split):
@@ -508,20 +511,21 @@ def grids(plan: Plan, processes: int) -> Iterator[Plan]:
             grid = Grid(cp=cp, tp=tp)
             if processes % (cp * tp) or plan.length % grid.sequence_multiple:
                 continue
-            if plan.document_mask and cp > 1:
-                continue
-            if plan.kernel == "cudnn" and grid.chunk(plan.length) % CUDNN_MULTIPLE:
-                continue
             dp = processes // (tp * cp)
-            if plan.batch % dp == 0:
-                yield replace(plan, tp=tp, cp=cp, dp=dp, micro_batch=1)
+            if plan.batch % dp or (plan.document_mask and cp > 1):
+                continue
+            try:
+                kernel = kernel_on(grid)
+            except ValueError:  # what is asked takes no such chunks
+                continue
+            yield replace(plan, tp=tp, cp=cp, dp=dp, micro_batch=1, kernel=kernel)
 
 
-def fitting_plans(plan: Plan, processes: int, device: Device) -> list[Plan]:
+def fitting_plans(plan: Plan, processes: int, device: Device, kernel_on: KernelOn) -> list[Plan]:
     """Every grid of so many GPUs with every memory option that trains the same batch and fits,
     the fastest first."""
     found = []
-    for grid in grids(plan, processes):
+    for grid in grids(plan, processes, kernel_on):
         for options in itertools.product(RECOMPUTE, (False, True), (False, True)):
             recompute, offload, on_host = options
             if offload and recompute == "none":  # which train.py refuses
@@ -533,12 +537,12 @@ def fitting_plans(plan: Plan, processes: int, device: Device) -> list[Plan]:
     return sorted(found, key=lambda candidate: sum(candidate.times(device).values()))
 
 
-def cheapest(plan: Plan, device: Device) -> Plan | None:
-    """What fits on the least GPUs, at least as many as now: this grid with other options, else the
-    fastest grid."""
+def cheapest(plan: Plan, device: Device, kernel_on: KernelOn) -> Plan | None:
+    """What fits on as many GPUs as now, else on the next power of two that suffices: this grid with
+    the fastest options, else the fastest grid."""
     more = [2**i for i in range(13) if 2**i > plan.processes]
     for processes in [plan.processes, *more]:
-        found = fitting_plans(plan, processes, device)
+        found = fitting_plans(plan, processes, device, kernel_on)
         same = [other for other in found if (other.tp, other.cp) == (plan.tp, plan.cp)]
         if found:
             return (same or found)[0]
@@ -633,20 +637,21 @@ def print_plan(plan: Plan, name: str, device: Device, why: str) -> None:
     print_times(plan, device)
 
 
-def print_fastest(plan: Plan, name: str, device: Device) -> None:
+def print_fastest(plan: Plan, name: str, device: Device, kernel_on: KernelOn) -> None:
     """What else as many GPUs can do with the same batch: the fastest that fits."""
-    found = fitting_plans(plan, plan.processes, device)
+    found = fitting_plans(plan, plan.processes, device, kernel_on)
     best = found[0] if found else plan
     rate = tokens_per_second(best, device)
+    other = f", attention by {best.kernel}" if best.kernel != plan.kernel else ""
     print(f"the fastest of {plan.processes} x {name}: {options_of(best)}, {rate:,.0f} tokens/s a "
-          f"GPU in {gib(sum(best.memory().values())):.1f} GiB")
+          f"GPU in {gib(sum(best.memory().values())):.1f} GiB{other}")
 
 
-def what_would_fit(plan: Plan, device: Device) -> str:
-    """For a plan that does not fit: what it takes, and the smallest that would."""
-    better = cheapest(plan, device)
+def what_would_fit(plan: Plan, device: Device, kernel_on: KernelOn) -> str:
+    """For a plan that does not fit: what it takes, and what would."""
+    better = cheapest(plan, device, kernel_on)
     if better:
-        hint = f"the smallest that does: {options_of(better)}"
+        hint = f"these options do: {options_of(better)}"
     else:
         hint = "nothing up to 4,096 such GPUs does"
     on_device = sum(plan.memory().values())
@@ -663,29 +668,40 @@ def parser() -> Parser:
                           "of sft.py's.")
     add = parser.add_argument
     add("--stage", type=int, choices=(1, 2), default=1,
-        help="2: sft.py, its batch of 128 and micro-batch of 1 if not given; rows are as long as "
-        "their samples, and planned at --sequence-length")
+        help="2: sft.py, whose defaults hold (8,192 tokens, a batch of 128, a micro-batch of 1); "
+        "rows are as long as their samples, and planned at --sequence-length")
     add("--pack", action="store_true", help="with --stage 2: as sft.py --pack")
-    parser.set_defaults(batch_size=None)  # the stage's, see `main`
     add("on", metavar="GPU", choices=(*DEVICES, "measured"),
         help=f"{', '.join(DEVICES)}, or measured: this machine")
-    add("--processes", type=positive, help="GPUs in all (if not given: tp x cp)")
+    add("--processes", type=positive,
+        help="GPUs in all (if not given: those of torchrun, or tp x cp)")
     return parser
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The options of a command, with its stage's defaults."""
+    own = parser()
+    a = own.parse_args(argv)
+    if a.stage == 2:
+        stage2 = stage2_parser()
+        for name in ("sequence_length", "batch_size", "micro_batch_size"):
+            own.set_defaults(**{name: stage2.get_default(name)})
+        a = own.parse_args(argv)
+    if a.sequence_length is None:
+        raise ValueError("the following arguments are required: --sequence-length")
+    if a.pack and a.stage == 1:
+        raise ValueError("--pack is sft.py's: add --stage 2")
+    if a.document_mask and a.stage == 2:
+        raise ValueError("--cross-document-mask is train.py's: sft.py's is --pack")
+    a.document_mask = a.document_mask or a.pack
+    return a
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the plan of a command. Exit code 1 if a rank's memory does not suffice, with a line
     that names what would."""
     with one_line_errors():
-        a = parser().parse_args(argv)
-        if a.pack and a.stage == 1:
-            raise ValueError("--pack is sft.py's: add --stage 2")
-        if a.document_mask and a.stage == 2:
-            raise ValueError("--cross-document-mask is train.py's: sft.py's is --pack")
-        a.document_mask = a.document_mask or a.pack
-        defaults = stage1_parser() if a.stage == 1 else stage2_parser()
-        a.batch_size = a.batch_size or defaults.get_default("batch_size")
-        a.micro_batch_size = a.micro_batch_size or defaults.get_default("micro_batch_size")
+        a = parse(argv)
         where = "cuda"
         if a.on == "measured":
             where = a.device
@@ -693,7 +709,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--device {where}: is not here; measured is this machine")
         dtype = getattr(torch, compute_type(a.dtype, where))
 
-        # a command that cannot run has no plan
+        # a command that cannot run has no plan; only the extension may be left out
         own = read_config(a.model or a.config)
         config = rescale(own, scaling_from_options(vars(a)))
         problem = beyond_window(own, config, a.sequence_length)
@@ -704,15 +720,20 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--tp {a.tp} x --cp {a.cp} must divide --processes {processes}")
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
         check_run(a, grid, config)
-        chunk = chunk_length(a, grid) if a.stage == 1 else None  # samples have any length
 
-        head_dim = config.head_dim
+        def choice(grid: Grid) -> tuple:
+            """dtype, head size and chunk: what a kernel is chosen by, on a grid."""
+            chunk = chunk_length(a, grid) if a.stage == 1 else None  # samples have any length
+            return dtype, config.head_dim, chunk
+
+        asked = a.attention
         if a.on == "measured":
-            kernel, why = kernel_here(a.attention, where, dtype, head_dim, chunk)
-            device = measured_device(where, dtype, head_dim, kernel)
+            kernel, why = kernel_here(asked, where, *choice(grid))
+            device = measured_device(where, dtype, config.head_dim, kernel)
+            asked = kernel  # no other was timed
         else:
             device = DEVICES[a.on]
-            kernel, why = attention_kernel(a.attention, device.capability, dtype, head_dim, chunk)
+            kernel, why = attention_kernel(asked, device.capability, *choice(grid))
         rows = a.micro_batch_size or a.batch_size // grid.dp
         plan = Plan(config, a.sequence_length, a.batch_size, rows, a.tp, a.cp, grid.dp,
                     dtype.itemsize, a.recompute, a.offload, a.offload_optimizer, a.tile,
@@ -720,9 +741,13 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(plan, a.on, device, why)
         if problem:
             print(f"note: {problem}")
+
+        def kernel_on(grid: Grid) -> str:
+            return attention_kernel(asked, device.capability, *choice(grid))[0]
+
         if not plan.fits(device):
-            raise ValueError(f"{a.on}: {what_would_fit(plan, device)}")
-        print_fastest(plan, a.on, device)
+            raise ValueError(f"{a.on}: {what_would_fit(plan, device, kernel_on)}")
+        print_fastest(plan, a.on, device, kernel_on)
 
 
 if __name__ == "__main__":

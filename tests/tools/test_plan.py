@@ -12,7 +12,7 @@ from model import ModelConfig, read_config
 from parallel import Grid, ShardedAdamW
 from tools import plan
 from tools.plan import DEVICES, Plan, cheapest, grids
-from train import forward_flops, training_step
+from train import attention_kernel, forward_flops, training_step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -56,6 +56,8 @@ def test_plan_of_the_8b_model(capsys):
                   "--sequence-length", str(2**20), "--tp", "8", "--recompute", "block")
     assert "8.03B parameters" in out
     assert out.count("cudnn") == 1  # the kernel, and why it: said once
+    assert ("note: --sequence-length 1048576 is beyond the model's window of 131072; extend it "
+            "(train.py --rope-kind yarn --rope-factor 128") in out
     assert "fits" in out
     assert "DOES NOT" not in out
     table = out.split("GiB\n")[1].split("  total")[0]
@@ -66,7 +68,7 @@ def test_plan_of_the_8b_model(capsys):
     assert "q (1, 4, 1048576, 128), k and v with 1 heads" in out
 
 
-def test_plan_names_the_smallest_that_fits(capsys):
+def test_plan_names_options_that_fit(capsys):
     words = ["H100-80", "--config", str(ROOT / "runs/llama31_8b.json"),
              "--sequence-length", str(2**20), "--tp", "8"]
     with pytest.raises(SystemExit) as ended:
@@ -86,13 +88,50 @@ def test_plan_names_the_smallest_that_fits(capsys):
 def test_only_grids_that_run_are_looked_at(kernel, document_mask, largest):
     config = read_config(ROOT / "runs/llama32_1b.json")
     asked = Plan(config, 1024, 16, 1, 1, 1, 1, kernel=kernel, document_mask=document_mask)
-    assert max(grid.cp for grid in grids(asked, 16)) == largest
+    capability = (9, 0) if kernel == "cudnn" else (8, 0)
+
+    def kernel_on(grid: Grid) -> str:
+        chunk = None if document_mask else grid.chunk(1024)
+        return attention_kernel(kernel, capability, torch.bfloat16, config.head_dim, chunk)[0]
+
+    assert max(grid.cp for grid in grids(asked, 16, kernel_on)) == largest
+
+
+@pytest.mark.parametrize("cp", [4, 32])
+def test_the_fastest_takes_the_kernel_of_its_own_grid(capsys, cp):
+    """Chunks of 1,044,480 tokens are whole for cuDNN on cp 4, not on cp 32: either command finds
+    the same."""
+    words = ["H100-80", "--config", str(ROOT / "runs/llama31_8b.json"), "--sequence-length",
+             "1044480", "--batch-size", "8", "--recompute", "mlp", "--tp", "8", "--processes",
+             "256"]
+    out = planned(capsys, *words, "--cp", str(cp))
+    title, fastest = out.split("the fastest of 256 x H100-80: ")
+    assert ("attention by cudnn" in title) == (cp == 4)
+    assert ("attention by cudnn" in fastest) == (cp == 32)  # said where it is another one
+    assert "--tp 4 --cp 8 --micro-batch-size 1 --recompute mlp, 516 tokens/s" in fastest
+
+
+def test_documents_that_are_masked_take_flash(capsys):
+    out = planned(capsys, "H100-80", "--config", str(ROOT / "runs/llama32_1b.json"),
+                  "--sequence-length", "8192", "--cross-document-mask")
+    assert "attention by flash (not cudnn: samples, prompts, documents have any length)" in out
+
+
+def test_stage_2_has_its_own_defaults(capsys):
+    """128 samples of at most 8,192 tokens; stage 1 has none for the length."""
+    words = ["H100-80", "--config", str(ROOT / "runs/llama31_8b.json"), "--tp", "8"]
+    out = planned(capsys, *words, "--stage", "2")
+    assert "128 x 8,192 tokens a step" in out
+    assert "q (1, 4, 8192, 128)" in out
+    assert "attention by flash" in out
+    with pytest.raises(SystemExit, match="are required: --sequence-length"):
+        planned(capsys, *words)
 
 
 def test_cheapest_is_none_when_nothing_fits():
     config = ModelConfig.from_hf(json.loads((ROOT / "runs/llama31_8b.json").read_text()))
     tiny = replace(DEVICES["H100-80"], memory=2**20)
-    assert cheapest(Plan(config, 2**20, 1, 1, 8, 1, 1), tiny) is None
+    assert cheapest(Plan(config, 2**20, 1, 1, 8, 1, 1), tiny, lambda grid: "flash") is None
 
 
 def test_plan_counts_the_papers_flops():
