@@ -138,8 +138,8 @@ def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here
         help="if not given: bfloat16 on a GPU, float32 on a CPU")
     add("--device", type=device, default=here, help="cpu or cuda")
     add("--attention", choices=ATTENTION, default="auto",
-        help="on a GPU; auto: cuDNN on a Hopper or Blackwell in stage 1, else flash: "
-        "FlashAttention-2")
+        help="on a GPU; auto: cuDNN on a Hopper or Blackwell in stage 1 without a mask, else flash "
+        "(FlashAttention-2)")
     add("--tp", type=positive, default=1, help="tensor parallel: ranks that share every matrix")
     add("--cp", type=positive, default=1, help="context parallel: ranks that share every sequence")
     add("--timeout", type=seconds, default=600.0,
@@ -215,15 +215,18 @@ def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
     length = options.sequence_length
     multiple = grid.sequence_multiple
     if length % multiple:
-        near = length // multiple * multiple or multiple
+        for_cudnn = math.lcm(2 * grid.cp * CUDNN_MULTIPLE, multiple)
+        step = for_cudnn if length > for_cudnn else multiple
+        near = length // step * step or step
         raise ValueError(f"--sequence-length {length} is not a multiple of {multiple} "
                          f"(2 x cp x tp); {near} is")
     if options.document_mask and grid.cp > 1:
         raise ValueError("--cross-document-mask (and sft.py --pack) works on whole sequences: use "
                          "--cp 1 (and --tp)")
     if options.batch_size % grid.dp:
+        near = options.batch_size // grid.dp * grid.dp or grid.dp
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of the {grid.dp} "
-                         "data-parallel replicas")
+                         f"data-parallel replicas; {near} is (a larger --tp or --cp makes fewer)")
     share = options.batch_size // grid.dp
     if options.micro_batch_size and share % options.micro_batch_size:
         raise ValueError(f"--micro-batch-size {options.micro_batch_size} does not divide a "
@@ -301,8 +304,9 @@ def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torc
     elif kernel == "cudnn" and chunk is None:
         obstacle = "samples, prompts, documents have any length"
     elif kernel == "cudnn" and chunk % CUDNN_MULTIPLE:
+        near = chunk // CUDNN_MULTIPLE * CUDNN_MULTIPLE or CUDNN_MULTIPLE
         obstacle = (f"a chunk of the sequence, {chunk:,} positions, is no multiple of "
-                    f"{CUDNN_MULTIPLE}")
+                    f"{CUDNN_MULTIPLE}; {near:,} is")
     if not obstacle:
         return kernel, "the faster one here" if asked == "auto" else "as asked"
     if asked == "auto":

@@ -50,7 +50,7 @@ kernels() {
   for kernel in $KERNELS; do
     benchmark kernels --attention "$kernel" ${TINY:+--tiny} --out "$OUT/kernels-$kernel"
   done
-  run $PYTHON -m pytest -q tests/test_parallel.py tests/test_memory.py -k "cuda or gpu"
+  run $PYTHON -m pytest -rs tests/test_parallel.py tests/test_memory.py -k "cuda or gpu"
 }
 
 step() {

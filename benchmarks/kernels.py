@@ -185,6 +185,8 @@ def main() -> None:
     parser = common.parser(__doc__, "out/kernels")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     a = parser.parse_args()
+    if a.device == "cpu" and not a.tiny:
+        parser.error("these shapes are for a GPU; on a CPU add --tiny")
     kernel, why = common.start_kernel(a, "bfloat16", 128, 512)
 
     title = f"Relative errors of a block in bfloat16, against float64, by {kernel} ({why})"

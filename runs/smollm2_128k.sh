@@ -25,7 +25,7 @@ fail() { echo "error: $*" >&2; exit 1; }
 
 MODEL=${1:-} CHAT=${2:-} OUT=${3:-} WINDOW=${4:-131072} STEPS=${5:-40} SAMPLES=${6:-5}
 if [ "$*" != --plan ]; then
-  [ $# -ge 3 ] && [ $# -le 6 ] || fail "usage: bash $0 MODEL_DIR CHAT OUT [WINDOW [STEPS [SAMPLES]]], or bash $0 --plan"
+  [ $# -ge 3 ] && [ $# -le 6 ] && [ "$1" != --plan ] || fail "usage: bash $0 MODEL_DIR CHAT OUT [WINDOW [STEPS [SAMPLES]]], or bash $0 --plan"
   [ -f "$MODEL/config.json" ] || fail "$MODEL: no config.json there; give a Hugging Face model directory"
   [ ! -f "$CHAT/train.jsonl" ] || CHAT=$CHAT/train.jsonl
   [ -f "$CHAT" ] || fail "$CHAT: no such file; give a .jsonl of messages, or a directory of tools.chat_blend"
@@ -44,8 +44,9 @@ export PATH="$PWD/.venv/bin:$PATH"
 export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456  # as in tiny.sh, for CPUs
 
 echo "== 1. plan: does it fit on $GPUS x $GPU?"
-STAGE1=(--cp "$GPUS" $MEMORY --sequence-length "$WINDOW" --batch-size "$BATCH" --micro-batch-size 1)
-STAGE2=(--sequence-length 8192 --batch-size "$ROWS" --micro-batch-size 1)
+YARN=(--rope-kind yarn --rope-factor "$FACTOR" --original-length 8192 --beta-slow 1 --beta-fast 4)  # alpha 1, beta 4
+STAGE1=("${YARN[@]}" --cp "$GPUS" $MEMORY --sequence-length "$WINDOW" --batch-size "$BATCH" --micro-batch-size 1 --timeout 7200)
+STAGE2=(--sequence-length 8192 --batch-size "$ROWS" --micro-batch-size 1 --timeout 7200)
 SOURCE=(--model "$MODEL")
 [ "$*" != --plan ] || SOURCE=(--config runs/smollm2_135m.json)
 python -m tools.plan "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE1[@]}"
@@ -69,7 +70,6 @@ PACKAGES=$(echo .venv/lib/python3*/site-packages)
   --tasks niah_{single,multikey}_{1,2,3} niah_multivalue niah_multiquery \
   --prompt chat --system "$SYSTEM" --haystack "$OUT/corpus" --out "$OUT/ruler.jsonl"
 
-YARN=(--rope-kind yarn --rope-factor "$FACTOR" --original-length 8192 --beta-slow 1 --beta-fast 4)  # alpha 1, beta 4
 evaluate() {  # NAME MODEL_DIR [OPTIONS]: needles (a heat map), RULER's needle tasks (a table), perplexity (a curve)
   local name=$1 model=("$2" --cp "$GPUS" --dtype "$DTYPE" "${@:3}")
   echo "== evaluation of $name"
@@ -88,17 +88,17 @@ evaluate untrained "$MODEL" "${YARN[@]}"
 
 echo "== 3. stage 1: $STEPS steps of $BATCH x $WINDOW tokens, YaRN with s = $FACTOR, <s> between documents, no mask"
 # Files under 4K tokens are drawn half as often, those above 8K twice: our choice.
-$LAUNCH train.py --model "$MODEL" "${YARN[@]}" --data "$OUT/corpus" --separator "<s>" --short-length 4096 --short-weight 0.5 \
+$LAUNCH train.py --model "$MODEL" --data "$OUT/corpus" --separator "<s>" --short-length 4096 --short-weight 0.5 \
   --long-length 8192 --long-weight 2 "${STAGE1[@]}" --steps "$STEPS" \
   --learning-rate "$LR1" --betas 0.9 0.95 --warmup-steps 5 --final-learning-rate 0.1 --weight-decay 0.1 --clip 1 \
-  --validation-sequences 4 --checkpoint-every 10 --timeout 7200 --resume --out "$OUT/stage1"
+  --validation-sequences 4 --checkpoint-every 10 --resume --out "$OUT/stage1"
 [ -e "$OUT/stage1/final" ] || fail "stage 1 was stopped before its end; the same command goes on"
 evaluate stage1 "$OUT/stage1/final"
 
 echo "== 4. stage 2: short chat samples, several a row that do not see each other, loss on the assistant's words only"
 $LAUNCH sft.py --model "$OUT/stage1/final" --data "$OUT/chat/train.jsonl" "${STAGE2[@]}" --pack \
   --steps $((STEPS < 50 ? STEPS : 50)) --learning-rate "$LR2" --betas 0.9 0.95 --warmup-steps 5 --final-learning-rate 0.1 \
-  --weight-decay 0.1 --clip 1 --checkpoint-every 10 --timeout 7200 --resume --out "$OUT/stage2"
+  --weight-decay 0.1 --clip 1 --checkpoint-every 10 --resume --out "$OUT/stage2"
 [ -e "$OUT/stage2/final" ] || fail "stage 2 was stopped before its end; the same command goes on"
 evaluate stage2 "$OUT/stage2/final"
 

@@ -58,18 +58,20 @@ if [ "$PRESET" = 4m ] && { [ $((TP * CP)) -gt 8 ] || [ "$GPU" = H200 ]; }; then 
 shift
 MODEL=${1:-} TEXT=${2:-} CHAT=${3:-} OUT=${4:-}
 if [ "$*" != --plan ]; then
-  [ $# = 4 ] || usage
+  [ $# = 4 ] && [ "$1" != --plan ] || usage
   [ -f "$MODEL/config.json" ] || fail "$MODEL: no config.json there; give a Hugging Face model directory"
   [ -d "$TEXT" ] || fail "$TEXT: no such directory; give one of JSON lines"
   [ -f "$CHAT/train.jsonl" ] && [ -f "$CHAT/valid.jsonl" ] || fail "$CHAT: no train.jsonl and valid.jsonl there"
   [ ! -f "$OUT" ] || fail "$OUT: is a file; give a directory"
 fi
+[ $((GPUS % (TP * CP))) = 0 ] || fail "GPUS $GPUS: must be a multiple of TP x CP, $TP x $CP; set TP or CP"
 bash runs/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
 echo "== 1. plan: does it fit on $GPUS x $GPU?"
-STAGE1=(--tp "$TP" --cp "$CP" $MEMORY --sequence-length "$WINDOW" --batch-size "$BATCH" --micro-batch-size 1)
-STAGE2=(--tp "$TP" --sequence-length 8192 --batch-size 128 --micro-batch-size 1)
+STAGE1=(--rope-kind yarn --rope-factor "$FACTOR" --original-length 8192 --beta-slow 1 --beta-fast 4
+  --tp "$TP" --cp "$CP" $MEMORY --sequence-length "$WINDOW" --batch-size "$BATCH" --micro-batch-size 1 --timeout "$WAIT")
+STAGE2=(--tp "$TP" --sequence-length 8192 --batch-size 128 --micro-batch-size 1 --timeout "$WAIT")
 SOURCE=(--model "$MODEL")
 [ "$*" != --plan ] || SOURCE=(--config "$CONFIG")
 python -m tools.plan "$GPU" --processes "$GPUS" "${SOURCE[@]}" "${STAGE1[@]}"
@@ -88,18 +90,18 @@ echo "== 2. data: every document of the text once"
 echo "== 3. stage 1: one step to $WINDOW tokens, YaRN with s = $FACTOR, alpha 1, beta 4 in place of Llama's own scaling"
 # Documents are joined by the text <s> and see each other (no --cross-document-mask). In each source those under 4K tokens are
 # drawn half as often, those above 8K twice. These weights, warm-up, decay, clipping: our choice.
-$LAUNCH train.py --model "$MODEL" --rope-kind yarn --rope-factor "$FACTOR" --original-length 8192 --beta-slow 1 --beta-fast 4 \
+$LAUNCH train.py --model "$MODEL" "${STAGE1[@]}" \
   --data "$OUT/corpus" --separator "<s>" --short-length 4096 --short-weight 0.5 --long-length 8192 --long-weight 2 \
-  "${STAGE1[@]}" --steps "$STEPS" --learning-rate 3e-5 --betas 0.9 0.95 \
+  --steps "$STEPS" --learning-rate 3e-5 --betas 0.9 0.95 \
   --warmup-steps 10 --final-learning-rate 0.1 --weight-decay 0.1 --clip 1 --validation-sequences "$BATCH" \
-  --checkpoint-every 5 --timeout "$WAIT" --resume --out "$OUT/stage1"
+  --checkpoint-every 5 --resume --out "$OUT/stage1"
 [ -e "$OUT/stage1/final" ] || fail "stage 1 was stopped before its end; the same command goes on"
 
 echo "== 4. stage 2: 100K chat samples under 8K tokens (780 x 128), loss on the assistant's words only"
 # Not packed: a step is exactly 128 samples, and of a row nothing is computed beyond its sample's end.
 $LAUNCH sft.py --model "$OUT/stage1/final" --data "$CHAT/train.jsonl" --validation-data "$CHAT/valid.jsonl" "${STAGE2[@]}" \
   --steps 780 --learning-rate 5e-6 --betas 0.9 0.95 --warmup-steps 10 --final-learning-rate 0.1 --weight-decay 0.1 --clip 1 \
-  --validate-every 100 --validation-sequences 128 --checkpoint-every 100 --timeout "$WAIT" --resume --out "$OUT/stage2"
+  --validate-every 100 --validation-sequences 128 --checkpoint-every 100 --resume --out "$OUT/stage2"
 [ -e "$OUT/stage2/final" ] || fail "stage 2 was stopped before its end; the same command goes on"
 
 echo "== 5. evaluation: needles over lengths and depths, then RULER's tasks"

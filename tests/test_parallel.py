@@ -135,7 +135,7 @@ HOPPER, BLACKWELL, AMPERE, GAMING = (9, 0), (10, 0), (8, 0), (12, 0)
     ("auto", AMPERE, 128, 1024, "flash", "8.x, is neither 9 nor 10"),
     ("auto", GAMING, 128, 1024, "flash", "12.x, is neither 9 nor 10"),
     ("auto", HOPPER, 256, 1024, "flash", "head_dim 256 is above 128"),
-    ("auto", HOPPER, 128, 192, "flash", "192 positions, is no multiple of 128"),
+    ("auto", HOPPER, 128, 192, "flash", "192 positions, is no multiple of 128; 128 is"),
     ("auto", HOPPER, 128, 1048640, "flash", "1,048,640 positions"),
     ("auto", HOPPER, 128, None, "flash", "have any length"),  # samples, documents
     ("auto", None, 128, 1024, "flash", "CPU"),

@@ -132,6 +132,8 @@ def test_plan_is_printed(planned):
     assert "2 x 1,048,576 tokens a step; dp 1 x cp 1 x tp 8 = 8 x H100-80" in result.stdout
     assert "128 x 8,192 tokens a step" in result.stdout
     assert result.stdout.count("of 76.0: fits") == 2
+    assert "beyond the model's window" not in result.stdout  # stage 1 extends it
+    assert "a micro-batch takes" not in result.stdout
 
 
 def test_plan_that_does_not_fit_stops_everything(planned):
@@ -150,6 +152,7 @@ def test_arguments(planned, recipe):
     refused(bash(planned, *script), "usage: bash runs/")
     refused(bash(planned, *script, *good[:-1]), "usage: bash runs/")
     refused(bash(planned, *script, "--plan", "more"), "usage: bash runs/")
+    refused(bash(planned, *script, "--plan", "16384", "2", "1"), "usage: bash runs/")
     refused(bash(planned, *script, *good, *["1"] * 4), "usage: bash runs/")
     for place in range(len(good) - 1):
         refused(bash(planned, *script, *good[:place], "nowhere", *good[place + 1:]), "nowhere: no ")
@@ -167,6 +170,13 @@ def test_arguments(planned, recipe):
 def test_preset_that_is_none(planned, arguments):
     refused(bash(planned, "runs/ultralong.sh", *arguments),
             "usage: bash runs/ultralong.sh 1m|2m|4m|llama32_1b ")
+
+
+def test_gpus_that_the_grid_does_not_divide(planned):
+    refused(bash(planned, "runs/ultralong.sh", "1m", "--plan", GPUS="4"),
+            "GPUS 4: must be a multiple of TP x CP, 8 x 1; set TP or CP")
+    result = bash(planned, "runs/ultralong.sh", "1m", "--plan", GPUS="4", TP="4", GPU="H200")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("numbers, words", [

@@ -141,9 +141,10 @@ def host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def measured_device(device: str, dtype: torch.dtype, head_dim: int, kernel: str) -> Device:
+def measured_device(device: str, dtype: torch.dtype, head_dim: int, kernel: str,
+                    ranks: int = 1) -> Device:
     """This machine, for a plan: a matrix product, attention's `kernel` and a copy, timed in a few
-    seconds."""
+    seconds. So many ranks share its memory; on a CPU that is all they have."""
     cuda = device.startswith("cuda")
     length, heads = (16384, 16) if cuda else (1024, 4)
     shape = (1, length, heads, head_dim)  # in memory, as a model has them
@@ -156,12 +157,13 @@ def measured_device(device: str, dtype: torch.dtype, head_dim: int, kernel: str)
 
     large = torch.empty(2**28 if cuda else 2**25, dtype=torch.uint8, device=device)
     copy = 2 * large.nbytes / best_seconds(large.clone)  # a byte is read and written
-    host = host_bytes()
+    host = host_bytes() / ranks
     total = torch.cuda.get_device_properties(device).total_memory - 3 * 2**30 if cuda else host
     rate = product_rate(device, dtype)
+    rates = (flops / forward, 2.5 * flops / backward)
     return Device(
-        capability=capability_of(device), memory=total, peak=rate, product=rate,
-        attention={kernel: (flops / forward, 2.5 * flops / backward)},
+        capability=capability_of(device), memory=total, peak=max(rate, *rates), product=rate,
+        attention={kernel: rates},
         small_heads=1.0,  # these are the model's own heads
         bandwidth=copy, link=copy, network=copy, host=copy, host_memory=host)
 
@@ -642,16 +644,18 @@ def print_fastest(plan: Plan, name: str, device: Device, kernel_on: KernelOn) ->
     found = fitting_plans(plan, plan.processes, device, kernel_on)
     best = found[0] if found else plan
     rate = tokens_per_second(best, device)
+    host = f" and {gib(best.on_host()):.1f} on the host" if best.on_host() else ""
     other = f", attention by {best.kernel}" if best.kernel != plan.kernel else ""
     print(f"the fastest of {plan.processes} x {name}: {options_of(best)}, {rate:,.0f} tokens/s a "
-          f"GPU in {gib(sum(best.memory().values())):.1f} GiB{other}")
+          f"GPU in {gib(sum(best.memory().values())):.1f} GiB{host}{other}")
 
 
 def what_would_fit(plan: Plan, device: Device, kernel_on: KernelOn) -> str:
     """For a plan that does not fit: what it takes, and what would."""
-    better = cheapest(plan, device, kernel_on)
+    better = cheapest(replace(plan, tile=None), device, kernel_on)
     if better:
-        hint = f"these options do: {options_of(better)}"
+        tile = ", without --tile" if plan.tile else ""
+        hint = f"these options do: {options_of(better)}{tile}"
     else:
         hint = "nothing up to 4,096 such GPUs does"
     on_device = sum(plan.memory().values())
@@ -729,7 +733,7 @@ def main(argv: list[str] | None = None) -> None:
         asked = a.attention
         if a.on == "measured":
             kernel, why = kernel_here(asked, where, *choice(grid))
-            device = measured_device(where, dtype, config.head_dim, kernel)
+            device = measured_device(where, dtype, config.head_dim, kernel, min(processes, NODE))
             asked = kernel  # no other was timed
         else:
             device = DEVICES[a.on]
@@ -741,6 +745,13 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(plan, a.on, device, why)
         if problem:
             print(f"note: {problem}")
+        if choice(grid)[-1] is None:
+            print("note: planned as if every sample or document had the full length; shorter ones "
+                  "take less")
+        seconds = sum(plan.times(device).values()) * rows * grid.dp / plan.batch
+        if processes > 1 and seconds > a.timeout:
+            print(f"note: a micro-batch takes {seconds:,.0f} s, longer than --timeout "
+                  f"{a.timeout:g}, after which a rank counts as hanging; give twice as much")
 
         def kernel_on(grid: Grid) -> str:
             return attention_kernel(asked, device.capability, *choice(grid))[0]

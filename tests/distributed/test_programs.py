@@ -438,8 +438,12 @@ def test_models_that_tp_cannot_cut_are_refused(tp, sizes, message):
 @pytest.mark.parametrize("grid, words, message", [
     (Grid(tp=2, cp=2), ["--sequence-length", 60],
      "--sequence-length 60 is not a multiple of 8 (2 x cp x tp); 56 is"),
+    (Grid(cp=3), ["--sequence-length", 131072],  # and whole chunks for cuDNN, if it is that long
+     "--sequence-length 131072 is not a multiple of 6 (2 x cp x tp); 130560 is"),
     (Grid(dp=2), ["--batch-size", 3],
-     "--batch-size 3 is not a multiple of the 2 data-parallel replicas"),
+     "--batch-size 3 is not a multiple of the 2 data-parallel replicas; 2 is"),
+    (Grid(dp=8), ["--batch-size", 1],
+     "--batch-size 1 is not a multiple of the 8 data-parallel replicas; 8 is"),
     (Grid(dp=2), ["--batch-size", 8, "--micro-batch-size", 3],
      "--micro-batch-size 3 does not divide a replica's share of --batch-size, 4"),
     (Grid(cp=2), ["--cross-document-mask"],

@@ -1,5 +1,6 @@
 """tools.plan: memory as counted in real steps, FLOPs as the formula has them, hints that fit."""
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,32 @@ def test_documents_that_are_masked_take_flash(capsys):
     assert "attention by flash (not cudnn: samples, prompts, documents have any length)" in out
 
 
+def test_a_step_beyond_the_timeout_is_told(capsys):
+    """2M tokens on eight GPUs take minutes more than train.py's patience by default: two
+    micro-batches of 984 s."""
+    words = ["H100-80", "--config", str(ROOT / "runs/llama31_8b.json"), "--sequence-length",
+             str(2**21), "--batch-size", "2", "--micro-batch-size", "1", "--tp", "8",
+             "--recompute", "mlp", "--offload"]
+    assert "note: a micro-batch takes 984 s, longer than --timeout 600" in planned(capsys, *words)
+    assert "a micro-batch takes" not in planned(capsys, *words, "--timeout", "7200")
+
+
+def test_the_fastest_says_what_it_takes_of_the_host(capsys):
+    out = planned(capsys, "H100-80", "--config", str(ROOT / "runs/llama31_8b.json"),
+                  "--sequence-length", str(2**20), "--tp", "8", "--recompute", "mlp", "--offload")
+    assert "--tp 2 --cp 4" in out
+    assert "tokens/s a GPU in 50.9 GiB and 64.5 on the host\n" in out
+
+
+def test_a_tile_that_is_too_large_is_not_what_rents_more(capsys):
+    with pytest.raises(SystemExit) as ended:
+        planned(capsys, "H100-80", "--config", str(ROOT / "runs/llama31_8b.json"), "--tile",
+                "1000000000", "--sequence-length", str(2**20), "--tp", "8", "--recompute", "mlp",
+                "--offload")
+    assert "these options do: --processes 8 --tp 8" in str(ended.value)
+    assert str(ended.value).endswith("without --tile")
+
+
 def test_stage_2_has_its_own_defaults(capsys):
     """128 samples of at most 8,192 tokens; stage 1 has none for the length."""
     words = ["H100-80", "--config", str(ROOT / "runs/llama31_8b.json"), "--tp", "8"]
@@ -124,6 +151,7 @@ def test_stage_2_has_its_own_defaults(capsys):
     assert "128 x 8,192 tokens a step" in out
     assert "q (1, 4, 8192, 128)" in out
     assert "attention by flash" in out
+    assert "note: planned as if every sample or document had the full length" in out
     with pytest.raises(SystemExit, match="are required: --sequence-length"):
         planned(capsys, *words)
 
@@ -148,3 +176,13 @@ def test_plan_measured_here(capsys):
                   "--sequence-length", "128", "--device", "cpu")
     assert "fits" in out
     assert "tokens/s a GPU" in out
+
+
+def test_ranks_share_the_memory_of_this_machine(capsys):
+    words = ["measured", "--config", str(ROOT / "runs/tiny.json"), "--sequence-length", "128",
+             "--device", "cpu", "--batch-size", "2"]
+    there = {}
+    for processes in ("1", "2"):
+        out = planned(capsys, *words, "--processes", processes)
+        there[processes] = float(re.search(r"total +[\d.]+ of ([\d.]+): fits", out)[1])
+    assert there["2"] == pytest.approx(there["1"] / 2, abs=0.1)
