@@ -38,7 +38,7 @@ QUICK = [  # kernel, length, tp, cp, dp, recompute, offload, offload_optimizer
     ("cudnn", 2**17, 2, 8, 2, "none", False, False),
     ("cudnn", 2**16, 1, 8, 8, "mlp", True, False),
     ("fa3", 2**16, 1, 8, 1, "block", False, False),
-    ("cudnn", 2**15, 1, 2, 1, "block", False, True),
+    ("cudnn", 2**13, 1, 2, 1, "block", False, True),
     ("flash", 2**13, 8, 1, 1, "none", False, False),  # stage 2 on a node of eight
 ]
 quick = []

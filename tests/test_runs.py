@@ -175,8 +175,6 @@ def test_preset_that_is_none(planned, arguments):
 def test_gpus_that_the_grid_does_not_divide(planned):
     refused(bash(planned, "runs/ultralong.sh", "1m", "--plan", GPUS="4"),
             "GPUS 4: must be a multiple of TP x CP, 8 x 1; set TP or CP")
-    result = bash(planned, "runs/ultralong.sh", "1m", "--plan", GPUS="4", TP="4", GPU="H200")
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("numbers, words", [
