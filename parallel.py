@@ -94,6 +94,8 @@ class Grid:
         self.is_first = self.rank == 0  # the process that prints and writes files
         # of sequence lengths: 2 cp equal chunks (zigzag), and cp tp equal pieces; alone, any length
         self.sequence_multiple = 2 * self.cp * self.tp if self.cp * self.tp > 1 else 1
+        # of those whose chunks cuDNN takes
+        self.cudnn_multiple = math.lcm(2 * self.cp * CUDNN_MULTIPLE, self.sequence_multiple)
 
     def padded(self, length: int) -> int:
         """A sequence's length with the padding that makes it a multiple: 37 is 40 if that is 8."""

@@ -94,6 +94,12 @@ def option(kind: Callable, fits: Callable, right: str) -> Callable[[str], object
     return check
 
 
+def multiple_near(number: int, of: int) -> int:
+    """The largest multiple up to a number, for an error's hint: of 4 near 11 it is 8, near 3 it is
+    4."""
+    return number // of * of or of
+
+
 def can_be_written(path: Path) -> bool:
     """Whether a file can be made there."""
     return path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK)
@@ -215,16 +221,14 @@ def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
     length = options.sequence_length
     multiple = grid.sequence_multiple
     if length % multiple:
-        for_cudnn = math.lcm(2 * grid.cp * CUDNN_MULTIPLE, multiple)
-        step = for_cudnn if length > for_cudnn else multiple
-        near = length // step * step or step
+        good = grid.cudnn_multiple if length > grid.cudnn_multiple else multiple
         raise ValueError(f"--sequence-length {length} is not a multiple of {multiple} "
-                         f"(2 x cp x tp); {near} is")
+                         f"(2 x cp x tp); {multiple_near(length, good)} is")
     if options.document_mask and grid.cp > 1:
         raise ValueError("--cross-document-mask (and sft.py --pack) works on whole sequences: use "
                          "--cp 1 (and --tp)")
     if options.batch_size % grid.dp:
-        near = options.batch_size // grid.dp * grid.dp or grid.dp
+        near = multiple_near(options.batch_size, grid.dp)
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of the {grid.dp} "
                          f"data-parallel replicas; {near} is (a larger --tp or --cp makes fewer)")
     share = options.batch_size // grid.dp
@@ -304,9 +308,8 @@ def attention_kernel(asked: str, capability: tuple[int, int] | None, dtype: torc
     elif kernel == "cudnn" and chunk is None:
         obstacle = "samples, prompts, documents have any length"
     elif kernel == "cudnn" and chunk % CUDNN_MULTIPLE:
-        near = chunk // CUDNN_MULTIPLE * CUDNN_MULTIPLE or CUDNN_MULTIPLE
         obstacle = (f"a chunk of the sequence, {chunk:,} positions, is no multiple of "
-                    f"{CUDNN_MULTIPLE}; {near:,} is")
+                    f"{CUDNN_MULTIPLE}; {multiple_near(chunk, CUDNN_MULTIPLE):,} is")
     if not obstacle:
         return kernel, "the faster one here" if asked == "auto" else "as asked"
     if asked == "auto":
@@ -618,7 +621,7 @@ def training_step(model: Llama, optimizer: ShardedAdamW, batch: data.Batch,
         # what follows the last target, padding say, changes nothing
         length = int(places[-1]) + 1 if len(places) else 1
         if grid.kernel == "cudnn":  # which takes whole chunks, so none may be padded later
-            length += -length % math.lcm(2 * grid.cp * CUDNN_MULTIPLE, grid.sequence_multiple)
+            length += -length % grid.cudnn_multiple
         part = batch.part(rows, length).to(device)
         loss, _ = model.loss(part.tokens, part.targets, part.document_ids)
         (loss / targets).backward()

@@ -201,6 +201,11 @@ class Plan:
         return self.tp * self.cp * self.dp
 
     @property
+    def rounds(self) -> float:
+        """Micro-batches a step."""
+        return self.batch / self.dp / self.micro_batch
+
+    @property
     def positions(self) -> float:
         """n, of all rows of a micro-batch."""
         return self.micro_batch * self.length / self.cp
@@ -389,7 +394,6 @@ class Plan:
         """Bytes a rank sends in a step, by dimension."""
         s = self.sizes()
         layers = self.config.num_hidden_layers
-        rounds = self.batch / self.dp / self.micro_batch
 
         partners = (self.tp - 1) / self.tp
         blocks = layers * self.gathers() * s["gathered"] * partners
@@ -404,11 +408,11 @@ class Plan:
 
         kept = 0.0
         if self.offloaded:  # out and in
-            kept = 2 * rounds * layers * self.kept_by_block()
+            kept = 2 * self.rounds * layers * self.kept_by_block()
         others = (self.dp * self.cp - 1) / (self.dp * self.cp)
         return {
-            "tp": rounds * (blocks + ends),
-            "cp": rounds * layers * ring if self.cp > 1 else 0.0,
+            "tp": self.rounds * (blocks + ends),
+            "cp": self.rounds * layers * ring if self.cp > 1 else 0.0,
             "dp": others * self.parameters * (4 + self.itemsize),
             "host": kept,
         }
@@ -463,7 +467,6 @@ class Plan:
         seconds_a_flop = forwards / forward_rate + 2.5 / backward_rate
         if c.head_dim < 128:
             seconds_a_flop = seconds_a_flop / device.small_heads
-        rounds = rows / self.micro_batch
 
         # 2. What is sent: a dimension that leaves the node takes the slower network.
         traffic = self.traffic()
@@ -479,12 +482,12 @@ class Plan:
         # the last hop brings dK dV home, in float32, and nothing is left to compute meanwhile
         home = 0.0
         if self.cp > 1:
-            home = rounds * c.num_hidden_layers * self.sizes()["kv"] * 4 / self.itemsize
+            home = self.rounds * c.num_hidden_layers * self.sizes()["kv"] * 4 / self.itemsize
             home = home / (device.link if ranks <= NODE else device.network)
         return {
             "matrix products": (3 * products + again) / device.product,
             "attention": work,
-            "norms, activations, loss, sums": rounds * self.pointwise() / device.bandwidth,
+            "norms, activations, loss, sums": self.rounds * self.pointwise() / device.bandwidth,
             "tp communication": links["tp"],
             "ring, beyond attention": max(0.0, links["cp"] - home - work) + home,
             "host copies": traffic["host"] / device.host,
@@ -725,19 +728,17 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid(processes // (a.tp * a.cp), a.cp, a.tp)
         check_run(a, grid, config)
 
-        def choice(grid: Grid) -> tuple:
-            """dtype, head size and chunk: what a kernel is chosen by, on a grid."""
-            chunk = chunk_length(a, grid) if a.stage == 1 else None  # samples have any length
-            return dtype, config.head_dim, chunk
+        def chunk_on(grid: Grid) -> int | None:
+            return chunk_length(a, grid) if a.stage == 1 else None  # samples have any length
 
-        asked = a.attention
+        asked, head_dim, chunk = a.attention, config.head_dim, chunk_on(grid)
         if a.on == "measured":
-            kernel, why = kernel_here(asked, where, *choice(grid))
-            device = measured_device(where, dtype, config.head_dim, kernel, min(processes, NODE))
+            kernel, why = kernel_here(asked, where, dtype, head_dim, chunk)
+            device = measured_device(where, dtype, head_dim, kernel, min(processes, NODE))
             asked = kernel  # no other was timed
         else:
             device = DEVICES[a.on]
-            kernel, why = attention_kernel(asked, device.capability, *choice(grid))
+            kernel, why = attention_kernel(asked, device.capability, dtype, head_dim, chunk)
         rows = a.micro_batch_size or a.batch_size // grid.dp
         plan = Plan(config, a.sequence_length, a.batch_size, rows, a.tp, a.cp, grid.dp,
                     dtype.itemsize, a.recompute, a.offload, a.offload_optimizer, a.tile,
@@ -745,16 +746,16 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(plan, a.on, device, why)
         if problem:
             print(f"note: {problem}")
-        if choice(grid)[-1] is None:
+        if chunk is None:
             print("note: planned as if every sample or document had the full length; shorter ones "
                   "take less")
-        seconds = sum(plan.times(device).values()) * rows * grid.dp / plan.batch
+        seconds = sum(plan.times(device).values()) / plan.rounds
         if processes > 1 and seconds > a.timeout:
             print(f"note: a micro-batch takes {seconds:,.0f} s, longer than --timeout "
                   f"{a.timeout:g}, after which a rank counts as hanging; give twice as much")
 
         def kernel_on(grid: Grid) -> str:
-            return attention_kernel(asked, device.capability, *choice(grid))[0]
+            return attention_kernel(asked, device.capability, dtype, head_dim, chunk_on(grid))[0]
 
         if not plan.fits(device):
             raise ValueError(f"{a.on}: {what_would_fit(plan, device, kernel_on)}")
