@@ -40,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parallel import Grid, unshard, whole_shape
+from parallel import Grid, print_once, unshard, whole_shape
 
 # --------------------------------------------------------------------------------------- tokenizers
 
@@ -217,7 +217,8 @@ def split_pattern(pre_tokenizer: dict) -> str | None:
 
 
 def stop_tokens(tokenizer: tiktoken.Encoding, eos: int | list[int] | None) -> list[int]:
-    """Ids at which a server stops: a model's eos_token_id, and those that end a text or a turn."""
+    """Ids at which generation stops: a model's eos_token_id, and those that end a text or a
+    turn."""
     stops = {eos} if isinstance(eos, int) else set(eos or [])
     for name in ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>"):
         if name in tokenizer.special_tokens_set:
@@ -242,6 +243,21 @@ def read_object(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def stated_stops(files: Iterable[Path]) -> list[int]:
+    """The ids that config.json and generation_config.json, as far as they are there, state as
+    eos_token_id: one, a list or null."""
+    stops = set()
+    for file in files:
+        if not file.is_file():
+            continue
+        eos = read_object(file).get("eos_token_id")
+        ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
+        if any(type(token) is not int or token < 0 for token in ids):
+            raise ValueError(f"{file}: eos_token_id is {eos!r}; it must be an id or a list of ids")
+        stops.update(ids)
+    return sorted(stops)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -345,21 +361,28 @@ def digest(path: str | Path) -> str:
 
 # ------------------------------------------------------------------------------------------ weights
 
+PLAIN = ("F64", "F32", "F16", "BF16")  # types, in safetensors' words, that mean what they hold
+
 
 def locate_weights(path: Path, stem: str) -> dict[str, Path]:
-    """Which safetensors file of the directory holds which tensor: {name: file}."""
+    """Which safetensors file of the directory holds which tensor: {name: file}. The single file
+    goes before an index, as in transformers."""
     single = path / f"{stem}.safetensors"
     index = path / f"{stem}.safetensors.index.json"
-    if index.is_file():
+    if single.is_file():  # a small model needs no index
+        if index.is_file():
+            print_once(f"{path}: holds two sets of weights; {single.name} is read, {index.name} "
+                       "and its files are not")
+        with open_weights(single) as tensors:
+            files = dict.fromkeys(tensors.keys(), single)
+    elif index.is_file():
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: not a safetensors index (a JSON object with a weight_map)")
         files = {name: path / str(file) for name, file in weight_map.items()}
-    elif single.is_file():  # a small model needs no index
-        with open_weights(single) as tensors:
-            files = dict.fromkeys(tensors.keys(), single)
     else:
-        raise FileNotFoundError(f"{path}: neither {single.name} nor {index.name} is there")
+        raise FileNotFoundError(f"{path}: neither {single.name} nor {index.name} is there; other "
+                                "formats (.bin, .pth, .gguf) must be converted to safetensors")
     for file in files.values():  # all of them, before the first is read
         if not file.is_file():
             raise FileNotFoundError(f"{file}: named in the index, but missing; copy every file")
@@ -377,7 +400,8 @@ def open_weights(file: Path) -> Iterator[safe_open]:
 
 
 def read_weights(path: Path, stem: str, like: dict[str, Tensor], dims: dict[str, int | None],
-                 grid: Grid, dtype: torch.dtype | None, device) -> Iterator[tuple[str, Tensor]]:
+                 grid: Grid, dtype: torch.dtype | None, device,
+                 optional: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """(name, this tp rank's shard) of a directory's tensors, one at a time.
 
     A shard is a tp rank's part of a tensor: only that is read. Hidden size 4, tp = 2:
@@ -387,49 +411,55 @@ def read_weights(path: Path, stem: str, like: dict[str, Tensor], dims: dict[str,
         o_proj  (4, 8)    1      [:, 0:4]        [:, 4:8]        (4, 4)
         norm    (4,)      None   all             all             (4,)
 
-    `like` has the names and the shards' shapes, dims along which dimension tp cuts each; dtype None
-    keeps the file's.
+    `like` has the names and the shards' shapes, dims along which dimension tp cuts each; those that
+    are `optional` may be absent. dtype None keeps the file's.
     """
     files = locate_weights(path, stem)
-    # 1. The names must be those of the model. Two more are harmless: lm_head of a tied model, which
-    #    is its embedding once more, and rotary tables of old Llama 2 files: we compute them.
-    harmless = re.compile(r"lm_head\.weight|.*rotary_emb\.inv_freq")
-    problems = [f"{name} is missing" for name in like if name not in files]
-    for name in files:
-        if name not in like and not harmless.fullmatch(name):
-            problems.append(f"{name} is unexpected")
+    # 1. The names must be those of the model.
+    problems = [f"{name} is missing" for name in like if name not in {*files, *optional}]
+    problems += [f"{name} is unexpected" for name in files if name not in like]
     if problems:
         raise ValueError(f"{path}: tensor {problems[0]} ({len(problems)} differences); config.json "
                          "and the weights describe different models")
-    # 2. File after file, read this rank's slice of each tensor.
-    for file, names in itertools.groupby(like, key=files.get):
+    # 2. So must be their shapes, and what is stored must be plain numbers: of all tensors, before
+    #    the first is read.
+    found = [name for name in like if name in files]
+    for file, names in itertools.groupby(found, key=files.get):
+        with open_weights(file) as tensors:
+            for name in names:
+                check_header(file, tensors, name, whole_shape(like[name].shape, dims[name], grid))
+    # 3. File after file, read this rank's slice of each tensor.
+    for file, names in itertools.groupby(found, key=files.get):
         with open_weights(file) as tensors:
             for name in names:
                 shape = like[name].shape
-                stored = read_shard(file, tensors, name, shape, dims[name], grid)
+                stored = read_shard(tensors, name, shape, dims[name], grid)
                 kind = dtype or stored.dtype
                 # a copy: `stored` is a view of the file, wherever it lies there, and with alignment
                 # the rounding of a kernel may change
                 yield name, torch.empty(shape, dtype=kind, device=device).copy_(stored)
 
 
-def read_shard(file: Path, tensors: safe_open, name: str, shape: tuple, dim: int | None,
-               grid: Grid) -> Tensor:
-    """This tp rank's shard, of `shape`, of one tensor of an open file; see read_weights."""
+def check_header(file: Path, tensors: safe_open, name: str, whole: tuple) -> None:
+    """Raise ValueError unless one tensor of an open file has the shape `whole` and a plain type."""
     stored = tensors.get_slice(name)  # nothing is read yet
-    stored_shape = tuple(stored.get_shape())
-    whole = whole_shape(shape, dim, grid)
-    if stored_shape != whole:
-        raise ValueError(f"{file}: {name} has shape {stored_shape}, config.json asks for {whole}")
+    shape = tuple(stored.get_shape())
+    if stored.get_dtype() not in PLAIN:
+        raise ValueError(f"{file}: {name} is stored as {stored.get_dtype()}, not as one of "
+                         f"{', '.join(PLAIN)}: its numbers may need scales; use the checkpoint "
+                         "before quantisation, or convert this one to bfloat16")
+    if shape != whole:
+        raise ValueError(f"{file}: {name} has shape {shape}, config.json asks for {whole}")
+
+
+def read_shard(tensors: safe_open, name: str, shape: tuple, dim: int | None, grid: Grid) -> Tensor:
+    """This tp rank's shard, of `shape`, of one tensor of an open file; see read_weights."""
+    stored = tensors.get_slice(name)
     if dim is None:  # every rank holds all of it
-        tensor = stored[:]
-    else:
-        first = grid.tp_rank * shape[dim]  # shards follow each other by rank
-        own = slice(first, first + shape[dim])
-        tensor = stored[own] if dim == 0 else stored[:, own]
-    if not tensor.is_floating_point():
-        raise ValueError(f"{file}: {name} holds {tensor.dtype}; use a checkpoint not quantised")
-    return tensor
+        return stored[:]
+    first = grid.tp_rank * shape[dim]  # shards follow each other by rank
+    own = slice(first, first + shape[dim])
+    return stored[own] if dim == 0 else stored[:, own]
 
 
 def write_weights(path: Path, stem: str, shards: Iterable[tuple[str, Tensor]],

@@ -3,8 +3,8 @@
 Read from the top: `ModelConfig` is what a config.json says, `Attention`, `MLP` and `Block` are one
 layer, `RecomputedBlock` the same layer in less memory, `Llama` stacks them. In shapes, m is
 S / (cp tp): the positions that a rank holds between attentions. Module names are Hugging Face's, so
-`state_dict()` keys are the names in a checkpoint's safetensors. Llama 2, 3, 3.1, 3.2 and Qwen2
-differ only in what `ModelConfig` says. `python -m tools.chat MODEL_DIR` talks to a checkpoint.
+`state_dict()` keys are the names in a checkpoint's safetensors. Llama 2 and 3, Qwen2, Qwen3 and
+SmolLM3 differ only in what `ModelConfig` says. `python -m tools.chat MODEL_DIR` talks to one.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import save_on_cpu
 
-from data import read_object, read_weights, write_weights
+from data import read_object, read_weights, stated_stops, write_weights
 from parallel import (
     ColumnParallelLinear,
     GatherSequence,
@@ -66,8 +67,36 @@ SHAPE = (  # positive integers, under their names in config.json
     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 SPLIT_BY_TP = (  # those of them that tensor parallelism cuts
     "num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size")
-ONLY = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}  # all we compute
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # model_type: class
+ARCHITECTURES = {  # model_type: transformers' class
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM"}
+LEFT_OUT = {  # transformers' value of a key that a config.json leaves out
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "smollm3": {"max_position_embeddings": 32768, "num_key_value_heads": 4,
+                "tie_word_embeddings": True}}
+READ = (  # keys of config.json that `ModelConfig.from_hf` makes a model of
+    *SHAPE, "model_type", "hidden_act", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
+    "attention_bias", "layer_types", "rope_theta", "rope_scaling", "rope_parameters", ORIGINAL,
+    "partial_rotary_factor")
+READ_ALSO = {  # ... of some model_types; both of a window are of one that is switched off
+    "qwen2": ("sliding_window", "max_window_layers"),
+    "qwen3": ("sliding_window", "max_window_layers"),
+    "smollm3": ("sliding_window", "max_window_layers", "no_rope_layers", "no_rope_layer_interval")}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # kept for other programs
+# keys that change nothing that is computed: what other programs note, what transformers once wrote
+INERT = (*TOKEN_IDS, *"""architectures auto_map dtype torch_dtype transformers_version
+_name_or_path transformers.js_config _attn_implementation_autoset use_cache use_bfloat16
+pretraining_tp is_llama_config tokenizer_class max_sequence_length model_max_length unsloth_fixed
+unsloth_version id2label label2id problem_type return_dict output_attentions output_hidden_states
+torchscript prefix
+finetuning_task task_specific_params chunk_size_feed_forward sep_token_id decoder_start_token_id
+max_length min_length do_sample early_stopping num_beams num_beam_groups num_return_sequences
+diversity_penalty length_penalty repetition_penalty encoder_no_repeat_ngram_size
+no_repeat_ngram_size temperature top_k top_p typical_p bad_words_ids suppress_tokens
+begin_suppress_tokens forced_bos_token_id forced_eos_token_id remove_invalid_values output_scores
+return_dict_in_generate exponential_decay_length_penalty tf_legacy_loss""".split())
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
+    qk_norm: bool = False  # Qwen3: RMSNorm of each head of q and k, before they are turned
+    no_rope_layers: tuple[int, ...] = ()  # SmolLM3: 0 for a layer that turns nothing; (): all turn
     hf: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,18 +145,16 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: dict) -> ModelConfig:
         """Read a config.json of transformers 4 or 5; a key left out has transformers' default."""
-        # 1. Is it one of our architectures? What differs from ONLY is another.
+        # 1. Is it one of our architectures, and is all that it says understood?
         family = config.get("model_type", "llama")
         if family not in ARCHITECTURES:
-            raise ValueError(f"config.json: model_type {family!r} is none of llama and qwen2")
-        for key, needed in ONLY.items():
-            if config.get(key, needed) != needed:
-                raise ValueError(f"config.json: {key} is {config[key]!r}; only {needed!r} is known")
-        # 2. Its shape: three keys may be left out
+            raise ValueError(f"config.json: model_type {family!r} is none of "
+                             f"{', '.join(ARCHITECTURES)}")
+        check_keys(config, family)
+        config = LEFT_OUT[family] | config
+        # 2. Its shape: two more keys may be left out
         shape = {name: config.get(name) for name in SHAPE}
         hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-        if shape["max_position_embeddings"] is None:
-            shape["max_position_embeddings"] = 2048
         if shape["num_key_value_heads"] is None:  # every query head has keys of its own
             shape["num_key_value_heads"] = heads
         are_sizes = is_number(hidden) and is_number(heads) and heads > 0  # others: __post_init__
@@ -134,18 +163,21 @@ class ModelConfig:
                 raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_"
                                  f"attention_heads {heads}; state head_dim or change one of them")
             shape["head_dim"] = hidden // heads
-        # 3. Which projections of attention have a bias?
+        # 3. Which projections of attention have a bias? Which layers turn q and k?
         if family == "qwen2":  # q, k and v always, o never; no key says so
             qkv_bias, output_bias = True, False
-        else:  # llama: all four or none
+        else:  # all four or none
             qkv_bias = output_bias = config.get("attention_bias", False)
+        no_rope_layers = rope_by_layer(config) if family == "smollm3" else ()
+        theta = 2e6 if family == "smollm3" else 1e4  # where it is left out
         scaling = RopeScaling.from_hf(config)
         model = cls(
-            **shape, rope_theta=stated_value(config, "rope_theta", 10000.0), rope_scaling=scaling,
+            **shape, rope_theta=stated_value(config, "rope_theta", theta), rope_scaling=scaling,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             initializer_range=config.get("initializer_range", 0.02),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
-            qkv_bias=qkv_bias, output_bias=output_bias, hf=dict(config))
+            qkv_bias=qkv_bias, output_bias=output_bias, qk_norm=family == "qwen3",
+            no_rope_layers=no_rope_layers, hf=config)
         # 4. Its window: Qwen2.5's documents add yarn without raising max_position_embeddings
         if scaling.kind == "yarn" and stated_value(config, ORIGINAL):
             extended = round(scaling.original_max_position * scaling.factor)
@@ -154,7 +186,11 @@ class ModelConfig:
         return model
 
     def to_hf(self) -> dict:
-        """A config.json from which transformers 4.43+, 5 and vLLM compute the same model."""
+        """A config.json from which transformers 4.43+, 5 and vLLM compute the same model.
+
+        Of the one it came from only the ids of tokens are taken over: other keys may say what holds
+        no longer, such as how its weights were quantised, or which code was to compute it.
+        """
         scaling = self.rope_scaling
         theta = self.rope_theta
         rope = None  # the default kind
@@ -164,12 +200,16 @@ class ModelConfig:
             rope = scaling.to_hf()
         if scaling.kind == "yarn" and self.window_before() is None:
             del rope[ORIGINAL]  # left out when read; stated, from_hf (4.) would extend it once more
-        config = dict(self.hf)
-        for key in ("rope_parameters", ORIGINAL, "dtype"):  # they would contradict what follows
-            config.pop(key, None)
-        default = "qwen2" if self.qkv_bias and not self.output_bias else "llama"
-        family = config.get("model_type", default)
-        if family == "llama":
+        config = {key: self.hf[key] for key in TOKEN_IDS if key in self.hf}
+        family = "llama"
+        if self.qk_norm:
+            family = "qwen3"
+        elif self.no_rope_layers:
+            family = "smollm3"
+            config["no_rope_layers"] = list(self.no_rope_layers)
+        elif self.qkv_bias and not self.output_bias:
+            family = "qwen2"
+        if family != "qwen2":
             config["attention_bias"] = self.output_bias
         for name in (*SHAPE, "rms_norm_eps", "initializer_range", "tie_word_embeddings"):
             config[name] = getattr(self, name)
@@ -200,14 +240,64 @@ class ModelConfig:
                 raise ValueError(f"--tp {tp} does not divide the model's {name}, {size}")
 
 
+def check_keys(config: dict, family: str) -> None:
+    """Raise ValueError for a key of a config.json that may change what the model computes.
+
+    One that is neither read nor known to be inert passes while it says nothing: null, false, 0, an
+    empty list, or 1 where a multiplier is meant.
+    """
+    known = {*READ, *INERT, *READ_ALSO.get(family, ())}
+    for key, value in config.items():
+        is_multiplier = "multiplier" in key or "scal" in key
+        says_nothing = not value or (value == 1 and is_multiplier)
+        if key not in known and not says_nothing:
+            raise ValueError(f"config.json: {key} is {shorten(str(value), 60)}, which may change "
+                             "what the model computes and is not known here; delete it if it "
+                             "changes nothing")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}; only 'silu' is "
+                         "known")
+    for kind in config.get("layer_types") or ():
+        if kind != "full_attention":
+            raise ValueError(f"config.json: layer_types has {kind!r}; only 'full_attention' is "
+                             "known")
+
+
+def rope_by_layer(config: dict) -> tuple[int, ...]:
+    """SmolLM3's `no_rope_layers`, a number a layer: in spite of its name 1 if the layer turns q and
+    k. Where it is not stated, each `no_rope_layer_interval`-th layer does not."""
+    layers = config.get("num_hidden_layers")
+    stated = config.get("no_rope_layers")
+    interval = config.get("no_rope_layer_interval", 4)
+    if type(layers) is not int:  # told by __post_init__
+        return ()
+    if stated is None:
+        if type(interval) is not int or interval < 1:
+            raise ValueError(f"config.json: no_rope_layer_interval is {interval!r}; it must be a "
+                             "whole number, 1 or more")
+        stated = [int(number % interval != 0) for number in range(1, layers + 1)]
+    if not isinstance(stated, list) or len(stated) < layers or any(x not in (0, 1) for x in stated):
+        raise ValueError(f"config.json: no_rope_layers is {stated!r}; it must be a list of a 0 or "
+                         f"1 for each of the {layers} layers")
+    return tuple(stated[:layers])  # more are allowed
+
+
 def read_config(path: str | Path) -> ModelConfig:
-    """ModelConfig of a model directory or a config.json. Raises FileNotFoundError or ValueError."""
+    """ModelConfig of a model directory or a config.json; the eos_token_id of its `hf` has the ids
+    of generation_config.json beside it too. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
                                 "directory (of a run: its `final`)")
-    return ModelConfig.from_hf(read_object(file))
+    content = read_object(file)
+    stops = stated_stops([file, file.with_name("generation_config.json")])
+    try:
+        config = ModelConfig.from_hf(content)
+    except ValueError as error:  # the file has any name where it is given itself
+        reason = str(error).removeprefix("config.json: ")
+        raise ValueError(f"{file}: {reason}") from None
+    return replace(config, hf=config.hf | {"eos_token_id": stops}) if stops else config
 
 
 def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
@@ -232,12 +322,14 @@ def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
 
 class Attention(nn.Module):
     """Grouped-query causal self-attention with rotary positions; what happens between positions is
-    parallel.py's. A tp rank has H / tp query heads, Hkv / tp key and value heads."""
+    parallel.py's. A tp rank has H / tp query heads, Hkv / tp key and value heads; norms of heads
+    are whole on every rank, which sees its own heads only: their gradients are summed over tp."""
 
-    def __init__(self, config: ModelConfig, grid: Grid) -> None:
+    def __init__(self, config: ModelConfig, grid: Grid, layer: int) -> None:
         super().__init__()
         self.grid = grid
         self.head_dim = config.head_dim
+        self.turns = not config.no_rope_layers or config.no_rope_layers[layer] == 1
         hidden = config.hidden_size
         q_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
@@ -245,21 +337,28 @@ class Attention(nn.Module):
         self.k_proj = ColumnParallelLinear(hidden, kv_size, grid, bias=config.qkv_bias)
         self.v_proj = ColumnParallelLinear(hidden, kv_size, grid, bias=config.qkv_bias)
         self.o_proj = RowParallelLinear(q_size, hidden, grid, bias=config.output_bias)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, m, hidden), tables (tp, m, D / 2) -> q, k (turned), v (B, tp, m, heads x D)."""
+        """x (B, m, hidden), tables (tp, m, D / 2) -> q, k (normed, turned), v (B, tp, m, heads x
+        D)."""
         x = GatherSequence.apply(x, self.grid)  # (B, tp, m, hidden), once for all three
-        q = self.rotate(self.q_proj(x), cos, sin)  # (B, tp, m, H / tp x D)
-        k = self.rotate(self.k_proj(x), cos, sin)  # (B, tp, m, Hkv / tp x D)
+        q = self.norm_and_turn(self.q_proj(x), self.q_norm, cos, sin)  # (B, tp, m, H / tp x D)
+        k = self.norm_and_turn(self.k_proj(x), self.k_norm, cos, sin)  # (B, tp, m, Hkv / tp x D)
         v = self.v_proj(x)  # (B, tp, m, Hkv / tp x D)
         return q, k, v
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn every head of x (B, tp, m, heads x D) by its position's angles."""
-        x = x.unflatten(-1, (-1, self.head_dim))  # (B, tp, m, heads, D)
-        x = x.transpose(2, 3)  # (B, tp, heads, m, D)
-        x = apply_rotary(x, cos[:, None], sin[:, None])  # tables (tp, 1, m, D / 2): all heads alike
-        return x.transpose(2, 3).flatten(3)  # (B, tp, m, heads x D)
+    def norm_and_turn(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+        """Norm every head of x (B, tp, m, heads x D), and turn it by its position's angles."""
+        x = norm(x.unflatten(-1, (-1, self.head_dim)))  # (B, tp, m, heads, D)
+        if self.turns:
+            x = x.transpose(2, 3)  # (B, tp, heads, m, D)
+            x = apply_rotary(x, cos[:, None], sin[:, None])  # (tp, 1, m, D / 2): all heads alike
+            x = x.transpose(2, 3)
+        return x.flatten(3)  # (B, tp, m, heads x D)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, tp, m, heads x D) -> (B, heads, S / cp, D): how attention wants it."""
@@ -297,11 +396,11 @@ class Block(nn.Module):
         after       o, norm, MLP          each position on its own: in tiles
     """
 
-    def __init__(self, config: ModelConfig, grid: Grid) -> None:
+    def __init__(self, config: ModelConfig, grid: Grid, layer: int) -> None:
         super().__init__()
         # RMSNorm: x / sqrt(mean(x^2) + eps) * weight
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, grid)
+        self.self_attn = Attention(config, grid, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, grid)
 
@@ -505,7 +604,7 @@ class Llama(nn.Module):
         self.offload = False
         self.tile = None
         vocabulary, hidden = config.vocab_size, config.hidden_size
-        blocks = [Block(config, grid) for _ in range(config.num_hidden_layers)]
+        blocks = [Block(config, grid, layer) for layer in range(config.num_hidden_layers)]
         self.model = nn.ModuleDict({
             "embed_tokens": VocabParallelEmbedding(vocabulary, hidden, grid),
             "layers": nn.ModuleList(blocks),
@@ -719,17 +818,36 @@ class Llama(nn.Module):
         config = rescale(read_config(path), rope_scaling)
         with torch.device("meta"):  # no memory, no time for weights that are about to be replaced
             model = cls(config, grid)
-        parameters = dict(model.named_parameters())
-        weights = read_weights(
-            Path(path), "model", parameters, shard_dims(model), model.grid, dtype, device)
-        model.load_state_dict(dict(weights), strict=True, assign=True)
+        # 1. Two tensors may be there beside the parameters: the head of a tied model and, in files
+        #    of old versions of transformers, the frequencies before any rule.
+        inv_freq, _ = inverse_frequencies(config.head_dim, config.rope_theta, RopeScaling())
+        owners = ["model", *[f"model.layers.{i}.self_attn" for i in range(len(model.model.layers))]]
+        repeated = {f"{owner}.rotary_emb.inv_freq": inv_freq for owner in owners}
+        if config.tie_word_embeddings:
+            repeated["lm_head.weight"] = model.head_weight
+        like = dict(model.named_parameters()) | repeated
+        dims = dict.fromkeys(like) | {"lm_head.weight": 0} | shard_dims(model)
+        weights = dict(read_weights(
+            Path(path), "model", like, dims, model.grid, dtype, device, repeated))
+        beside = {name: weights.pop(name) for name in repeated if name in weights}
+        model.load_state_dict(weights, strict=True, assign=True)
+        # 2. They must repeat what the model has: else we would drop something that has a meaning.
+        head = beside.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, model.head_weight):
+            raise ValueError(f"{path}: config.json ties lm_head.weight to model.embed_tokens.weight"
+                             ", but they differ; set tie_word_embeddings to false to use both, or "
+                             "delete lm_head.weight")
+        for name, stored in beside.items():  # some were rounded to float16
+            if not torch.allclose(stored.double().cpu(), inv_freq, rtol=0.01, atol=1e-7):
+                raise ValueError(f"{path}: {name} is not what config.json's rope_theta, "
+                                 f"{config.rope_theta:g}, gives; correct it or delete the tensor")
         return model
 
     def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write a Hugging Face directory. Every rank calls this; the grid changes no byte of it."""
         path = Path(path)
         if self.grid.is_first:
-            if (path / "config.json").exists():
+            if any(path.glob("*.safetensors")) or (path / "config.json").exists():
                 raise ValueError(f"{path}: already holds a model; choose another directory")
             path.mkdir(parents=True, exist_ok=True)
         parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}

@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import hashlib
 import itertools
 import math
 import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,6 +116,7 @@ class Grid:
         One process needs no torch.distributed. More calls make other grids of the same processes.
         Raises ValueError for a grid that does not fit their number.
         """
+        check_alone()
         rank, world = launched()
         if min(tp, cp) < 1 or world % (tp * cp):
             raise ValueError(f"--tp {tp} x --cp {cp} must divide the number of processes, {world}; "
@@ -250,13 +253,33 @@ def start_processes(device: str, patience: timedelta) -> None:
     # ranks find each other's addresses in a store, a dictionary that they share; with a name for
     # each attempt in it a restarted job does not find those of its dead ranks
     store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}", store)
+    store = dist.PrefixStore(attempt(store, rank, world), store)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=gpu)
     atexit.register(end_processes)
     # torchrun sends SIGTERM when another rank has failed: say where this one stood
     faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
+
+
+def attempt(store: dist.Store, rank: int, world: int) -> str:
+    """A name for this attempt of a job, the same on every rank and never used before.
+
+    Each torchrun counts the restarts of its own workers only, so those of several machines do not
+    agree on a number. Instead each rank draws a name, and all of them together name the attempt. A
+    rank may still find a dead rank's name, where the new one has not written its own: it names
+    another attempt then than that rank will. So all look again until all say the same.
+    """
+    ranks = range(world)
+    own = uuid.uuid4().hex
+    store.set(f"name of {rank}", own)
+    while True:
+        names = store.multi_get([f"name of {other}" for other in ranks])  # waits for the first ones
+        together = hashlib.sha256(b" ".join(names)).hexdigest()
+        store.set(f"attempt of {rank}", together)
+        said = store.multi_get([f"attempt of {other}" for other in ranks])
+        if set(said) == {together.encode()}:
+            return together
+        time.sleep(0.1)
 
 
 def end_processes() -> None:
@@ -901,6 +924,20 @@ class ShardedAdamW:
 def launched() -> tuple[int, int]:
     """(rank, number of processes) of this job, as torchrun tells them; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_alone() -> None:
+    """Raise ValueError if srun or mpirun has started several processes of which none is told its
+    rank: each would take itself for the whole job."""
+    for name, launcher in (("SLURM_NTASKS", "srun --ntasks-per-node 1"),
+                           ("OMPI_COMM_WORLD_SIZE", "mpirun --npernode 1")):
+        count = os.environ.get(name, "1")
+        if "RANK" not in os.environ and count != "1":
+            raise ValueError(f"{name} is {count} but RANK is not set: {count} processes that do "
+                             "not know each other. Start one torchrun a machine, which starts the "
+                             f"ranks: {launcher} torchrun --nnodes N --nproc-per-node 8 "
+                             "--rdzv-backend c10d --rdzv-endpoint HOST:29500 ...; if this process "
+                             f"is alone, unset {name}")
 
 
 @contextmanager

@@ -16,22 +16,43 @@ import tiktoken
 
 from data import Blend, Tokenizer, read_records, shuffled
 from parallel import Grid, one_line_errors, print_once
-from train import Parser, argument_parser, existing, load_start, positive, run_stage, weighted_path
+from train import (
+    Parser,
+    argument_parser,
+    existing,
+    find_checkpoint,
+    load_start,
+    owned,
+    positive,
+    run_stage,
+    weighted_path,
+)
 
 # ------------------------------------------------------------------------------------ conversations
 
-CHAT_TOKENS = (  # that begin and end a message
-    ("<|start_header_id|>", "<|eot_id|>"),  # Llama 3
-    ("<|im_start|>", "<|im_end|>"))  # ChatML
+CHAT_TOKENS = {  # special tokens of a template; the last ends a message
+    # first: Llama 3's tokenizer has its own tokens still where ChatML was added (SmolLM3, Hermes 3)
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    # all: DeepSeek-R1-Distill-Llama, say, has other tokens that begin a text, and another template
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
+
+
+def chat_template(tokenizer: tiktoken.Encoding) -> str | None:
+    """The template, a name in CHAT_TOKENS, for which a tokenizer has all tokens; None without."""
+    for name, tokens in CHAT_TOKENS.items():
+        if tokenizer.special_tokens_set.issuperset(tokens):
+            return name
+    return None
 
 
 def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
     """Id of the token that ends a message: <|eot_id|> (Llama 3) or <|im_end|> (ChatML)."""
-    for start, end in CHAT_TOKENS:
-        if {start, end} <= tokenizer.special_tokens_set:
-            return tokenizer.encode_single_token(end)
-    raise ValueError(f"tokenizer {tokenizer.name!r} has no chat tokens: Llama 3's "
-                     "<|start_header_id|> and <|eot_id|>, or ChatML's <|im_start|> and <|im_end|>")
+    template = chat_template(tokenizer)
+    if template is None:
+        needed = "; or ".join(", ".join(tokens) for tokens in CHAT_TOKENS.values())
+        raise ValueError(f"tokenizer {tokenizer.name!r} has no chat template known here, which "
+                         f"needs the special tokens {needed}")
+    return tokenizer.encode_single_token(CHAT_TOKENS[template][-1])
 
 
 def check_messages(messages: object, place: str) -> None:
@@ -72,8 +93,7 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
     and Qwen2 add one). Contents are plain text: a special token spelled there stays text.
     """
     end_of_turn(tokenizer)  # raises if there is no template
-    is_llama3 = "<|start_header_id|>" in tokenizer.special_tokens_set
-    template = llama3_pieces if is_llama3 else chatml_pieces
+    template = llama3_pieces if chat_template(tokenizer) == "llama3" else chatml_pieces
     tokens = []
     mask = []
     for ids, loss in template(messages, tokenizer, add_generation_prompt):
@@ -260,12 +280,14 @@ def main(argv: list[str] | None = None) -> None:
         if a.validate_every and not a.validation_data:
             raise ValueError("--validate-every needs --validation-data, held-out chat samples")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        config, tokenizer = load_start(a, grid, None, chunk=None)  # samples have any length
-        held_out = a.validation_data if a.validation_sequences else None
-        training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length,
-                                               a.seed, a.document_mask)
-        run_stage(a, grid, config, tokenizer, training, validation)
-        grid.close()
+        with owned(a.out, grid):
+            checkpoint = find_checkpoint(a.out, a.resume)
+            config, tokenizer = load_start(a, grid, None, None, checkpoint)  # samples: any length
+            held_out = a.validation_data if a.validation_sequences else None
+            training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length,
+                                                   a.seed, a.document_mask)
+            run_stage(a, grid, config, tokenizer, checkpoint, training, validation)
+            grid.close()
 
 
 if __name__ == "__main__":

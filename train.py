@@ -48,9 +48,10 @@ from parallel import (
 )
 from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 
-TOKENIZER_FILES = (
+MODEL_FILES = (  # of a model directory, beside config.json and the weights
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+STALE = ("max_length", "max_len", "auto_map")  # of their keys: an old window, code left behind
 FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is its checkpoint's
     "out", "resume", "checkpoint_every", "keep_checkpoints", "validate_every",
     "validation_sequences", "validation_data", "device", "timeout", "tp", "cp", "micro_batch_size",
@@ -58,6 +59,7 @@ FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is 
 PEAKS = {  # dense bfloat16 FLOP/s
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 CHECKPOINT_FORMAT = 2
+LOCK = "lock"  # a file in --out, there while a run is
 ATTENTION = ("auto", "flash", "cudnn", "fa3")  # see `attention_kernel`
 
 
@@ -160,13 +162,14 @@ def compute_type(dtype: str | None, device: str) -> str:
 
 def argument_parser(description: str, planned: bool = False) -> Parser:
     """The options of both stages; a stage adds its data group. For tools.plan, where a run is only
-    `planned`, tokenizer and GPU need not be there, nor --steps, --data and --out be given."""
+    `planned`, the GPU need not be there, nor --steps, --data and --out be given."""
     parser = Parser(description)
     group = parser.add_argument_group("model")
     add = group.add_mutually_exclusive_group(required=True).add_argument
-    add("--model", type=existing, help="start from this Hugging Face model directory")
-    add("--config", type=existing, help="start from random weights of this config.json")
-    group.add_argument("--tokenizer", type=Path if planned else existing,
+    # paths that a resumed run needs no more
+    add("--model", type=Path, help="start from this Hugging Face model directory")
+    add("--config", type=Path, help="start from random weights of this config.json")
+    group.add_argument("--tokenizer", type=Path,
                        help="directory or file (if not given: the model's own)")
     add = parser.add_argument_group("memory").add_argument
     add("--recompute", choices=RECOMPUTE, default="none",
@@ -398,18 +401,21 @@ def beyond_window(own: ModelConfig, config: ModelConfig, length: int) -> str:
             f"({extension_hint(own, length)}) or shorten the sequences")
 
 
-def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None,
-               chunk: int | None) -> tuple[ModelConfig, data.Tokenizer]:
-    """Configuration and tokenizer to start from, checked against each other and the options; the
-    kernel of attention is chosen, see `choose_attention`."""
-    own = read_config(options.model or options.config)
-    config = rescale(own, scaling)
+def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None, chunk: int | None,
+               checkpoint: Path | None) -> tuple[ModelConfig, data.Tokenizer]:
+    """Configuration and tokenizer to start from, or those of the checkpoint that is continued,
+    checked against each other and the options; the kernel of attention is chosen, see
+    `choose_attention`."""
+    own = read_config(checkpoint or options.model or options.config)
+    config = own if checkpoint else rescale(own, scaling)
     problem = beyond_window(own, config, options.sequence_length)
     if problem:
         raise ValueError(problem)
     check_run(options, grid, config)
     choose_attention(options, grid, config, chunk)
     path = options.tokenizer or options.model
+    if checkpoint and not (path and path.exists()):  # it may be gone: the checkpoint has it
+        path = checkpoint
     if not path:
         raise ValueError("--tokenizer is needed with --config: the one that the corpus was "
                          "prepared with")
@@ -456,47 +462,71 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------- checkpoints
 
 
+def serving_note(scaling: RopeScaling) -> str:
+    """What must be said to programs that do not read it in an exported model: llama.cpp's GGUF has
+    no beta_fast and beta_slow (it takes 32 and 1), and its temperature is always 0.1 ln s + 1."""
+    if scaling.kind != "yarn":
+        return ""
+    note = ""
+    if (scaling.beta_fast, scaling.beta_slow) != (32, 1):
+        note = (f"; llama.cpp needs --yarn-beta-fast {scaling.beta_fast:g} "
+                f"--yarn-beta-slow {scaling.beta_slow:g}")
+    if not math.isclose(scaling.cos_sin_factor, 0.1 * math.log(scaling.factor) + 1, rel_tol=1e-4):
+        note += "; llama.cpp and vLLM do not compute its attention factor, use transformers"
+    return note
+
+
 def written_once(path: Path, grid: Grid):
     """A directory that all ranks fill together, the first one writing: complete or absent."""
     return data.complete_or_absent(path) if grid.is_first else nullcontext(path)
 
 
-def save_model(path: Path, model: Llama, tokenizer: Path) -> None:
-    """Write a model directory: weights, the tokenizer's files, what a server reads of the model."""
-    model.save_pretrained(path)
-    if not model.grid.is_first:
-        return
-    if tokenizer.is_file():
-        shutil.copyfile(tokenizer, path / f"tokenizer{tokenizer.suffix}")
-        return
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, path / name)
-    new = {
-        "tokenizer_config.json": {"model_max_length": model.config.max_position_embeddings},
-        "generation_config.json": {"eos_token_id": model.config.hf["eos_token_id"]},
-    }
-    for name, values in new.items():
-        file = path / name
+def model_files(tokenizer: data.Tokenizer, config: ModelConfig) -> dict[str, bytes]:
+    """What a model directory holds beside config.json and the weights, by name: the tokenizer's
+    file and what stands beside it, with this window and these stop tokens. Built before the first
+    step: a comma too many in one of them would else end a run at its first checkpoint."""
+    sources = {f"tokenizer{tokenizer.path.suffix}": tokenizer.path}
+    for name in MODEL_FILES:
+        file = tokenizer.path.with_name(name)
         if file.is_file():
-            content = json.loads(file.read_text()) | values
-            file.write_text(json.dumps(content, indent=2) + "\n")
+            sources.setdefault(name, file)
+    new = {
+        "tokenizer.json": {"truncation": None, "padding": None},  # to the old window
+        "tokenizer_config.json": {"model_max_length": config.max_position_embeddings},
+        "generation_config.json": {"eos_token_id": config.hf["eos_token_id"]},
+    }
+    files = {}
+    for name, file in sources.items():
+        files[name] = file.read_bytes()
+        if name.endswith(".json"):
+            content = data.read_object(file) | new.get(name, {})
+            kept = {key: value for key, value in content.items() if key not in STALE}
+            files[name] = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
 
 
-def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW, tokenizer: Path,
-                    settings: dict, keep: int) -> Path:
+def save_model(path: Path, model: Llama, files: dict[str, bytes]) -> None:
+    """Write a model directory: config.json, weights and `model_files`."""
+    model.save_pretrained(path)
+    if model.grid.is_first:
+        for name, content in files.items():
+            (path / name).write_bytes(content)
+
+
+def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
+                    files: dict[str, bytes], settings: dict, keep: int) -> Path:
     """Write `run/checkpoint-STEP`, then drop all but the newest `keep`. A checkpoint holds what one
     process would write, so any grid can continue:
 
         checkpoint-00000300/
-            config.json, model-*.safetensors, tokenizer     a Hugging Face model directory
+            config.json, model-*.safetensors, `files`       a Hugging Face model directory
             optimizer/master-*, exp_avg-*, exp_avg_sq-*     whole tensors, float32
             training.json                                   format, step, settings
     """
     grid = model.grid
     path = run / f"checkpoint-{step:08d}"
     with written_once(path, grid) as aside:
-        save_model(aside, model, tokenizer)
+        save_model(aside, model, files)
         # a gradient has the shape and the type of its parameter's state
         like = {name: parameter.grad for name, parameter in optimizer.parameters.items()}
         target = aside / "optimizer"
@@ -524,21 +554,31 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("checkpoint-" + 8 * "[0-9]"))
 
 
-def agreed_settings(options: Namespace, tokenizer: data.Tokenizer) -> dict:
-    """What a resumed run must share with the run it continues, as JSON. Files count by what is in
-    them, not by their path: they may move, but not change."""
-    settings = {name: value for name, value in vars(options).items() if name not in FREE_TO_CHANGE}
-    settings["dtype"] = compute_type(options.dtype, options.device)
-    settings["tokenizer"] = data.fingerprint(tokenizer)
-    settings["model"] = data.digest(options.model) if options.model else None
-    settings["data"] = [[data.digest(path), weight] for path, weight in options.data]
-    return json.loads(json.dumps(settings, default=str, sort_keys=True))  # as a checkpoint has it
+def damage(checkpoint: Path) -> str:
+    """Why a checkpoint cannot be resumed, as far as its files' headers tell; "" if it can be."""
+    try:
+        saved = data.read_object(checkpoint / "training.json")
+        if saved.get("format") != CHECKPOINT_FORMAT:
+            return (f"{checkpoint}: a checkpoint of an earlier version, which this one cannot "
+                    f"resume; start a new run from it with --model {checkpoint}")
+        read_config(checkpoint)
+        files = set(data.locate_weights(checkpoint, "model").values())
+        for kind in ShardedAdamW.KINDS:
+            files.update(data.locate_weights(checkpoint / "optimizer", kind).values())
+        for file in files:
+            with data.open_weights(file):  # compares its length with its header
+                pass
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
 
 
-def load_progress(out: Path, resume: bool, settings: dict) -> tuple[Path | None, int]:
-    """(newest checkpoint, its step) of the run in `out`; (None, 0) at the start."""
+def find_checkpoint(out: Path, resume: bool) -> Path | None:
+    """The checkpoint that the run in --out is resumed from, the newest; None at the start. Raises
+    ValueError if --out holds something else, or if that checkpoint is damaged: whether an older one
+    will do is the user's to say."""
     # 1. What is there: nothing, a run, or foreign files?
-    names = [path.name for path in out.iterdir()] if out.exists() else []
+    names = [path.name for path in out.iterdir() if path.name != LOCK] if out.exists() else []
     ours = ("checkpoint-", "final", "metrics")
     foreign = [name for name in names if not name.startswith(ours)]
     if foreign and "metrics.jsonl" not in names:
@@ -548,20 +588,62 @@ def load_progress(out: Path, resume: bool, settings: dict) -> tuple[Path | None,
                          "choose another directory")
     # 2. Where did the run stop?
     complete = checkpoints(out)
-    if not complete:
-        return None, 0
-    newest = complete[-1]
-    saved = data.read_object(newest / "training.json")
-    if saved.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{newest}: a checkpoint of an earlier version, which this one cannot "
-                         f"resume; start a new run from it with --model {newest}")
-    # 3. Is this the same run? Other settings would make one that no command describes.
+    problem = damage(complete[-1]) if complete else ""
+    if problem:
+        whole = [path for path in complete if not damage(path)]
+        remedy = "no other checkpoint there is whole"
+        if whole:
+            remedy = f"{whole[-1]} is whole: remove {complete[-1].name} to continue from it"
+        raise ValueError(f"{problem}; {remedy}")
+    return complete[-1] if complete else None
+
+
+def agreed_settings(options: Namespace, tokenizer: data.Tokenizer,
+                    checkpoint: Path | None) -> dict:
+    """What a resumed run must share with the run it continues, as JSON. Files count by what is in
+    them, not by their path: they may move, but not change; the base model may be gone, too."""
+    settings = {name: value for name, value in vars(options).items() if name not in FREE_TO_CHANGE}
+    settings["dtype"] = compute_type(options.dtype, options.device)
+    settings["tokenizer"] = data.fingerprint(tokenizer)
+    if checkpoint and options.model and not options.model.exists():
+        print_once(f"--model {options.model} is not there; the checkpoint has all that is needed")
+        saved = data.read_object(checkpoint / "training.json")
+        settings["model"] = saved["settings"].get("model")
+    else:
+        settings["model"] = data.digest(options.model) if options.model else None
+    settings["data"] = [[data.digest(path), weight] for path, weight in options.data]
+    return json.loads(json.dumps(settings, default=str, sort_keys=True))  # as a checkpoint has it
+
+
+@contextmanager
+def owned(out: Path, grid: Grid) -> Iterator[None]:
+    """Hold a run directory's lock, on the first rank: of two runs in one directory each would write
+    over the other's metrics and checkpoints. The lock ends with this process, however it ends. A
+    directory in which nothing has come to be is removed."""
+    if not grid.is_first:
+        yield
+        return
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with data.locked(out / LOCK):
+            yield
+    finally:
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
+
+
+def saved_step(checkpoint: Path, settings: dict) -> int:
+    """The step after which a checkpoint was written. Raises ValueError if it is not of the same
+    run: other settings would make one that no command describes."""
+    saved = data.read_object(checkpoint / "training.json")
     for name, value in settings.items():
         before = saved["settings"].get(name)
         if before != value:
-            raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in {out} has "
-                             f"{before!r}; resume with the same settings or choose another --out")
-    return newest, saved["step"]
+            raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in "
+                             f"{checkpoint.parent} has {before!r}; resume with the same settings "
+                             "or choose another --out")
+    return saved["step"]
 
 
 def open_metrics(path: Path, step: int):
@@ -771,15 +853,15 @@ def build(config: ModelConfig, checkpoint: Path | None, step: int, grid: Grid, d
 
 
 def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: data.Tokenizer,
-              training, validation) -> None:
+              checkpoint: Path | None, training, validation) -> None:
     """Check, build, train, export: what both stages do. Checks come first: a large model takes
-    minutes to load, on every GPU of a job, and a mistake in the options should cost seconds. Nor is
-    a directory made for a run that cannot be."""
-    # 1. Check that --out holds no other run.
+    minutes to load, on every GPU of a job, and a mistake in the options should cost seconds."""
+    # 1. Check that it is the run of the checkpoint, and build what is saved with every model.
     out = options.out
-    settings = agreed_settings(options, tokenizer)
+    settings = agreed_settings(options, tokenizer, checkpoint)
     dtype = getattr(torch, settings["dtype"])
-    checkpoint, step = load_progress(out, options.resume, settings)
+    step = saved_step(checkpoint, settings) if checkpoint else 0
+    files = model_files(tokenizer, config)
     is_done = (out / "final" / "config.json").exists()
 
     # 2. Check that all ranks see the same files: on machines with disks of their own they may not.
@@ -794,8 +876,6 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
 
     # 3. Build, and say what is trained.
     model, optimizer = build(config, checkpoint, step, grid, dtype, options)
-    if grid.is_first:
-        out.mkdir(parents=True, exist_ok=True)
     parameters = 0
     for name, parameter in model.named_parameters():
         is_cut = optimizer.dims[name] is not None
@@ -808,10 +888,8 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     print_once(f"grid dp {grid.dp} x cp {grid.cp} x tp {grid.tp}")
 
     # 4. Train. The last step too leaves a checkpoint, so a failing export loses nothing.
-    tokenizer_files = options.tokenizer or options.model
-
     def save(step: int) -> Path:
-        return save_checkpoint(out, step, model, optimizer, tokenizer_files, settings,
+        return save_checkpoint(out, step, model, optimizer, files, settings,
                                options.keep_checkpoints)
 
     with signals_received() as received:
@@ -820,8 +898,8 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     # 5. Export, unless a signal has stopped the run.
     if step == options.steps:
         with written_once(out / "final", grid) as aside:
-            save_model(aside, model, tokenizer_files)
-        print_once(f"wrote {out}/final")
+            save_model(aside, model, files)
+        print_once(f"wrote {out}/final{serving_note(config.rope_scaling)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -831,10 +909,12 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
         scaling = scaling_from_options(vars(options))
         chunk = chunk_length(options, grid)
-        config, tokenizer = load_start(options, grid, scaling, chunk)
-        training, validation = stage1_datasets(options, tokenizer)
-        run_stage(options, grid, config, tokenizer, training, validation)
-        grid.close()
+        with owned(options.out, grid):
+            checkpoint = find_checkpoint(options.out, options.resume)
+            config, tokenizer = load_start(options, grid, scaling, chunk, checkpoint)
+            training, validation = stage1_datasets(options, tokenizer)
+            run_stage(options, grid, config, tokenizer, checkpoint, training, validation)
+            grid.close()
 
 
 if __name__ == "__main__":

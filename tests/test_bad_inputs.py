@@ -41,7 +41,7 @@ NIAH = "good --haystack corpus --lengths 64 --depths 1 --samples 1"
 CHAT = "--sequence-length 64 --steps 1 --batch-size 1 --out new"
 CASES = [
     ("no such model directory", "train.py",
-     f"--model missing {TRAIN}", "--model missing must be a file or directory that exists"),
+     f"--model missing {TRAIN}", "missing: no config.json there"),
     ("config.json is not JSON", "train.py",
      f"--model not-json {TRAIN}", "config.json.*not valid JSON"),
     ("config.json lacks a key", "train.py",
@@ -55,7 +55,7 @@ CASES = [
     ("missing shard", "train.py",
      f"--model shardless {TRAIN}", "safetensors.*missing"),
     ("quantised weights", "train.py",
-     f"--model quantised {TRAIN}", "holds torch.int8"),
+     f"--model quantised {TRAIN}", "is stored as I8, not as one of.*before quantisation"),
     ("weights of another shape", "train.py",
      f"--model reshaped {TRAIN}", "has shape.*config.json asks for"),
     ("no tokenizer", "train.py",

@@ -45,6 +45,7 @@ quick = []
 for kernel, length, tp, cp, dp, *memory in QUICK:
     quick.append(Plan(LLAMA, length, 1, 1, tp, cp, dp, 2, *memory, kernel=kernel))
 quick.append(replace(quick[-1], micro_batch=4))
+quick += [replace(plan, config=replace(LLAMA, qk_norm=True)) for plan in quick[4:6]]  # as Qwen3's
 
 
 def every_grid() -> list[Plan]:
@@ -56,6 +57,8 @@ def every_grid() -> list[Plan]:
 def name(plan: Plan) -> str:
     words = [plan.kernel, f"{plan.length // 1024}K", f"tp {plan.tp}", f"cp {plan.cp}",
              f"dp {plan.dp}", plan.recompute]
+    if plan.config.qk_norm:
+        words.append("qk_norm")
     if plan.micro_batch > 1:
         words.append(f"{plan.micro_batch} rows")
     if plan.offload:
@@ -306,9 +309,8 @@ def test_a_checkpoint_is_loaded_trained_and_evaluated(kernel, model_directory, t
              "mlp", "--offload", "--offload-optimizer", "--device", "cuda", "--tp", "2"]
     options = plan_parser().parse_args(words)
     saved = Llama.from_pretrained(model_directory)
-    saved.config = replace(saved.config, hf=saved.config.hf | {"eos_token_id": []})
-    checkpoint = save_checkpoint(tmp_path, 7, saved, ShardedAdamW(saved, saved.grid),
-                                 model_directory, {}, keep=1)
+    checkpoint = save_checkpoint(tmp_path, 7, saved, ShardedAdamW(saved, saved.grid), {}, {},
+                                 keep=1)
     rows = torch.zeros(2, 512, dtype=torch.int64)
     with fake_rank(kernel, 2, 2, 2, 5) as (grid, meter):
         model, optimizer = build_run(saved.config, checkpoint, 7, grid, torch.bfloat16, options)

@@ -102,7 +102,7 @@ def test_bad_messages_are_refused(messages, message):
 
 def test_a_tokenizer_without_chat_tokens_is_refused():
     bare = data.Tokenizer("bare", data.GPT2, {bytes([b]): b for b in range(256)}, {})
-    with pytest.raises(ValueError, match="no chat tokens"):
+    with pytest.raises(ValueError, match="no chat template known here"):
         encode_chat(CONVERSATION, bare)
 
 

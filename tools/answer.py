@@ -40,7 +40,7 @@ from eval_niah import (
     text_of,
 )
 from parallel import Grid, one_line_errors, print_once
-from sft import CHAT_TOKENS, encode_question
+from sft import chat_template, encode_question
 from train import Parser, compute_type, option, positive, writable
 
 # -------------------------------------------------------------------------------------- questions
@@ -53,11 +53,6 @@ def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat:
     if chat:
         return encode_question(text, tokenizer, system) + tokenizer.encode_ordinary(answer_prefix)
     return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
-
-
-def has_chat_tokens(tokenizer: Encoding) -> bool:
-    """Whether the tokenizer has a chat template's special tokens."""
-    return any(tokenizer.special_tokens_set.issuperset(tokens) for tokens in CHAT_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Questi
     """
     grid = reader.model.grid
     device = reader.model.head_weight.device
-    stops = tuple(data.stop_tokens(tokenizer, None))
+    stops = tuple(data.stop_tokens(tokenizer, reader.model.config.hf.get("eos_token_id")))
 
     def encode(index: int) -> tuple[list[int], int]:
         """Tokens to read, and how many the whole prompt has."""
@@ -392,7 +387,7 @@ def choose_prompt(prompt: str | None, system: str | None, questions: list[Questi
     if len(made_for) == 1 and prompt is None:
         [(prompt, system)] = made_for
     if not prompt:
-        prompt = "chat" if has_chat_tokens(tokenizer) else "plain"
+        prompt = "chat" if chat_template(tokenizer) else "plain"
     for template, other in made_for - {(prompt, system)}:
         raise ValueError(f"--jsonl has prompts made for --prompt {template} and --system "
                          f"{other!r}, not for {prompt} and {system!r}: their lengths would be "

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+import data
 from eval_niah import checkpoint_parser, load_model, read_checkpoint
 from parallel import Grid, launched, one_line_errors, print_once
-from sft import encode_question, end_of_turn
+from sft import encode_question
 from train import Parser, nonnegative, nonnegative_number, option, positive
 
 nucleus = option(float, lambda share: 0 < share <= 1, "a number above 0, at most 1")
@@ -41,10 +42,9 @@ def main(argv: list[str] | None = None) -> None:
         config, tokenizer = read_checkpoint(a, grid)
         if a.raw:
             tokens = tokenizer.encode_ordinary(a.prompt)
-            stops = ()
         else:
             tokens = encode_question(a.prompt, tokenizer, a.system or None)
-            stops = (end_of_turn(tokenizer),)
+        stops = tuple(data.stop_tokens(tokenizer, config.hf.get("eos_token_id")))
         window = config.max_position_embeddings
         if not tokens or len(tokens) + a.max_new_tokens > window:
             raise ValueError(f"--prompt has {len(tokens)} tokens and --max-new-tokens is "

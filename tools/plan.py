@@ -213,8 +213,11 @@ class Plan:
     @property
     def parameters(self) -> float:
         """Of one tp rank."""
-        norms = (2 * self.config.num_hidden_layers + 1) * self.config.hidden_size
-        return sum(matrices(self.config).values()) / self.tp + norms
+        c = self.config
+        norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
+        if c.qk_norm:
+            norms += 2 * c.num_hidden_layers * c.head_dim
+        return sum(matrices(c).values()) / self.tp + norms
 
     @property
     def shard(self) -> float:
@@ -249,11 +252,14 @@ class Plan:
         if self.recompute == "mlp":  # attention's result too, so that attention never runs twice
             return s["x"] + s["q"] + s["lse"]
         inputs = 2 * s["gathered"]  # of the two column-parallel products
+        normed = 2 * s["x"]  # what goes into the norms
+        if self.config.qk_norm:  # q and k too
+            normed += s["q"] + s["kv"] / 2
         # on a CPU RMSNorm keeps its parts, those of bfloat16 in float32
         norms = 0.0
         if not self.cuda:
-            norms = 2 * s["x"] if self.itemsize == 4 else 7 * s["x"]
-        return 2 * s["x"] + inputs + norms + 2 * s["q"] + s["kv"] + s["lse"] + 4 * s["mlp"]
+            norms = normed if self.itemsize == 4 else 3.5 * normed
+        return normed + inputs + norms + 2 * s["q"] + s["kv"] + s["lse"] + 4 * s["mlp"]
 
     def memory(self) -> dict[str, float]:
         """Bytes of a rank on its device at the worst moment of a step, by what they are."""
@@ -434,6 +440,9 @@ class Plan:
         if self.recompute != "none":  # forward runs twice
             elements = 56 * c.hidden_size + 42 * c.intermediate_size
             tiles = self.positions / self.tile_positions(block_bytes(c, self.tp, self.itemsize))
+        if c.qk_norm:
+            heads = c.num_attention_heads + c.num_key_value_heads
+            elements += (5 if self.recompute == "none" else 9) * heads * c.head_dim
         elements += 8 * (self.tp - 1) * c.hidden_size  # gathered, and their gradients' sums
         if self.micro_batch > 1 and self.tp > 1:  # of several rows they are copied, too
             elements += 2 * self.gathers() * self.tp * c.hidden_size

@@ -1,4 +1,4 @@
-"""Worker: train a model on a grid and in one process from the same weights and batches, and report
+"""Worker: train models on a grid and in one process from the same weights and batches, and report
 how far apart they are.
 
     torchrun --standalone --nproc-per-node 4 tests/distributed/grids.py results.json 2,1 1,2 ...
@@ -31,6 +31,16 @@ CONFIG = {
     "attention_bias": True,
     "initializer_range": 0.1,
 }
+MODELS = {  # what differs; qwen3 and smollm3 on three of the grids, see main
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "attention_bias": False},
+    # without biases: where nothing is turned, that of the keys adds the same to all scores of a
+    # query, and its gradient is zero but for noise
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": True,
+                "attention_bias": False},
+}
+EVERY_MODEL = ((2, 1, 1), (1, 2, 1), (2, 2, 1))  # tp, cp, dp
 
 
 def own(whole: torch.Tensor, dim: int | None, grid: Grid) -> torch.Tensor:
@@ -38,9 +48,9 @@ def own(whole: torch.Tensor, dim: int | None, grid: Grid) -> torch.Tensor:
     return whole if dim is None else whole.chunk(grid.tp, dim)[grid.tp_rank]
 
 
-def make_model(tied: bool, dtype: torch.dtype, grid: Grid) -> Llama:
+def make_model(kind: str, dtype: torch.dtype, grid: Grid) -> Llama:
     """Every parameter away from 0 and 1, biases and norms too, the same whatever the grid."""
-    model = Llama(ModelConfig.from_hf(CONFIG | {"tie_word_embeddings": tied}), grid).initialise(3)
+    model = Llama(ModelConfig.from_hf(CONFIG | MODELS[kind]), grid).initialise(3)
     dims = shard_dims(model)
     for i, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.ndim == 1:
@@ -79,10 +89,12 @@ def summed(tensors: list[torch.Tensor], group: str, grid: Grid) -> list[torch.Te
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[str, float]:
-    """Relative errors against one process; of a tensor: norm of the difference / norm."""
+def run(grid: Grid, kind: str, dtype: torch.dtype, micro_batch: int) -> dict[str, float]:
+    """Relative errors against one process; of a tensor: norm of the difference / norm. It is the
+    whole one's: a shard of the keys' biases, whose gradients nearly cancel, is mostly rounding."""
     alone = Grid()
-    models = [make_model(tied, dtype, grid), make_model(tied, dtype, alone)]
+    models = [make_model(kind, dtype, grid), make_model(kind, dtype, alone)]
+    tied = models[0].config.tie_word_embeddings
     # recomputed with communication inside
     if tied:
         models[0].recompute = "block"
@@ -98,8 +110,11 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
     dims = optimizers[0].dims
     errors = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
 
-    def note(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        error = (ours - theirs).norm() / theirs.norm()
+    def note(what: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """The worst error of pairs (ours, theirs), of this rank's shards."""
+        squares = [torch.stack([(a - b).square().sum(), b.square().sum()]) for a, b in pairs]
+        squares = grid.all_reduce(torch.stack(squares).double(), "tp")  # (pairs, 2)
+        error = (squares[:, 0] / squares[:, 1]).sqrt().max()
         errors[what] = max(errors[what], float("inf") if error.isnan() else error.item())
 
     for step in range(STEPS):
@@ -112,15 +127,18 @@ def run(grid: Grid, tied: bool, dtype: torch.dtype, micro_batch: int) -> dict[st
         cut = [name for name, dim in dims.items() if dim is not None]
         for names, group in ((whole, "all"), (cut, "dp_cp")):
             gradients = [optimizers[0].parameters[name].grad for name in names]
-            for name, ours in zip(names, summed(gradients, group, grid), strict=True):
-                theirs = optimizers[1].parameters[name].grad
-                note("gradients", ours, own(theirs, dims[name], grid))
+            expected = [own(optimizers[1].parameters[name].grad, dims[name], grid)
+                        for name in names]
+            ours = summed(gradients, group, grid)
+            note("gradients", list(zip(ours, expected, strict=True)))
         norms = [optimizer.step(1e-4, max_norm=1.0) for optimizer in optimizers]
-        note("loss", *torch.tensor(losses, dtype=torch.float64))
-        note("norm", *torch.tensor(norms, dtype=torch.float64))
+        note("loss", [torch.tensor(losses, dtype=torch.float64).unbind()])
+        note("norm", [torch.tensor(norms, dtype=torch.float64).unbind()])
+    weights = []
     for name, theirs in optimizers[1].parameters.items():
-        note("weights", optimizers[0].parameters[name].detach(),
-             own(theirs.detach(), dims[name], grid))
+        ours = optimizers[0].parameters[name].detach()
+        weights.append((ours, own(theirs.detach(), dims[name], grid)))
+    note("weights", weights)
     for what, error in errors.items():  # the worst of all ranks
         error = torch.tensor(error, dtype=torch.float64)
         errors[what] = grid.all_reduce(error, "all", dist.ReduceOp.MAX).item()
@@ -135,13 +153,14 @@ if __name__ == "__main__":
         grid = Grid.create(*map(int, text.split(",")), device="cpu")
         grids.append(grid)
         for dtype in (torch.float32, torch.float64):
-            for tied in (False, True):
+            every = (grid.tp, grid.cp, grid.dp) in EVERY_MODEL
+            for kind in MODELS if every else ("untied", "tied"):
                 # gradients add up over two micro-batches
-                parts = 2 if tied and dtype == torch.float64 else 1
-                errors = run(grid, tied, dtype, micro_batch=ROWS // grid.dp // parts)
+                parts = 2 if kind == "tied" and dtype == torch.float64 else 1
+                errors = run(grid, kind, dtype, micro_batch=ROWS // grid.dp // parts)
                 shape = f"{grid.tp},{grid.cp},{grid.dp}"
                 name = str(dtype).removeprefix("torch.")
-                found[f"{shape} {name} {'tied' if tied else 'untied'}"] = errors
+                found[f"{shape} {name} {kind}"] = errors
     if grid.is_first:
         Path(sys.argv[1]).write_text(json.dumps(found))
     grids[0].close()
