@@ -146,6 +146,8 @@ class ModelConfig:
     def from_hf(cls, config: dict) -> ModelConfig:
         """Read a config.json of transformers 4 or 5; a key left out has transformers' default."""
         # 1. Is it one of our architectures, and is all that it says understood?
+        if not {"model_type", "hidden_size"} & config.keys():
+            raise ValueError("config.json: is no model's configuration: it has no model_type")
         family = config.get("model_type", "llama")
         if family not in ARCHITECTURES:
             raise ValueError(f"config.json: model_type {family!r} is none of "
@@ -200,7 +202,7 @@ class ModelConfig:
             rope = scaling.to_hf()
         if scaling.kind == "yarn" and self.window_before() is None:
             del rope[ORIGINAL]  # left out when read; stated, from_hf (4.) would extend it once more
-        config = {key: self.hf[key] for key in TOKEN_IDS if key in self.hf}
+        config = {key: self.hf.get(key) for key in TOKEN_IDS}  # left out they would be Llama 2's
         family = "llama"
         if self.qk_norm:
             family = "qwen3"
@@ -251,9 +253,9 @@ def check_keys(config: dict, family: str) -> None:
         is_multiplier = "multiplier" in key or "scal" in key
         says_nothing = not value or (value == 1 and is_multiplier)
         if key not in known and not says_nothing:
-            raise ValueError(f"config.json: {key} is {shorten(str(value), 60)}, which may change "
-                             "what the model computes and is not known here; delete it if it "
-                             "changes nothing")
+            raise ValueError(f"config.json: {key} is {shorten(str(value), 40, placeholder=' ...')}"
+                             ", which may change what the model computes and is not known here; "
+                             "delete it if it changes nothing")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}; only 'silu' is "
                          "known")

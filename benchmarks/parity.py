@@ -1,12 +1,11 @@
-"""Ours against transformers and tokenizers on one real checkpoint: tokens, logits, greedy text,
-save and load.
+"""Ours against transformers and tokenizers: tokens, logits, greedy text, save and load.
 
-    python -m benchmarks.parity MODEL_DIR
+    python -m benchmarks.parity MODEL_DIR     # of a real checkpoint with a tokenizer.json
+    python -m benchmarks.parity               # of random models, one of each family
 
-MODEL_DIR is any Llama or Qwen2 directory with a tokenizer.json. Logits are compared in float32 on
-512 tokens of the standard library. transformers forms its rotary angles in float32; to show that
-this is what remains of the difference, both models are run in float64, with our angles and with its
-own. Exits 1 if a check fails.
+Logits are compared in float32 on 512 tokens of the standard library, or random ones. transformers
+forms its rotary angles in float32; to show that this is what remains of the difference, both models
+are run in float64, with our angles and with its own. Exits 1 if a check fails.
 """
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ import torch
 
 import data
 import model as model_module
-from model import Llama
+from model import ARCHITECTURES, Llama
 from tools.prepare import read_documents, source_path
 
 SCRIPTS = ("Hello world, don't stop: 123 4  5 | Привет, мир | 你好，世界 | こんにちは世界 | "
@@ -71,15 +70,37 @@ def tokenization(path: Path) -> tuple[bool, str]:
     return equal == len(texts), f"{equal} of {len(texts)} texts equal"
 
 
-def run(path: Path) -> None:
-    """Make every check of a model directory and print a line for each."""
+def library_tokens(path: Path) -> torch.Tensor:
+    """512 tokens of the standard library, (1, 512) int64."""
+    source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()
+    return torch.tensor([data.load_tokenizer(path).encode_ordinary(source)[:512]])
+
+
+def random_model(family: str, path: Path) -> torch.Tensor:
+    """Write a random model of a family, by transformers, and return tokens for it (1, 512)."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
+        initializer_range=0.05, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):  # which are 1 and 0 at first
+            torch.nn.init.normal_(parameter, float(name.endswith("norm.weight")), 0.3)
+    model.save_pretrained(path)
+    return torch.randint(1000, (1, 512))
+
+
+def model_checks(path: Path, tokens: torch.Tensor, limit: float) -> list[tuple[str, bool, str]]:
+    """(what, whether it is so, by how much) of a model directory. Logits may differ by `limit` in
+    float32."""
     import transformers
 
     load = transformers.AutoModelForCausalLM.from_pretrained
     ours = Llama.from_pretrained(path, dtype=torch.float32)
     theirs = load(path, dtype=torch.float32).eval()
-    source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()
-    tokens = torch.tensor([data.load_tokenizer(path).encode_ordinary(source)[:512]])
     with torch.no_grad():
         expected = theirs(tokens).logits
         found = ours(tokens)
@@ -91,10 +112,10 @@ def run(path: Path) -> None:
             ours.save_pretrained(Path(folder) / "saved")
             again = load(Path(folder) / "saved", dtype=torch.float32).eval()(tokens).logits
     size = expected.abs().max().item()
-    checks = [("tokens equal the tokenizers library's", *tokenization(path))]
+    checks = []
     pairs = [
-        ("float32 logits, our float64 angles", found, expected, 1e-3),
-        ("float64 logits, our float64 angles", found64, expected64, 1e-3),
+        ("float32 logits, our float64 angles", found, expected, limit),
+        ("float64 logits, our float64 angles", found64, expected64, limit),
         ("float64 logits, our angles formed as transformers'", rounded64, expected64, 1e-9),
         ("saved by us, loaded by transformers", again, expected, 0.0),
     ]
@@ -104,6 +125,21 @@ def run(path: Path) -> None:
         checks.append((name, difference <= limit, detail))
     same = torch.equal(ours.generate(prompt, 64), greedy)
     checks.append(("greedy text, 64 tokens", same, "token by token"))
+    return checks
+
+
+def run(path: Path | None) -> None:
+    """Make every check, of a model directory or of random models, and print a line for each."""
+    checks = []
+    if path:
+        checks.append(("tokens equal the tokenizers library's", *tokenization(path)))
+        checks += model_checks(path, library_tokens(path), 1e-3)
+    else:
+        for family in ARCHITECTURES:
+            with tempfile.TemporaryDirectory() as folder:
+                tokens = random_model(family, Path(folder))
+                for name, *result in model_checks(Path(folder), tokens, 1e-4):
+                    checks.append((f"random {family}, {name}", *result))
     for name, good, detail in checks:
         print(f"{'ok  ' if good else 'FAIL'}  {name}: {detail}")
     sys.exit(not all(good for _, good, _ in checks))
@@ -112,7 +148,7 @@ def run(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     try:
         run(parser.parse_args().model)
     except (ValueError, OSError) as error:

@@ -2,13 +2,24 @@
 import itertools
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model import VOCABULARY_TILE, Llama, ModelConfig, TiledCrossEntropy, read_config, rescale
+import data
+from model import (
+    ARCHITECTURES,
+    VOCABULARY_TILE,
+    Llama,
+    ModelConfig,
+    TiledCrossEntropy,
+    read_config,
+    rescale,
+)
 from parallel import Grid, ShardedAdamW
 from rope_yarn import RopeScaling, ntk_theta
 from tools.perplexity import token_losses
@@ -44,6 +55,13 @@ def in_transformers(path, **options):
     {"model_type": "qwen2", "rms_norm_eps": 1e-6},
     {"model_type": "qwen2", "tie_word_embeddings": True},
     {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    {"model_type": "qwen3"},
+    {"model_type": "qwen3", "head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
+    {"model_type": "qwen3", "rope_scaling": YARN, "max_position_embeddings": 128},
+    {"model_type": "smollm3"},
+    {"model_type": "smollm3", "no_rope_layer_interval": 2},
+    {"model_type": "smollm3", "no_rope_layers": [0, 1, 1, 0], "rope_scaling": YARN,
+     "max_position_embeddings": 128},
 ], ids=str)
 def test_logits_equal_transformers_after_save_and_load(changes, tiny_model, tmp_path):
     """What we save, transformers loads, and computes the same logits from (far beyond the original
@@ -258,6 +276,101 @@ def test_single_file_checkpoint_with_extra_tied_head(tiny_model, tiny_config, tm
     assert torch.equal(loaded(tokens), model(tokens))
 
 
+def save_single(path, weights, config):
+    """A directory of one file of weights."""
+    path.mkdir(exist_ok=True)
+    save_file(weights, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_head_that_differs_from_the_tied_embedding_is_not_dropped(tiny_model, tmp_path):
+    """transformers unties; we say what to do. As said, both are used."""
+    model = tiny_model()
+    weights = weights_of(model)
+    save_single(tmp_path, weights, model.config.to_hf() | {"tie_word_embeddings": True})
+    message = "ties lm_head.weight to model.embed_tokens.weight, but they differ; set tie_word"
+    for tp in (1, 2):
+        if tp == 2:
+            weights = weights_of(tiny_model(vocab_size=98))
+            config = tiny_model(vocab_size=98).config.to_hf() | {"tie_word_embeddings": True}
+            save_single(tmp_path, weights, config)
+        with pytest.raises(ValueError, match=message):
+            Llama.from_pretrained(tmp_path, Grid(tp=tp, rank=tp - 1))
+    save_single(tmp_path, weights_of(model), model.config.to_hf())
+    tokens = tokens_of((1, 6))
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("name", ["model.rotary_emb.inv_freq",
+                                  "model.layers.2.self_attn.rotary_emb.inv_freq"])
+def test_stored_frequencies_must_be_those_of_config_json(name, tiny_model, tmp_path):
+    """Old files have them, some in float16. Of another theta they say that config.json is wrong."""
+    model = tiny_model(rope_theta=500000.0)
+    weights = weights_of(model)
+    stored = 500000.0 ** (-torch.arange(0, 8, 2) / 8)
+    save_single(tmp_path, weights | {name: stored.half()}, model.config.to_hf())
+    loaded = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert name not in dict(loaded.named_parameters())
+    config = model.config.to_hf() | {"rope_theta": 10000.0}
+    save_single(tmp_path, weights | {name: stored}, config)
+    with pytest.raises(ValueError, match=f"{name} is not what config.json's rope_theta, 10000, "):
+        Llama.from_pretrained(tmp_path)
+    save_single(tmp_path, weights | {name.replace("inv_freq", "scale"): stored}, config)
+    with pytest.raises(ValueError, match="rotary_emb.scale is unexpected"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_of_two_sets_of_weights_the_single_file_is_read_and_told(tiny_model, tmp_path, capsys):
+    """save_pretrained twice into one directory, sharded and then not, leaves the old index, and
+    perhaps its files. transformers reads the single file."""
+    tiny_model(seed=1).save_pretrained(tmp_path, max_shard_bytes=20_000)
+    new = tiny_model(seed=2)
+    save_file(weights_of(new), tmp_path / "model.safetensors")
+    tokens = tokens_of((1, 6))
+    for stale in (True, False):
+        if not stale:
+            for file in tmp_path.glob("model-*.safetensors"):
+                file.unlink()
+        loaded = Llama.from_pretrained(tmp_path)
+        assert torch.equal(loaded(tokens), new(tokens))
+        said = capsys.readouterr().out
+        assert said.count("holds two sets of weights; model.safetensors is read, ") == 1
+    theirs = in_transformers(tmp_path)
+    with torch.no_grad():
+        assert (theirs(tokens).logits - new(tokens)).abs().max() < 1e-4
+
+
+def test_weights_are_not_saved_beside_others(tiny_model, tmp_path):
+    """Beside a single file ours would never be read."""
+    save_file(weights_of(tiny_model()), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="already holds a model"):
+        tiny_model().save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype, stored_as", [
+    (torch.float8_e4m3fn, "F8_E4M3"),
+    (torch.float8_e5m2, "F8_E5M2"),
+    (torch.int8, "I8"),
+    (torch.uint8, "U8"),
+])
+def test_numbers_that_may_need_scales_are_refused_before_any_is_read(
+        dtype, stored_as, tiny_model, tmp_path, monkeypatch):
+    """A single one, of the last layer; its scales may be missing."""
+    model = tiny_model()
+    weights = weights_of(model)
+    name = "model.layers.2.mlp.down_proj.weight"
+    weights[name] = weights[name].to(dtype)
+    save_single(tmp_path, weights, model.config.to_hf())
+    monkeypatch.setattr(data, "read_shard", lambda *_: pytest.fail("something was read"))
+    message = f"{name} is stored as {stored_as}, .*before quantisation"
+    with pytest.raises(ValueError, match=message):
+        Llama.from_pretrained(tmp_path)
+
+
 def test_yarn_replaces_llama3_scaling_and_exports_explicitly(tiny_model, tmp_path):
     """YaRN never stacks on Llama 3.1's scaling; window = original x factor; attention_factor is
     written."""
@@ -343,11 +456,148 @@ def test_bfloat16_loads_as_float32_on_request(tiny_model, tmp_path):
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
     ({"head_dim": None, "hidden_size": 50}, "hidden_size 50"),
     ({"rope_scaling": {"rope_type": "spiral"}}, "spiral"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers is .1, 1.; .* the 3 "),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 1, 2]}, "no_rope_layers is "),
+    ({"model_type": "smollm3", "no_rope_layers": "110"}, "no_rope_layers is '110'"),
+    ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+    ({"model_type": "smollm3", "num_hidden_layers": None}, "num_hidden_layers"),
 ])
 def test_bad_configurations_are_named(change, message, tiny_config):
     with pytest.raises(ValueError, match=message) as error:
         ModelConfig.from_hf(tiny_config(**change))
     assert "\n" not in str(error.value)
+
+
+CHANGES_NOTHING = {  # keys with values as other programs write them
+    "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "dtype": "float16",
+    "transformers_version": "4.43.0", "use_cache": False, "pretraining_tp": 2, "_name_or_path": "x",
+    "attention_dropout": 0.0, "rope_interleaved": False, "is_llama_config": True, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": [2, 3], "unsloth_fixed": True, "max_sequence_length": 2048,
+    "auto_map": {"AutoConfig": "configuration_x.C"}, "temperature": 0.6, "top_k": 50,
+    "id2label": {"0": "LABEL_0"}, "num_experts": 0, "sliding_window": None, "qk_layernorm": False,
+    "layer_types": ["full_attention"] * 3, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+    "no_rope_layers": [], "use_sliding_window": False, "attn_logit_softcapping": None,
+}
+CHANGES_SOMETHING = [
+    {"no_rope_layers": [1, 1, 0]}, {"no_rope_layer_interval": 4},
+    {"dual_chunk_attention_config": {"chunk_size": 262144}}, {"sliding_window": 4096},
+    {"use_sliding_window": True}, {"layer_types": ["full_attention", "sliding_attention"]},
+    {"attn_logit_softcapping": 50.0}, {"final_logit_softcapping": 30.0},
+    {"embedding_multiplier": 12.0}, {"attention_multiplier": 0.0078125},
+    {"residual_multiplier": 0.22}, {"logits_scaling": 8.0}, {"use_qk_norm": True},
+    {"qk_layernorm": True}, {"num_experts": 8}, {"attention_dropout": 0.1}, {"mlp_bias": True},
+    {"quantization_config": {"quant_method": "fp8"}}, {"clip_qkv": 8.0}, {"attention_sinks": 4},
+    {"scale_emb": 12}, {"unheard_of": "x"}, {"rope_interleaved": True},
+    {"is_encoder_decoder": True},
+]
+
+
+@pytest.mark.parametrize("key", CHANGES_NOTHING)
+def test_keys_known_to_change_nothing_pass(key, tiny_config):
+    plain = ModelConfig.from_hf(tiny_config())
+    config = ModelConfig.from_hf(tiny_config(**{key: CHANGES_NOTHING[key]}))
+    assert replace(config, hf={}) == replace(plain, hf={})
+
+
+@pytest.mark.parametrize("change", CHANGES_SOMETHING, ids=lambda change: next(iter(change)))
+def test_keys_that_may_change_the_function_are_refused_by_name(change, tiny_config):
+    """Whatever is not known to change nothing. Of a family that reads them they may be known."""
+    [key] = change
+    with pytest.raises(ValueError, match=f"^config.json: {key} ") as error:
+        ModelConfig.from_hf(tiny_config(**change))
+    assert "\n" not in str(error.value)
+    if key != "layer_types":
+        assert str(error.value).endswith("delete it if it changes nothing")
+
+
+def test_a_window_that_is_switched_off_changes_nothing(tiny_config):
+    """As Qwen2.5's files have it, where no layer uses it."""
+    for family in ("qwen2", "qwen3", "smollm3"):
+        ModelConfig.from_hf(tiny_config(model_type=family, use_sliding_window=False,
+                                        sliding_window=32768, max_window_layers=28))
+        with pytest.raises(ValueError, match="use_sliding_window"):
+            ModelConfig.from_hf(tiny_config(model_type=family, use_sliding_window=True))
+
+
+def test_keys_left_out_have_transformers_values(tiny_config):
+    transformers = pytest.importorskip("transformers")
+    sizes = tiny_config(num_attention_heads=32, num_hidden_layers=5, hidden_size=64)
+    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta",
+                "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias"):
+        del sizes[key]
+    for family in ARCHITECTURES:
+        ours = ModelConfig.from_hf(sizes | {"model_type": family})
+        theirs = transformers.AutoConfig.for_model(**sizes | {"model_type": family})
+        for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+                    "tie_word_embeddings"):
+            assert getattr(ours, key) == getattr(theirs, key), (family, key)
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 32)
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert list(ours.no_rope_layers) == getattr(theirs, "no_rope_layers", [])
+
+
+def test_only_what_still_holds_is_exported(tiny_config):
+    """What is said of the source's weights, code and window is not said of ours."""
+    source = tiny_config(
+        **CHANGES_NOTHING | {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 1]},
+        model_max_length=2048, original_max_position_embeddings=64)
+    written = ModelConfig.from_hf(source).to_hf()
+    stated = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+              "rms_norm_eps", "initializer_range", "tie_word_embeddings", "attention_bias")
+    about = ("architectures", "model_type", "hidden_act", "rope_theta", "rope_scaling",
+             "no_rope_layers", "bos_token_id", "eos_token_id", "pad_token_id")
+    assert sorted(written) == sorted((*stated, *about))
+    assert written["no_rope_layers"] == [1, 0, 1]
+    assert written["eos_token_id"] == [2, 3]
+    assert written["architectures"] == ["SmolLM3ForCausalLM"]
+
+
+def test_errors_name_the_file_whatever_it_is_called(tiny_config, tmp_path):
+    """A tokenizer.json given as a model, say."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    with pytest.raises(ValueError, match=f"^{file}: is no model's configuration"):
+        read_config(file)
+    file.write_text(json.dumps(tiny_config(head_dim=7)))
+    with pytest.raises(ValueError, match=f"^{file}: head_dim 7 is odd"):
+        read_config(file)
+
+
+@pytest.mark.parametrize("config, generation, stops", [
+    (2, None, [2]),
+    (2, [2, 5], [2, 5]),
+    (None, 7, [7]),
+    ([3, 4], 3, [3, 4]),
+])
+def test_stop_tokens_are_those_of_both_files(config, generation, stops, tiny_config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(eos_token_id=config)))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert read_config(tmp_path).hf["eos_token_id"] == stops
+
+
+def test_a_stop_token_that_is_none_is_named(tiny_config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(eos_token_id="</s>")))
+    with pytest.raises(ValueError, match="config.json: eos_token_id is '</s>'; it must be an id"):
+        read_config(tmp_path)
+
+
+REAL = json.loads((Path(__file__).parent / "real_configs.json").read_text())
+MODELS = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_load_or_are_refused_with_the_line_that_the_documentation_says(name):
+    """docs/models.md has a row for each: its window and rule, or the error."""
+    [row] = [line for line in MODELS.splitlines() if line.startswith(f"| {name} |")]
+    try:
+        config = ModelConfig.from_hf(REAL[name])
+    except ValueError as error:
+        said = f"`{error}`"
+    else:
+        said = f"{config.max_position_embeddings:,}, {config.rope_scaling.kind}"
+        assert ModelConfig.from_hf(config.to_hf()).to_hf() == config.to_hf()
+    assert row == f"| {name} | {said} |"
 
 
 def test_bad_weight_files_are_named(tiny_model, tmp_path):

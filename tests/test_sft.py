@@ -7,7 +7,7 @@ from texts import CONVERSATION, TRAINING_TEXT, hugging_face_tokenizer
 
 import data
 from model import Llama, ModelConfig
-from sft import ChatDataset, check_messages, encode_chat, end_of_turn
+from sft import ChatDataset, chat_template, check_messages, encode_chat, end_of_turn
 from tools.train_tokenizer import train_bpe
 
 
@@ -98,6 +98,36 @@ def test_special_tokens_in_messages_stay_text(tokenizer):
 def test_bad_messages_are_refused(messages, message):
     with pytest.raises(ValueError, match=f"line 7: .*{message}"):
         check_messages(messages, "line 7")
+
+
+def with_special(*names):
+    bytes_alone = {bytes([b]): b for b in range(256)}
+    return data.Tokenizer("some", data.GPT2, bytes_alone, {n: 256 + i for i, n in enumerate(names)})
+
+
+def test_turn_tokens_without_their_begin_of_text_are_no_template():
+    """DeepSeek-R1-Distill-Llama's: a traceback once. Its own template is another."""
+    others = ("<｜begin▁of▁sentence｜>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizer = with_special(*others)
+    message = "tokenizer 'some' has no chat template known here, which needs .*<|begin_of_text|>"
+    with pytest.raises(ValueError, match=message) as error:
+        encode_chat(CONVERSATION, tokenizer)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        end_of_turn(tokenizer)
+    assert chat_template(tokenizer) is None
+
+
+def test_of_two_templates_chatml_is_taken():
+    """SmolLM3 and Hermes 3 were trained with it on Llama 3's tokenizer, whose tokens are all
+    there."""
+    both = with_special("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+                        "<|eot_id|>", "<|im_start|>", "<|im_end|>")
+    tokens, mask = encode_chat(exchange("Hi", "Hello."), both)
+    assert both.decode(tokens) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n")
+    assert both.decode(with_loss(tokens, mask)) == "Hello.<|im_end|>"
+    assert end_of_turn(both) == both.encode_single_token("<|im_end|>")
 
 
 def test_a_tokenizer_without_chat_tokens_is_refused():

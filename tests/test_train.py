@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from allocations import Operators
 from fake_cuda import fake_cuda
 from processes import fork_context
+from texts import hugging_face_tokenizer
 
 import data
 import sft
@@ -344,6 +345,39 @@ def test_a_finished_run_is_left_alone_a_damaged_checkpoint_named(workplace, tmp_
         stage1(*words)
 
 
+@pytest.mark.parametrize("damaged", ["model-00001-of-00001.safetensors", "config.json",
+                                     "optimizer/exp_avg_sq-00001-of-00001.safetensors",
+                                     "optimizer/master.safetensors.index.json", "training.json"])
+def test_of_a_damaged_newest_checkpoint_the_newest_whole_one_is_named(damaged, workplace, tmp_path):
+    """And how to go on from it; as told, it does. Which of them are whole, is looked at."""
+    words = command(workplace, tmp_path / "run", "--checkpoint-every", 1, "--keep-checkpoints", 3,
+                    "--resume", steps=3)
+    stage1(*words)
+    expected = records(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    for step in (2, 3):
+        file = tmp_path / "run" / f"checkpoint-0000000{step}" / damaged
+        file.write_bytes(file.read_bytes()[:-20])
+    said = "checkpoint-00000001 is whole: remove checkpoint-00000003 to continue from it"
+    with pytest.raises(SystemExit, match=f"checkpoint-00000003/{damaged}: .*{said}"):
+        stage1(*words)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-00000003")
+    with pytest.raises(SystemExit, match="checkpoint-00000001 is whole: remove checkpoint-000000"):
+        stage1(*words)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-00000002")
+    stage1(*words)
+    assert records(tmp_path / "run") == expected
+
+
+def test_without_a_whole_checkpoint_none_is_named(workplace, tmp_path):
+    words = command(workplace, tmp_path / "run", "--resume", steps=1)
+    stage1(*words)
+    shutil.rmtree(tmp_path / "run" / "final")
+    (tmp_path / "run" / "checkpoint-00000001" / "config.json").unlink()
+    with pytest.raises(SystemExit, match="no config.json there.*no other checkpoint there"):
+        stage1(*words)
+
+
 def test_a_resumed_run_has_its_checkpoints_model(workplace, tmp_path):
     """Whatever has become of the source: the file that --model or --config named may have been
     edited since."""
@@ -618,6 +652,178 @@ def test_resume_refuses_another_model_and_takes_the_same_elsewhere(workplace, un
         stage1("--model", tmp_path / "other", *words)
     stage1("--model", tmp_path / "moved", *words)
     assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_resumed_run_needs_neither_its_base_model_nor_the_same_words(workplace, tmp_path,
+                                                                      monkeypatch, capsys):
+    """The base model deleted, the corpus moved and spelled otherwise: what counts is what is in
+    them."""
+    for name in ("corpus", "tokenizer"):
+        shutil.copytree(workplace / name, tmp_path / name)
+    stage1(*command(workplace, tmp_path / "base", steps=1))
+    shutil.move(tmp_path / "base" / "final", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    words = ["--sequence-length", 64, "--steps", 4, "--checkpoint-every", 2, "--rope-kind", "yarn",
+             "--rope-factor", 4, "--device", "cpu", "--validation-sequences", 0]
+    stage1("--model", "model", "--data", "corpus", *words, "--out", "run")
+    expected = records("run")
+    final = (tmp_path / "run" / "final" / "config.json").read_text()
+    for place in ("run/final", "run/checkpoint-00000004", "model"):
+        shutil.rmtree(tmp_path / place)
+    shutil.move(tmp_path / "corpus", tmp_path / "elsewhere")
+    stage1("--model", "model", "--data", f"{tmp_path}/./elsewhere/", *words, "--out", "run/",
+           "--resume")
+    assert "--model model is not there; the checkpoint has all that is needed" in (
+        capsys.readouterr().out)
+    assert records("run") == expected
+    assert (tmp_path / "run" / "final" / "config.json").read_text() == final
+    assert data.load_tokenizer("run/final").n_vocab > 256
+    # later ones still know which model it was
+    saved = json.loads((tmp_path / "run/checkpoint-00000004/training.json").read_text())
+    assert saved["settings"]["model"] is not None
+    with pytest.raises(SystemExit, match="model: no config.json there"):  # a new run needs it
+        stage1("--model", "model", "--data", "elsewhere", *words, "--out", "new")
+    assert not (tmp_path / "new").exists()
+
+
+def train_until_told(arguments, begun, may_end):
+    """A run whose steps wait."""
+    torch.set_num_threads(1)
+    step = train.training_step
+
+    def waiting(*given):
+        begun.set()
+        may_end.wait()
+        return step(*given)
+
+    train.training_step = waiting
+    train.main(arguments)
+
+
+def test_two_runs_in_one_directory_are_one_too_many(workplace, tmp_path):
+    """Of two seeds one's checkpoint stood beside the other's export. The lock ends with its
+    process, however that ends."""
+    out = tmp_path / "run"
+    words = command(workplace, out, "--resume", steps=2)
+    begun, may_end = fork_context().Event(), fork_context().Event()
+    first = fork_context().Process(target=train_until_told, args=(words, begun, may_end))
+    first.start()
+    assert begun.wait(60)
+    with pytest.raises(SystemExit, match=f"{out}/lock: another process is at work"):
+        stage1(*words, "--seed", 1)
+    first.kill()
+    first.join()
+    assert (out / "lock").exists()
+    stage1(*words)
+    assert not (out / "lock").exists()
+    assert (out / "final" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name, launcher", [
+    ("SLURM_NTASKS", "srun --ntasks-per-node 1 torchrun --nnodes N --nproc-per-node 8"),
+    ("OMPI_COMM_WORLD_SIZE", "mpirun --npernode 1 torchrun --nnodes N --nproc-per-node 8"),
+])
+def test_processes_that_do_not_know_each_other_are_refused(name, launcher, workplace, tmp_path,
+                                                          monkeypatch):
+    """srun -n 2 python train.py starts two runs, each of which takes itself for the only one."""
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(SystemExit, match=f"{name} is 2 but RANK is not set.*{launcher}"):
+        stage1(*command(workplace, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "0")  # as under torchrun
+    stage1(*command(workplace, tmp_path / "run", steps=1))
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv(name, "1")
+    Grid.create()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json",
+                                  "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ['{"a": 1,}', "[]", '"x"', ""])
+def test_what_a_save_needs_is_read_before_the_first_step(name, content, workplace, tmp_path,
+                                                        monkeypatch):
+    """A comma too many was met at the first save, after all steps."""
+    source = tmp_path / "tokenizer"
+    shutil.copytree(workplace / "tokenizer", source)
+    (source / name).write_text(content)
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("training began"))
+    with pytest.raises(SystemExit, match=f"^error: {source}/{name}: "):
+        stage1(*command(workplace, tmp_path / "run", steps=1), "--tokenizer", source)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_save_needs_nothing_of_its_source(workplace, tmp_path, monkeypatch):
+    """Moved or edited while the run is on."""
+    source = tmp_path / "tokenizer"
+    shutil.copytree(workplace / "tokenizer", source)
+    (source / "tokenizer_config.json").write_text("{}")
+    step = train.training_step
+
+    def removing(*given):
+        shutil.rmtree(source, ignore_errors=True)
+        return step(*given)
+
+    monkeypatch.setattr(train, "training_step", removing)
+    stage1(*command(workplace, tmp_path / "run", steps=1), "--tokenizer", source)
+    assert (tmp_path / "run" / "final" / "tokenizer.model").is_file()
+    assert (tmp_path / "run" / "final" / "tokenizer_config.json").is_file()
+
+
+def test_limits_of_the_old_window_are_not_exported(workplace, tmp_path):
+    """transformers' generate refused 3,000 tokens in a window of 16K, its tokenizer cut 7,201 ids
+    to 2,048 without a word. A byte-order mark is read, and not written."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    library = hugging_face_tokenizer("llama3", source)
+    library.enable_truncation(8)
+    library.enable_padding(length=8)
+    library.save(str(source / "tokenizer.json"))
+    mark = "\N{ZERO WIDTH NO-BREAK SPACE}"
+    (source / "tokenizer_config.json").write_text(mark + json.dumps({
+        "model_max_length": 8, "max_length": 8, "auto_map": {"AutoTokenizer": ["a.B", None]},
+        "tokenizer_class": "PreTrainedTokenizerFast"}))
+    (source / "generation_config.json").write_text(mark + '{"max_length": 8, "temperature": 0.6}')
+    config = json.loads((workplace / "config.json").read_text()) | {"vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = data.load_tokenizer(source)
+    prepare_corpus([("code", workplace / "text.jsonl")], tokenizer, tmp_path / "corpus",
+                   holdout_window=0)
+    stage1("--config", tmp_path / "config.json", "--tokenizer", source, "--data",
+           tmp_path / "corpus", "--steps", 1, "--sequence-length", 128, "--validation-sequences", 0,
+           "--rope-kind", "yarn", "--rope-factor", 4, "--device", "cpu", "--out", tmp_path / "run")
+    final = tmp_path / "run" / "final"
+    text = "the cat sat on the mat; " * 40
+    ids = tokenizer.encode_ordinary(text)
+    assert len(ids) > 40
+    assert tokenizers.Tokenizer.from_file(str(final / "tokenizer.json")).encode(text).ids == ids
+    theirs = transformers.AutoTokenizer.from_pretrained(final)
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+    assert theirs.model_max_length == 256
+    written = {file.name: json.loads(file.read_text()) for file in final.glob("*_config.json")}
+    assert written == {
+        "tokenizer_config.json": {"model_max_length": 256,
+                                  "tokenizer_class": "PreTrainedTokenizerFast"},
+        "generation_config.json": {"temperature": 0.6, "eos_token_id": data.stop_tokens(
+            tokenizer, None)},
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(final)
+    assert model.generation_config.max_length in (None, 20)  # the default: left out
+
+
+@pytest.mark.parametrize("scaling, said", [
+    (RopeScaling(), ""),
+    (RopeScaling("linear", 4.0), ""),
+    (RopeScaling("yarn", 4.0, 64, beta_fast=32.0), ""),
+    (RopeScaling("yarn", 4.0, 64), "; llama.cpp needs --yarn-beta-fast 4 --yarn-beta-slow 1"),
+    (RopeScaling("yarn", 4.0, 64, attention_temperature=False),
+     "; llama.cpp needs --yarn-beta-fast 4 --yarn-beta-slow 1; llama.cpp and vLLM do not compute "
+     "its attention factor, use transformers"),
+    (RopeScaling("yarn", 4.0, 64, beta_fast=32.0, attention_factor=0.1 * math.log(4.0) + 1), ""),
+])
+def test_what_other_programs_must_be_told_stands_beside_what_was_written(scaling, said):
+    assert train.serving_note(scaling) == said
 
 
 def test_padding_is_not_computed(tiny_model):

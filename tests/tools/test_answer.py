@@ -11,7 +11,7 @@ from texts import TEXT
 
 import data
 from model import Llama
-from tools import answer
+from tools import answer, chat
 from tools.answer import prompt_tokens
 
 ON_CPU = ("--device", "cpu")
@@ -221,6 +221,36 @@ def test_prompts_of_stated_length_are_read_as_they_were_made(model_directory, tm
                  ["--prompt", "chat", "--system", "Be long."]):
         with pytest.raises(SystemExit, match="made for --prompt chat and --system 'Be brief.'"):
             answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path), *more])
+
+
+def test_answers_end_where_the_model_says(model_directory, tmp_path, capsys):
+    """At generation_config.json's eos_token_id, for files of prompts and raw ones too: here the
+    sixth token that the model says."""
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    tokenizer = data.load_tokenizer(model)
+    text = "Anna quickly went"
+
+    def said(prompt):
+        """What it says in twelve tokens, and before it first says the sixth, which then stops
+        it."""
+        whole = Llama.from_pretrained(model).generate(torch.tensor([prompt]), 12)
+        tokens = whole[0, len(prompt):].tolist()
+        stated = {"eos_token_id": [3, tokens[5]]}
+        (model / "generation_config.json").write_text(json.dumps(stated))
+        return tokenizer.decode(tokens), tokenizer.decode(tokens[:tokens.index(tokens[5])])
+
+    whole, until = said(tokenizer.encode_ordinary(text))
+    assert len(until) < len(whole)
+    chat.main([str(model), *ON_CPU, "--prompt", text, "--max-new-tokens", "12", "--raw"])
+    assert capsys.readouterr().out.endswith(f"\n{until}\n")
+
+    whole, until = said(prompt_tokens(tokenizer, text))
+    assert len(until) < len(whole)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": text, "answers": ["x"]}))
+    answer.main([str(model), *ON_CPU, "--jsonl", str(tmp_path / "one.jsonl"), "--prompt", "plain",
+                 "--out", str(tmp_path / "out")])
+    assert answers_of(tmp_path / "out")[0]["prediction"] == answer.printable(until)
 
 
 def test_prompts_beyond_the_window_lose_their_middle(model_directory, questions, tmp_path, capsys):
