@@ -245,19 +245,16 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def stated_stops(files: Iterable[Path]) -> list[int]:
-    """The ids that config.json and generation_config.json, as far as they are there, state as
-    eos_token_id: one, a list or null."""
+def stated_stops(*files: Path) -> list[int]:
+    """All ids that JSON files, where they are there, state as eos_token_id: one, a list or null."""
     stops = set()
-    for file in files:
-        if not file.is_file():
-            continue
+    for file in filter(Path.is_file, files):
         eos = read_object(file).get("eos_token_id")
-        ids = eos if isinstance(eos, list) else [eos] if eos is not None else []
-        if any(type(token) is not int or token < 0 for token in ids):
+        ids = eos if isinstance(eos, list) else [eos]
+        if any(token is not None and type(token) is not int for token in ids):
             raise ValueError(f"{file}: eos_token_id is {eos!r}; it must be an id or a list of ids")
         stops.update(ids)
-    return sorted(stops)
+    return sorted(stops - {None})
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -76,27 +76,20 @@ LEFT_OUT = {  # transformers' value of a key that a config.json leaves out
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
     "smollm3": {"max_position_embeddings": 32768, "num_key_value_heads": 4,
                 "tie_word_embeddings": True}}
-READ = (  # keys of config.json that `ModelConfig.from_hf` makes a model of
-    *SHAPE, "model_type", "hidden_act", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
-    "attention_bias", "layer_types", "rope_theta", "rope_scaling", "rope_parameters", ORIGINAL,
-    "partial_rotary_factor")
-READ_ALSO = {  # ... of some model_types; both of a window are of one that is switched off
-    "qwen2": ("sliding_window", "max_window_layers"),
-    "qwen3": ("sliding_window", "max_window_layers"),
-    "smollm3": ("sliding_window", "max_window_layers", "no_rope_layers", "no_rope_layer_interval")}
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # kept for other programs
-# keys that change nothing that is computed: what other programs note, what transformers once wrote
-INERT = (*TOKEN_IDS, *"""architectures auto_map dtype torch_dtype transformers_version
-_name_or_path transformers.js_config _attn_implementation_autoset use_cache use_bfloat16
-pretraining_tp is_llama_config tokenizer_class max_sequence_length model_max_length unsloth_fixed
-unsloth_version id2label label2id problem_type return_dict output_attentions output_hidden_states
-torchscript prefix
-finetuning_task task_specific_params chunk_size_feed_forward sep_token_id decoder_start_token_id
-max_length min_length do_sample early_stopping num_beams num_beam_groups num_return_sequences
-diversity_penalty length_penalty repetition_penalty encoder_no_repeat_ngram_size
-no_repeat_ngram_size temperature top_k top_p typical_p bad_words_ids suppress_tokens
-begin_suppress_tokens forced_bos_token_id forced_eos_token_id remove_invalid_values output_scores
-return_dict_in_generate exponential_decay_length_penalty tf_legacy_loss""".split())
+ONLY = {"hidden_act": "silu", "layer_types": "full_attention"}  # all we compute
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# keys of a config.json that are read, here or by RopeScaling.from_hf
+READ = (*SHAPE, *ONLY, *TOKEN_IDS, "model_type", "rms_norm_eps", "initializer_range",
+        "tie_word_embeddings", "attention_bias", "rope_theta", "rope_scaling", "rope_parameters",
+        ORIGINAL, "partial_rotary_factor")
+# keys that change nothing that is computed: notes of other programs
+INERT = """architectures auto_map dtype torch_dtype transformers_version transformers.js_config
+_name_or_path _attn_implementation_autoset use_cache use_bfloat16 pretraining_tp is_llama_config
+tokenizer_class max_sequence_length model_max_length unsloth_fixed unsloth_version do_sample
+max_length temperature top_k top_p repetition_penalty id2label label2id problem_type""".split()
+# ... of all but llama: a window that is switched off, by use_sliding_window; SmolLM3's own
+INERT_ELSEWHERE = ("sliding_window", "max_window_layers")
+READ_BY_SMOLLM3 = ("no_rope_layers", "no_rope_layer_interval")
 
 
 @dataclass(frozen=True)
@@ -116,9 +109,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False  # Qwen3: RMSNorm of each head of q and k, before they are turned
+    attention_bias: bool = False  # of all four projections
+    model_type: str = "llama"
     no_rope_layers: tuple[int, ...] = ()  # SmolLM3: 0 for a layer that turns nothing; (): all turn
     hf: dict = field(default_factory=dict)
 
@@ -132,15 +124,28 @@ class ModelConfig:
             if not is_number(value) or value <= least:
                 raise ValueError(f"config.json: {name} must be a number above {least}, "
                                  f"found {value!r}")
-        for name in ("tie_word_embeddings", "qkv_bias", "output_bias"):
+        for name in ("tie_word_embeddings", "attention_bias"):
             if not isinstance(getattr(self, name), bool):
-                key = name.replace("qkv_bias", "attention_bias")
-                raise ValueError(f"config.json: {key} must be true or false")
+                raise ValueError(f"config.json: {name} must be true or false")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"config.json: num_attention_heads {self.num_attention_heads} is not "
                              f"a multiple of num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim {self.head_dim} is odd; RoPE turns pairs")
+        turns = self.no_rope_layers
+        if len(turns) not in (0, self.num_hidden_layers) or any(x not in (0, 1) for x in turns):
+            raise ValueError(f"config.json: no_rope_layers {list(turns)} must have a 0 or 1 for "
+                             f"each of the {self.num_hidden_layers} layers")
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have a bias. Qwen2's have, and its o has none: no key says so."""
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of q and k is normed before it is turned."""
+        return self.model_type == "qwen3"
 
     @classmethod
     def from_hf(cls, config: dict) -> ModelConfig:
@@ -165,12 +170,7 @@ class ModelConfig:
                 raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_"
                                  f"attention_heads {heads}; state head_dim or change one of them")
             shape["head_dim"] = hidden // heads
-        # 3. Which projections of attention have a bias? Which layers turn q and k?
-        if family == "qwen2":  # q, k and v always, o never; no key says so
-            qkv_bias, output_bias = True, False
-        else:  # all four or none
-            qkv_bias = output_bias = config.get("attention_bias", False)
-        no_rope_layers = rope_by_layer(config) if family == "smollm3" else ()
+        # 3. The rest.
         theta = 2e6 if family == "smollm3" else 1e4  # where it is left out
         scaling = RopeScaling.from_hf(config)
         model = cls(
@@ -178,9 +178,16 @@ class ModelConfig:
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             initializer_range=config.get("initializer_range", 0.02),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
-            qkv_bias=qkv_bias, output_bias=output_bias, qk_norm=family == "qwen3",
-            no_rope_layers=no_rope_layers, hf=config)
-        # 4. Its window: Qwen2.5's documents add yarn without raising max_position_embeddings
+            attention_bias=family != "qwen2" and config.get("attention_bias", False),
+            model_type=family, hf=config)
+        # 4. Which layers turn q and k? In spite of the list's name, 1 stands for those that do.
+        if family == "smollm3":
+            interval = config.get("no_rope_layer_interval") or 4
+            by_default = [int(i % interval != 0) for i in range(1, model.num_hidden_layers + 1)]
+            stated = config.get("no_rope_layers") or by_default
+            stated = stated if isinstance(stated, list) else [stated]
+            model = replace(model, no_rope_layers=tuple(stated[:model.num_hidden_layers]))
+        # 5. Its window: Qwen2.5's documents add yarn without raising max_position_embeddings
         if scaling.kind == "yarn" and stated_value(config, ORIGINAL):
             extended = round(scaling.original_max_position * scaling.factor)
             window = max(model.max_position_embeddings, extended)
@@ -201,21 +208,16 @@ class ModelConfig:
         elif scaling.kind != "default":
             rope = scaling.to_hf()
         if scaling.kind == "yarn" and self.window_before() is None:
-            del rope[ORIGINAL]  # left out when read; stated, from_hf (4.) would extend it once more
+            del rope[ORIGINAL]  # left out when read; stated, from_hf (5.) would extend it once more
         config = {key: self.hf.get(key) for key in TOKEN_IDS}  # left out they would be Llama 2's
-        family = "llama"
-        if self.qk_norm:
-            family = "qwen3"
-        elif self.no_rope_layers:
-            family = "smollm3"
+        if self.no_rope_layers:
             config["no_rope_layers"] = list(self.no_rope_layers)
-        elif self.qkv_bias and not self.output_bias:
-            family = "qwen2"
-        if family != "qwen2":
-            config["attention_bias"] = self.output_bias
-        for name in (*SHAPE, "rms_norm_eps", "initializer_range", "tie_word_embeddings"):
+        for name in (*SHAPE, "model_type", "rms_norm_eps", "initializer_range",
+                     "tie_word_embeddings", "attention_bias"):
             config[name] = getattr(self, name)
-        return config | {"architectures": [ARCHITECTURES[family]], "model_type": family,
+        if self.model_type == "qwen2":  # see qkv_bias
+            del config["attention_bias"]
+        return config | {"architectures": [ARCHITECTURES[self.model_type]],
                          "hidden_act": "silu", "rope_theta": theta, "rope_scaling": rope}
 
     def window_before(self) -> int | None:
@@ -248,7 +250,11 @@ def check_keys(config: dict, family: str) -> None:
     One that is neither read nor known to be inert passes while it says nothing: null, false, 0, an
     empty list, or 1 where a multiplier is meant.
     """
-    known = {*READ, *INERT, *READ_ALSO.get(family, ())}
+    known = {*READ, *INERT}
+    if family != "llama":
+        known.update(INERT_ELSEWHERE)
+    if family == "smollm3":
+        known.update(READ_BY_SMOLLM3)
     for key, value in config.items():
         is_multiplier = "multiplier" in key or "scal" in key
         says_nothing = not value or (value == 1 and is_multiplier)
@@ -256,32 +262,11 @@ def check_keys(config: dict, family: str) -> None:
             raise ValueError(f"config.json: {key} is {shorten(str(value), 40, placeholder=' ...')}"
                              ", which may change what the model computes and is not known here; "
                              "delete it if it changes nothing")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}; only 'silu' is "
-                         "known")
-    for kind in config.get("layer_types") or ():
-        if kind != "full_attention":
-            raise ValueError(f"config.json: layer_types has {kind!r}; only 'full_attention' is "
-                             "known")
-
-
-def rope_by_layer(config: dict) -> tuple[int, ...]:
-    """SmolLM3's `no_rope_layers`, a number a layer: in spite of its name 1 if the layer turns q and
-    k. Where it is not stated, each `no_rope_layer_interval`-th layer does not."""
-    layers = config.get("num_hidden_layers")
-    stated = config.get("no_rope_layers")
-    interval = config.get("no_rope_layer_interval", 4)
-    if type(layers) is not int:  # told by __post_init__
-        return ()
-    if stated is None:
-        if type(interval) is not int or interval < 1:
-            raise ValueError(f"config.json: no_rope_layer_interval is {interval!r}; it must be a "
-                             "whole number, 1 or more")
-        stated = [int(number % interval != 0) for number in range(1, layers + 1)]
-    if not isinstance(stated, list) or len(stated) < layers or any(x not in (0, 1) for x in stated):
-        raise ValueError(f"config.json: no_rope_layers is {stated!r}; it must be a list of a 0 or "
-                         f"1 for each of the {layers} layers")
-    return tuple(stated[:layers])  # more are allowed
+    for key, needed in ONLY.items():
+        stated = config.get(key) or needed
+        for value in stated if isinstance(stated, list) else [stated]:
+            if value != needed:
+                raise ValueError(f"config.json: {key} has {value!r}; only {needed!r} is known")
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -293,7 +278,7 @@ def read_config(path: str | Path) -> ModelConfig:
         raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
                                 "directory (of a run: its `final`)")
     content = read_object(file)
-    stops = stated_stops([file, file.with_name("generation_config.json")])
+    stops = stated_stops(file, file.with_name("generation_config.json"))
     try:
         config = ModelConfig.from_hf(content)
     except ValueError as error:  # the file has any name where it is given itself
@@ -338,7 +323,7 @@ class Attention(nn.Module):
         self.q_proj = ColumnParallelLinear(hidden, q_size, grid, bias=config.qkv_bias)
         self.k_proj = ColumnParallelLinear(hidden, kv_size, grid, bias=config.qkv_bias)
         self.v_proj = ColumnParallelLinear(hidden, kv_size, grid, bias=config.qkv_bias)
-        self.o_proj = RowParallelLinear(q_size, hidden, grid, bias=config.output_bias)
+        self.o_proj = RowParallelLinear(q_size, hidden, grid, bias=config.attention_bias)
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -834,15 +819,16 @@ class Llama(nn.Module):
         beside = {name: weights.pop(name) for name in repeated if name in weights}
         model.load_state_dict(weights, strict=True, assign=True)
         # 2. They must repeat what the model has: else we would drop something that has a meaning.
-        head = beside.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, model.head_weight):
-            raise ValueError(f"{path}: config.json ties lm_head.weight to model.embed_tokens.weight"
-                             ", but they differ; set tie_word_embeddings to false to use both, or "
-                             "delete lm_head.weight")
-        for name, stored in beside.items():  # some were rounded to float16
-            if not torch.allclose(stored.double().cpu(), inv_freq, rtol=0.01, atol=1e-7):
-                raise ValueError(f"{path}: {name} is not what config.json's rope_theta, "
-                                 f"{config.rope_theta:g}, gives; correct it or delete the tensor")
+        for name, stored in beside.items():
+            if name == "lm_head.weight":
+                same = torch.equal(stored, model.head_weight)
+                cause = "tie_word_embeddings is true, but model.embed_tokens.weight differs"
+            else:  # some were rounded to float16
+                same = torch.allclose(stored.double().cpu(), inv_freq, rtol=0.01, atol=1e-7)
+                cause = f"rope_theta is {config.rope_theta:g}, of which come others"
+            if not same:
+                raise ValueError(f"{path}: {name} contradicts config.json, whose {cause}; correct "
+                                 "config.json, or delete the tensor")
         return model
 
     def save_pretrained(self, path: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:

@@ -933,11 +933,10 @@ def check_alone() -> None:
                            ("OMPI_COMM_WORLD_SIZE", "mpirun --npernode 1")):
         count = os.environ.get(name, "1")
         if "RANK" not in os.environ and count != "1":
-            raise ValueError(f"{name} is {count} but RANK is not set: {count} processes that do "
-                             "not know each other. Start one torchrun a machine, which starts the "
-                             f"ranks: {launcher} torchrun --nnodes N --nproc-per-node 8 "
-                             "--rdzv-backend c10d --rdzv-endpoint HOST:29500 ...; if this process "
-                             f"is alone, unset {name}")
+            raise ValueError(f"{name} is {count} but RANK is not set: start one torchrun a machine "
+                             f"({launcher} torchrun --nnodes N --nproc-per-node 8 --rdzv-backend "
+                             "c10d --rdzv-endpoint HOST:29500 ...) or, for one process alone, "
+                             f"unset {name}")
 
 
 @contextmanager

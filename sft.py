@@ -20,10 +20,9 @@ from train import (
     Parser,
     argument_parser,
     existing,
-    find_checkpoint,
     load_start,
-    owned,
     positive,
+    run_directory,
     run_stage,
     weighted_path,
 )
@@ -280,8 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         if a.validate_every and not a.validation_data:
             raise ValueError("--validate-every needs --validation-data, held-out chat samples")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
-        with owned(a.out, grid):
-            checkpoint = find_checkpoint(a.out, a.resume)
+        with run_directory(a.out, a.resume, grid) as checkpoint:
             config, tokenizer = load_start(a, grid, None, None, checkpoint)  # samples: any length
             held_out = a.validation_data if a.validation_sequences else None
             training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length,

@@ -463,17 +463,12 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
 
 
 def serving_note(scaling: RopeScaling) -> str:
-    """What must be said to programs that do not read it in an exported model: llama.cpp's GGUF has
-    no beta_fast and beta_slow (it takes 32 and 1), and its temperature is always 0.1 ln s + 1."""
-    if scaling.kind != "yarn":
+    """What llama.cpp must be told of an exported model: a GGUF has no beta_fast and beta_slow, and
+    without them 32 and 1 are taken. transformers and vLLM read all in config.json."""
+    if scaling.kind != "yarn" or (scaling.beta_fast, scaling.beta_slow) == (32, 1):
         return ""
-    note = ""
-    if (scaling.beta_fast, scaling.beta_slow) != (32, 1):
-        note = (f"; llama.cpp needs --yarn-beta-fast {scaling.beta_fast:g} "
-                f"--yarn-beta-slow {scaling.beta_slow:g}")
-    if not math.isclose(scaling.cos_sin_factor, 0.1 * math.log(scaling.factor) + 1, rel_tol=1e-4):
-        note += "; llama.cpp and vLLM do not compute its attention factor, use transformers"
-    return note
+    return (f"; llama.cpp needs --yarn-beta-fast {scaling.beta_fast:g} "
+            f"--yarn-beta-slow {scaling.beta_slow:g}")
 
 
 def written_once(path: Path, grid: Grid):
@@ -573,10 +568,27 @@ def damage(checkpoint: Path) -> str:
     return ""
 
 
+@contextmanager
+def run_directory(out: Path, resume: bool, grid: Grid) -> Iterator[Path | None]:
+    """Own --out, and yield the checkpoint from which its run is resumed, None at the start.
+
+    The first rank holds a lock, which ends with its process, however that ends: two runs would
+    write over each other's metrics and checkpoints. An --out in which nothing came to be goes.
+    """
+    is_new = not out.exists()
+    if grid.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        with data.locked(out / LOCK) if grid.is_first else nullcontext():
+            yield find_checkpoint(out, resume)
+    finally:
+        if grid.is_first and is_new and not any(out.iterdir()):
+            out.rmdir()
+
+
 def find_checkpoint(out: Path, resume: bool) -> Path | None:
-    """The checkpoint that the run in --out is resumed from, the newest; None at the start. Raises
-    ValueError if --out holds something else, or if that checkpoint is damaged: whether an older one
-    will do is the user's to say."""
+    """The newest checkpoint of the run in --out. Raises ValueError if --out holds something else,
+    or if that checkpoint is damaged: whether an older one will do is the user's to say."""
     # 1. What is there: nothing, a run, or foreign files?
     names = [path.name for path in out.iterdir() if path.name != LOCK] if out.exists() else []
     ours = ("checkpoint-", "final", "metrics")
@@ -591,10 +603,10 @@ def find_checkpoint(out: Path, resume: bool) -> Path | None:
     problem = damage(complete[-1]) if complete else ""
     if problem:
         whole = [path for path in complete if not damage(path)]
-        remedy = "no other checkpoint there is whole"
-        if whole:
-            remedy = f"{whole[-1]} is whole: remove {complete[-1].name} to continue from it"
-        raise ValueError(f"{problem}; {remedy}")
+        if not whole:
+            raise ValueError(f"{problem}; no other checkpoint there is whole")
+        raise ValueError(f"{problem}; {whole[-1]} is whole: remove every newer one to continue "
+                         "from it")
     return complete[-1] if complete else None
 
 
@@ -613,24 +625,6 @@ def agreed_settings(options: Namespace, tokenizer: data.Tokenizer,
         settings["model"] = data.digest(options.model) if options.model else None
     settings["data"] = [[data.digest(path), weight] for path, weight in options.data]
     return json.loads(json.dumps(settings, default=str, sort_keys=True))  # as a checkpoint has it
-
-
-@contextmanager
-def owned(out: Path, grid: Grid) -> Iterator[None]:
-    """Hold a run directory's lock, on the first rank: of two runs in one directory each would write
-    over the other's metrics and checkpoints. The lock ends with this process, however it ends. A
-    directory in which nothing has come to be is removed."""
-    if not grid.is_first:
-        yield
-        return
-    is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with data.locked(out / LOCK):
-            yield
-    finally:
-        if is_new and not any(out.iterdir()):
-            out.rmdir()
 
 
 def saved_step(checkpoint: Path, settings: dict) -> int:
@@ -909,8 +903,7 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
         scaling = scaling_from_options(vars(options))
         chunk = chunk_length(options, grid)
-        with owned(options.out, grid):
-            checkpoint = find_checkpoint(options.out, options.resume)
+        with run_directory(options.out, options.resume, grid) as checkpoint:
             config, tokenizer = load_start(options, grid, scaling, chunk, checkpoint)
             training, validation = stage1_datasets(options, tokenizer)
             run_stage(options, grid, config, tokenizer, checkpoint, training, validation)

@@ -45,7 +45,7 @@ quick = []
 for kernel, length, tp, cp, dp, *memory in QUICK:
     quick.append(Plan(LLAMA, length, 1, 1, tp, cp, dp, 2, *memory, kernel=kernel))
 quick.append(replace(quick[-1], micro_batch=4))
-quick += [replace(plan, config=replace(LLAMA, qk_norm=True)) for plan in quick[4:6]]  # as Qwen3's
+quick += [replace(plan, config=replace(LLAMA, model_type="qwen3")) for plan in quick[4:6]]
 
 
 def every_grid() -> list[Plan]:
@@ -58,7 +58,7 @@ def name(plan: Plan) -> str:
     words = [plan.kernel, f"{plan.length // 1024}K", f"tp {plan.tp}", f"cp {plan.cp}",
              f"dp {plan.dp}", plan.recompute]
     if plan.config.qk_norm:
-        words.append("qk_norm")
+        words.append("qwen3")
     if plan.micro_batch > 1:
         words.append(f"{plan.micro_batch} rows")
     if plan.offload:
