@@ -245,11 +245,11 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def stated_stops(*files: Path) -> list[int]:
-    """All ids that JSON files, where they are there, state as eos_token_id: one, a list or null."""
+def stated_stops(contents: dict[Path, dict]) -> list[int]:
+    """All ids that JSON files state as eos_token_id: one, a list or null."""
     stops = set()
-    for file in filter(Path.is_file, files):
-        eos = read_object(file).get("eos_token_id")
+    for file, content in contents.items():
+        eos = content.get("eos_token_id")
         ids = eos if isinstance(eos, list) else [eos]
         if any(token is not None and type(token) is not int for token in ids):
             raise ValueError(f"{file}: eos_token_id is {eos!r}; it must be an id or a list of ids")
@@ -332,10 +332,13 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forks do not inherit it
             if not os.fstat(file.fileno()).st_nlink:
-                raise OSError  # another process had it, and has just removed the file
-        except OSError:
+                raise BlockingIOError  # another process had it, and has just removed the file
+        except (BlockingIOError, PermissionError):
             raise ValueError(f"{path}: another process is at work on it; wait for it to end, or "
                              "choose another place") from None
+        except OSError as error:  # such as a file system that knows no locks
+            raise OSError(f"{path}: cannot be locked ({error.strerror}); choose a place on a file "
+                          "system with locks") from None
         try:
             yield
         finally:
@@ -367,7 +370,7 @@ def locate_weights(path: Path, stem: str) -> dict[str, Path]:
     single = path / f"{stem}.safetensors"
     index = path / f"{stem}.safetensors.index.json"
     if single.is_file():  # a small model needs no index
-        if index.is_file():
+        if index.is_file() and f'"{single.name}"' not in index.read_text():
             print_once(f"{path}: holds two sets of weights; {single.name} is read, {index.name} "
                        "and its files are not")
         with open_weights(single) as tensors:

@@ -76,7 +76,8 @@ LEFT_OUT = {  # transformers' value of a key that a config.json leaves out
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
     "smollm3": {"max_position_embeddings": 32768, "num_key_value_heads": 4,
                 "tie_word_embeddings": True}}
-ONLY = {"hidden_act": "silu", "layer_types": "full_attention"}  # all we compute
+ONLY = {  # all we compute
+    "hidden_act": "silu", "layer_types": "full_attention", "is_causal": True, "use_rope": True}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # keys of a config.json that are read, here or by RopeScaling.from_hf
 READ = (*SHAPE, *ONLY, *TOKEN_IDS, "model_type", "rms_norm_eps", "initializer_range",
@@ -94,7 +95,8 @@ READ_BY_SMOLLM3 = ("no_rope_layers", "no_rope_layer_interval")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, under Hugging Face's names; `hf` is the config.json it came from."""
+    """The shape of a model, under Hugging Face's names; `hf` is the config.json it came from, with
+    what that left out and all stop tokens."""
 
     vocab_size: int
     hidden_size: int
@@ -152,7 +154,8 @@ class ModelConfig:
         """Read a config.json of transformers 4 or 5; a key left out has transformers' default."""
         # 1. Is it one of our architectures, and is all that it says understood?
         if not {"model_type", "hidden_size"} & config.keys():
-            raise ValueError("config.json: is no model's configuration: it has no model_type")
+            raise ValueError("config.json: is no model's configuration: it has neither model_type "
+                             "nor hidden_size")
         family = config.get("model_type", "llama")
         if family not in ARCHITECTURES:
             raise ValueError(f"config.json: model_type {family!r} is none of "
@@ -195,7 +198,7 @@ class ModelConfig:
         return model
 
     def to_hf(self) -> dict:
-        """A config.json from which transformers 4.43+, 5 and vLLM compute the same model.
+        """A config.json from which transformers 4 and 5 and vLLM compute the same model.
 
         Of the one it came from only the ids of tokens are taken over: other keys may say what holds
         no longer, such as how its weights were quantised, or which code was to compute it.
@@ -257,15 +260,15 @@ def check_keys(config: dict, family: str) -> None:
         known.update(READ_BY_SMOLLM3)
     for key, value in config.items():
         is_multiplier = "multiplier" in key or "scal" in key
-        says_nothing = not value or (value == 1 and is_multiplier)
+        says_nothing = not value or (value == 1 and value is not True and is_multiplier)
         if key not in known and not says_nothing:
             raise ValueError(f"config.json: {key} is {shorten(str(value), 40, placeholder=' ...')}"
                              ", which may change what the model computes and is not known here; "
                              "delete it if it changes nothing")
     for key, needed in ONLY.items():
-        stated = config.get(key) or needed
+        stated = config.get(key)
         for value in stated if isinstance(stated, list) else [stated]:
-            if value != needed:
+            if value not in (needed, None):
                 raise ValueError(f"config.json: {key} has {value!r}; only {needed!r} is known")
 
 
@@ -277,10 +280,13 @@ def read_config(path: str | Path) -> ModelConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
                                 "directory (of a run: its `final`)")
-    content = read_object(file)
-    stops = stated_stops(file, file.with_name("generation_config.json"))
+    contents = {file: read_object(file)}
+    generation = file.with_name("generation_config.json")
+    if generation.is_file():
+        contents[generation] = read_object(generation)
+    stops = stated_stops(contents)
     try:
-        config = ModelConfig.from_hf(content)
+        config = ModelConfig.from_hf(contents[file])
     except ValueError as error:  # the file has any name where it is given itself
         reason = str(error).removeprefix("config.json: ")
         raise ValueError(f"{file}: {reason}") from None

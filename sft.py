@@ -280,11 +280,12 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("--validate-every needs --validation-data, held-out chat samples")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         with run_directory(a.out, a.resume, grid) as checkpoint:
-            config, tokenizer = load_start(a, grid, None, None, checkpoint)  # samples: any length
+            # samples have any length: no chunk
+            config, tokenizer, files = load_start(a, grid, None, None, checkpoint)
             held_out = a.validation_data if a.validation_sequences else None
             training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length,
                                                    a.seed, a.document_mask)
-            run_stage(a, grid, config, tokenizer, checkpoint, training, validation)
+            run_stage(a, grid, config, tokenizer, files, checkpoint, training, validation)
             grid.close()
 
 

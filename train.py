@@ -50,7 +50,7 @@ from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 
 MODEL_FILES = (  # of a model directory, beside config.json and the weights
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+    "special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # the model's
 STALE = ("max_length", "max_len", "auto_map")  # of their keys: an old window, code left behind
 FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is its checkpoint's
     "out", "resume", "checkpoint_every", "keep_checkpoints", "validate_every",
@@ -59,7 +59,7 @@ FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is 
 PEAKS = {  # dense bfloat16 FLOP/s
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 CHECKPOINT_FORMAT = 2
-LOCK = "lock"  # a file in --out, there while a run is
+LOCK = ".ultralong.lock"  # a file in --out, there while a run is
 ATTENTION = ("auto", "flash", "cudnn", "fa3")  # see `attention_kernel`
 
 
@@ -402,10 +402,10 @@ def beyond_window(own: ModelConfig, config: ModelConfig, length: int) -> str:
 
 
 def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None, chunk: int | None,
-               checkpoint: Path | None) -> tuple[ModelConfig, data.Tokenizer]:
+               checkpoint: Path | None) -> tuple[ModelConfig, data.Tokenizer, dict[str, bytes]]:
     """Configuration and tokenizer to start from, or those of the checkpoint that is continued,
-    checked against each other and the options; the kernel of attention is chosen, see
-    `choose_attention`."""
+    checked against each other and the options, and the `model_files` that every save writes; the
+    kernel of attention is chosen, see `choose_attention`."""
     own = read_config(checkpoint or options.model or options.config)
     config = own if checkpoint else rescale(own, scaling)
     problem = beyond_window(own, config, options.sequence_length)
@@ -422,7 +422,7 @@ def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None, chun
     tokenizer = data.load_tokenizer(path, config.vocab_size)
     stops = data.stop_tokens(tokenizer, config.hf.get("eos_token_id"))
     config = replace(config, hf=config.hf | {"eos_token_id": stops})  # where servers should stop
-    return config, tokenizer
+    return config, tokenizer, model_files(path, checkpoint or options.model or path, config)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int,
@@ -476,15 +476,15 @@ def written_once(path: Path, grid: Grid):
     return data.complete_or_absent(path) if grid.is_first else nullcontext(path)
 
 
-def model_files(tokenizer: data.Tokenizer, config: ModelConfig) -> dict[str, bytes]:
-    """What a model directory holds beside config.json and the weights, by name: the tokenizer's
-    file and what stands beside it, with this window and these stop tokens. Built before the first
-    step: a comma too many in one of them would else end a run at its first checkpoint."""
-    sources = {f"tokenizer{tokenizer.path.suffix}": tokenizer.path}
-    for name in MODEL_FILES:
-        file = tokenizer.path.with_name(name)
-        if file.is_file():
-            sources.setdefault(name, file)
+def model_files(tokenizer: Path, model: Path, config: ModelConfig) -> dict[str, bytes]:
+    """What a model directory holds beside config.json and the weights, by name: a tokenizer's file,
+    or those of its directory, and the model's generation_config.json, with this window and these
+    stop tokens. Built before the first step: a comma too many in one of them would else end a run
+    at its first checkpoint."""
+    sources = {f"tokenizer{tokenizer.suffix}": tokenizer}
+    if tokenizer.is_dir():
+        sources = {name: tokenizer / name for name in MODEL_FILES}
+    sources["generation_config.json"] = model / "generation_config.json"
     new = {
         "tokenizer.json": {"truncation": None, "padding": None},  # to the old window
         "tokenizer_config.json": {"model_max_length": config.max_position_embeddings},
@@ -492,11 +492,13 @@ def model_files(tokenizer: data.Tokenizer, config: ModelConfig) -> dict[str, byt
     }
     files = {}
     for name, file in sources.items():
+        if not file.is_file():
+            continue
         files[name] = file.read_bytes()
         if name.endswith(".json"):
             content = data.read_object(file) | new.get(name, {})
             kept = {key: value for key, value in content.items() if key not in STALE}
-            files[name] = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+            files[name] = (json.dumps(kept, indent=2) + "\n").encode()
     return files
 
 
@@ -556,6 +558,8 @@ def damage(checkpoint: Path) -> str:
         if saved.get("format") != CHECKPOINT_FORMAT:
             return (f"{checkpoint}: a checkpoint of an earlier version, which this one cannot "
                     f"resume; start a new run from it with --model {checkpoint}")
+        if not {"step", "settings"} <= saved.keys():
+            return f"{checkpoint}/training.json: has no step or no settings"
         read_config(checkpoint)
         files = set(data.locate_weights(checkpoint, "model").values())
         for kind in ShardedAdamW.KINDS:
@@ -600,7 +604,8 @@ def find_checkpoint(out: Path, resume: bool) -> Path | None:
                          "choose another directory")
     # 2. Where did the run stop?
     complete = checkpoints(out)
-    problem = damage(complete[-1]) if complete else ""
+    is_done = "final" in names  # then no checkpoint is needed
+    problem = damage(complete[-1]) if complete and not is_done else ""
     if problem:
         whole = [path for path in complete if not damage(path)]
         if not whole:
@@ -847,15 +852,14 @@ def build(config: ModelConfig, checkpoint: Path | None, step: int, grid: Grid, d
 
 
 def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: data.Tokenizer,
-              checkpoint: Path | None, training, validation) -> None:
+              files: dict[str, bytes], checkpoint: Path | None, training, validation) -> None:
     """Check, build, train, export: what both stages do. Checks come first: a large model takes
     minutes to load, on every GPU of a job, and a mistake in the options should cost seconds."""
-    # 1. Check that it is the run of the checkpoint, and build what is saved with every model.
+    # 1. Check that it is the run of the checkpoint.
     out = options.out
     settings = agreed_settings(options, tokenizer, checkpoint)
     dtype = getattr(torch, settings["dtype"])
     step = saved_step(checkpoint, settings) if checkpoint else 0
-    files = model_files(tokenizer, config)
     is_done = (out / "final" / "config.json").exists()
 
     # 2. Check that all ranks see the same files: on machines with disks of their own they may not.
@@ -904,9 +908,9 @@ def main(argv: list[str] | None = None) -> None:
         scaling = scaling_from_options(vars(options))
         chunk = chunk_length(options, grid)
         with run_directory(options.out, options.resume, grid) as checkpoint:
-            config, tokenizer = load_start(options, grid, scaling, chunk, checkpoint)
+            config, tokenizer, files = load_start(options, grid, scaling, chunk, checkpoint)
             training, validation = stage1_datasets(options, tokenizer)
-            run_stage(options, grid, config, tokenizer, checkpoint, training, validation)
+            run_stage(options, grid, config, tokenizer, files, checkpoint, training, validation)
             grid.close()
 
 

@@ -1,5 +1,6 @@
 """data.py: each test makes one classic bug of tokenizers, chat masks, corpora or packing
 impossible."""
+import errno
 import json
 import os
 import random
@@ -194,6 +195,17 @@ def test_a_lock_is_not_held_on_a_file_that_its_last_holder_has_just_removed(tmp_
 
     monkeypatch.setattr(data.fcntl, "lockf", removed_just_before)
     with pytest.raises(ValueError, match="another process is at work"), data.locked(file):
+        pass
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    """As Lustre can be: to wait would not help."""
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(data.fcntl, "lockf", refuse)
+    message = "lock: cannot be locked .No locks available.; choose a place on a file system with"
+    with pytest.raises(OSError, match=message), data.locked(tmp_path / "lock"):
         pass
 
 

@@ -326,10 +326,11 @@ def test_resume_refuses_other_settings_and_a_used_directory(workplace, uninterru
 
 def test_a_directory_that_is_no_run_is_not_taken_for_one(workplace, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "lock").write_text("mine too")
     for more in ((), ("--resume",)):
         with pytest.raises(SystemExit, match="holds files, but no run"):
             stage1(*command(workplace, tmp_path, *more))
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "lock"}
 
 
 def test_a_finished_run_is_left_alone_a_damaged_checkpoint_named(workplace, tmp_path, capsys):
@@ -339,6 +340,11 @@ def test_a_finished_run_is_left_alone_a_damaged_checkpoint_named(workplace, tmp_
     stage1(*words)
     assert "run/final is already there; nothing to do" in capsys.readouterr().out
     assert sorted((tmp_path / "run").rglob("*")) == files
+    state = tmp_path / "run" / "checkpoint-00000002" / "optimizer"
+    shutil.rmtree(state)  # which is not needed any more
+    stage1(*words)
+    assert "run/final is already there; nothing to do" in capsys.readouterr().out
+    state.mkdir()
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "run" / "checkpoint-00000002" / "training.json").write_text("{")
     with pytest.raises(SystemExit, match="checkpoint-00000002/training.json: not valid JSON"):
@@ -709,13 +715,13 @@ def test_two_runs_in_one_directory_are_one_too_many(workplace, tmp_path):
     first = fork_context().Process(target=train_until_told, args=(words, begun, may_end))
     first.start()
     assert begun.wait(60)
-    with pytest.raises(SystemExit, match=f"{out}/lock: another process is at work"):
+    with pytest.raises(SystemExit, match=f"{out}/{train.LOCK}: another process is at work"):
         stage1(*words, "--seed", 1)
     first.kill()
     first.join()
-    assert (out / "lock").exists()
+    assert (out / train.LOCK).exists()
     stage1(*words)
-    assert not (out / "lock").exists()
+    assert not (out / train.LOCK).exists()
     assert (out / "final" / "config.json").exists()
 
 
@@ -767,6 +773,30 @@ def test_a_save_needs_nothing_of_its_source(workplace, tmp_path, monkeypatch):
     stage1(*command(workplace, tmp_path / "run", steps=1), "--tokenizer", source)
     assert (tmp_path / "run" / "final" / "tokenizer.model").is_file()
     assert (tmp_path / "run" / "final" / "tokenizer_config.json").is_file()
+
+
+def test_the_tokenizer_that_was_given_is_exported_alone(workplace, tmp_path):
+    """A file: not the other one beside it, which every later program would read first. The model's
+    generation_config.json goes along whichever tokenizer it is."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    hugging_face_tokenizer("llama3", folder)
+    tokenizer = data.load_tokenizer(folder)
+    shutil.copy(workplace / "tokenizer" / "tokenizer.model", folder)
+    prepare_corpus([("code", workplace / "text.jsonl")], tokenizer, tmp_path / "corpus",
+                   holdout_window=0)
+    config = ModelConfig.from_hf(json.loads((workplace / "config.json").read_text())
+                                 | {"vocab_size": 512})
+    Llama(config).initialise(0).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.6}')
+    stage1("--model", tmp_path / "model", "--tokenizer", folder / "tokenizer.json", "--data",
+           tmp_path / "corpus", "--steps", 1, "--sequence-length", 64, "--validation-sequences", 0,
+           "--device", "cpu", "--out", tmp_path / "run")
+    final = tmp_path / "run" / "final"
+    assert not (final / "tokenizer.model").exists()
+    assert data.fingerprint(data.load_tokenizer(final)) == data.fingerprint(tokenizer)
+    written = json.loads((final / "generation_config.json").read_text())
+    assert written == {"temperature": 0.6, "eos_token_id": data.stop_tokens(tokenizer, None)}
 
 
 def test_limits_of_the_old_window_are_not_exported(workplace, tmp_path):
