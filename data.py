@@ -416,11 +416,12 @@ def read_weights(path: Path, stem: str, like: dict[str, Tensor], dims: dict[str,
     """
     files = locate_weights(path, stem)
     # 1. The names must be those of the model.
-    problems = [f"{name} is missing" for name in like if name not in {*files, *optional}]
-    problems += [f"{name} is unexpected" for name in files if name not in like]
-    if problems:
-        raise ValueError(f"{path}: tensor {problems[0]} ({len(problems)} differences); config.json "
-                         "and the weights describe different models")
+    missing = [f"{name} is missing" for name in like if name not in {*files, *optional}]
+    others = [f"{name} is unexpected" for name in files if name not in like]
+    if missing or others:
+        first = ", ".join(missing[:1] + others[:1])
+        raise ValueError(f"{path}: tensor {first} ({len(missing)} missing, {len(others)} "
+                         "unexpected); config.json and the weights describe different models")
     # 2. So must be their shapes, and what is stored must be plain numbers: of all tensors, before
     #    the first is read.
     found = [name for name in like if name in files]

@@ -36,6 +36,7 @@ from train import (
     add_compute_arguments,
     choose_attention,
     compute_type,
+    directory,
     existing,
     nonnegative,
     positive,
@@ -504,7 +505,7 @@ def note_lengths(config: ModelConfig, longest: int) -> None:
 def checkpoint_parser(description: str) -> Parser:
     """The options that say which model is evaluated, and how it is computed."""
     parser = Parser(description)
-    parser.add_argument("model", type=existing, help="Hugging Face model directory")
+    parser.add_argument("model", type=directory, help="Hugging Face model directory")
     add_compute_arguments(parser)
     add_scaling_arguments(parser, "context extension without training (replaces the model's own)")
     return parser

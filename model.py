@@ -258,13 +258,18 @@ def check_keys(config: dict, family: str) -> None:
         known.update(INERT_ELSEWHERE)
     if family == "smollm3":
         known.update(READ_BY_SMOLLM3)
+    if config.get("quantization_config"):
+        raise ValueError("config.json: quantization_config is stated; use the checkpoint before "
+                         "quantisation, or delete it if the weights are plain numbers")
+    unknown = []
     for key, value in config.items():
         is_multiplier = "multiplier" in key or "scal" in key
         says_nothing = not value or (value == 1 and value is not True and is_multiplier)
         if key not in known and not says_nothing:
-            raise ValueError(f"config.json: {key} is {shorten(str(value), 40, placeholder=' ...')}"
-                             ", which may change what the model computes and is not known here; "
-                             "delete it if it changes nothing")
+            unknown.append(f"{key} is {shorten(str(value), 40, placeholder=' ...')}")
+    if unknown:
+        raise ValueError(f"config.json: {', '.join(unknown)}, which may change what the model "
+                         "computes and is not known here; delete it if it changes nothing")
     for key, needed in ONLY.items():
         stated = config.get(key)
         for value in stated if isinstance(stated, list) else [stated]:

@@ -167,7 +167,7 @@ def argument_parser(description: str, planned: bool = False) -> Parser:
     group = parser.add_argument_group("model")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     # paths that a resumed run needs no more
-    add("--model", type=Path, help="start from this Hugging Face model directory")
+    add("--model", type=directory, help="start from this Hugging Face model directory")
     add("--config", type=Path, help="start from random weights of this config.json")
     group.add_argument("--tokenizer", type=Path,
                        help="directory or file (if not given: the model's own)")
@@ -552,7 +552,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str:
-    """Why a checkpoint cannot be resumed, as far as its files' headers tell; "" if it can be."""
+    """Why a checkpoint cannot be resumed, "" if it can be. Of weights only headers are read."""
     try:
         saved = data.read_object(checkpoint / "training.json")
         if saved.get("format") != CHECKPOINT_FORMAT:
@@ -560,7 +560,7 @@ def damage(checkpoint: Path) -> str:
                     f"resume; start a new run from it with --model {checkpoint}")
         if not {"step", "settings"} <= saved.keys():
             return f"{checkpoint}/training.json: has no step or no settings"
-        read_config(checkpoint)
+        data.load_tokenizer(checkpoint, read_config(checkpoint).vocab_size)
         files = set(data.locate_weights(checkpoint, "model").values())
         for kind in ShardedAdamW.KINDS:
             files.update(data.locate_weights(checkpoint / "optimizer", kind).values())
@@ -638,6 +638,10 @@ def saved_step(checkpoint: Path, settings: dict) -> int:
     saved = data.read_object(checkpoint / "training.json")
     for name, value in settings.items():
         before = saved["settings"].get(name)
+        if before != value and name in ("model", "data", "tokenizer"):
+            raise ValueError(f"--{name} is not what the run in {checkpoint.parent} began with: its "
+                             f"files have digest {value}, then {before}; give those, or choose "
+                             "another --out")
         if before != value:
             raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in "
                              f"{checkpoint.parent} has {before!r}; resume with the same settings "
@@ -649,10 +653,11 @@ def open_metrics(path: Path, step: int):
     """metrics.jsonl, without what a resumed run will write again: lines after its step, or half."""
     past = []
     if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                past.append(line)
-    data.write_complete(path, "".join(past).encode())
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            if line.endswith(b"\n"):
+                if data.parse_json(line, f"{path}, line {number}")["step"] <= step:
+                    past.append(line)
+    data.write_complete(path, b"".join(past))
     return path.open("a", buffering=1)  # a line is written when it ends
 
 

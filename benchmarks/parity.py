@@ -59,6 +59,8 @@ def tokenization(path: Path) -> tuple[bool, str]:
 
     ours = data.load_tokenizer(path)
     theirs = Tokenizer.from_file(str(path / "tokenizer.json"))
+    theirs.no_truncation()
+    theirs.no_padding()
     texts = [document["text"] for _, document in read_documents(source_path("stdlib"))]
     texts = texts[::max(1, len(texts) // 100)][:100] + [SCRIPTS]
     # the tokenizers library turns the text of a special token into that token; ours does so only

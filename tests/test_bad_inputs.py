@@ -42,6 +42,13 @@ CHAT = "--sequence-length 64 --steps 1 --batch-size 1 --out new"
 CASES = [
     ("no such model directory", "train.py",
      f"--model missing {TRAIN}", "missing: no config.json there"),
+    ("a file as model", "train.py",
+     f"--model good/config.json {TRAIN}", "--model good/config.json must be a directory"),
+    ("a file as model to evaluate", "eval_niah.py",
+     "good/config.json --haystack corpus --lengths 64", "good/config.json must be a directory"),
+    ("names of other tensors", "train.py",
+     f"--model prefixed {TRAIN}",
+     "tensor model.embed_tokens.weight is missing, base.*weight is unexpected .12 missing, 12 un"),
     ("config.json is not JSON", "train.py",
      f"--model not-json {TRAIN}", "config.json.*not valid JSON"),
     ("config.json lacks a key", "train.py",
@@ -171,7 +178,8 @@ def make_files(place: Path) -> None:
     shutil.copy(place / "tokenizer" / "tokenizer.model", place / "good")
 
     # models, each with one fault
-    for name in ("not-json", "truncated", "shardless", "reshaped", "weightless", "quantised"):
+    for name in ("not-json", "truncated", "shardless", "reshaped", "weightless", "quantised",
+                 "prefixed"):
         shutil.copytree(place / "good", place / name)
     shard = "model-00001-of-00001.safetensors"
     (place / "not-json" / "config.json").write_text("{oops")
@@ -183,6 +191,10 @@ def make_files(place: Path) -> None:
     for name, tensor in load_file(place / "good" / shard).items():
         weights[name] = tensor.to(torch.int8)
     save_file(weights, place / "quantised" / shard)
+    weights = load_file(place / "good" / shard)
+    save_file({f"base.{name}": x for name, x in weights.items()}, place / "prefixed" / shard)
+    (place / "prefixed" / "model.safetensors.index.json").unlink()
+    (place / "prefixed" / shard).rename(place / "prefixed" / "model.safetensors")
     (place / "weightless" / "model.safetensors.index.json").unlink()
 
     # configurations

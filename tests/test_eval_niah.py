@@ -461,7 +461,7 @@ def test_mistakes_are_one_line_before_loading(
 
 def test_missing_parts_are_named(model_directory, text_file, tmp_path):
     """No model, a tokenizer of another model."""
-    with pytest.raises(SystemExit, match="nothing must be a file or directory that exists"):
+    with pytest.raises(SystemExit, match="nothing: no config.json there; give a Hugging Face"):
         eval_niah.main(arguments(tmp_path / "nothing", text_file))
     config = json.loads((model_directory / "config.json").read_text()) | {"vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -353,7 +353,8 @@ def test_a_finished_run_is_left_alone_a_damaged_checkpoint_named(workplace, tmp_
 
 @pytest.mark.parametrize("damaged", ["model-00001-of-00001.safetensors", "config.json",
                                      "optimizer/exp_avg_sq-00001-of-00001.safetensors",
-                                     "optimizer/master.safetensors.index.json", "training.json"])
+                                     "optimizer/master.safetensors.index.json", "training.json",
+                                     "tokenizer.model"])
 def test_of_a_damaged_newest_checkpoint_the_newest_whole_one_is_named(damaged, workplace, tmp_path):
     """And how to go on from it; as told, it does. Which of them are whole, is looked at."""
     words = command(workplace, tmp_path / "run", "--checkpoint-every", 1, "--keep-checkpoints", 3,
@@ -373,6 +374,18 @@ def test_of_a_damaged_newest_checkpoint_the_newest_whole_one_is_named(damaged, w
     shutil.rmtree(tmp_path / "run" / "checkpoint-00000002")
     stage1(*words)
     assert records(tmp_path / "run") == expected
+
+
+def test_a_line_of_metrics_that_is_none_is_named(workplace, tmp_path):
+    words = command(workplace, tmp_path / "run", "--checkpoint-every", 1, "--resume", steps=2)
+    stage1(*words)
+    for place in ("final", "checkpoint-00000002"):
+        shutil.rmtree(tmp_path / "run" / place)
+    file = tmp_path / "run" / "metrics.jsonl"
+    count = len(file.read_text().splitlines())
+    file.write_text(file.read_text() + '{"step": 5, "lo\n')
+    with pytest.raises(SystemExit, match=f"metrics.jsonl, line {count + 1}: not valid JSON"):
+        stage1(*words)
 
 
 def test_without_a_whole_checkpoint_none_is_named(workplace, tmp_path):
@@ -641,7 +654,7 @@ def test_resume_refuses_other_data_under_the_same_path(workplace, tmp_path):
              "--device", "cpu", "--out", tmp_path / "run"]
     stage2(*words)
     file.write_text(file.read_text().replace("What is 1?", "What is 2?"))
-    with pytest.raises(SystemExit, match="--data is"):
+    with pytest.raises(SystemExit, match="--data is not what the run in .* began with: .*digest"):
         stage2(*words, "--resume")
 
 
@@ -654,7 +667,7 @@ def test_resume_refuses_another_model_and_takes_the_same_elsewhere(workplace, un
              "--device", "cpu", "--validation-sequences", 0, "--out", tmp_path / "run", "--resume"]
     stage1("--model", workplace / "whole" / "final", *words)
     shutil.rmtree(tmp_path / "run" / "final")
-    with pytest.raises(SystemExit, match="--model is"):
+    with pytest.raises(SystemExit, match="--model is not what the run in .* began with: .*digest"):
         stage1("--model", tmp_path / "other", *words)
     stage1("--model", tmp_path / "moved", *words)
     assert (tmp_path / "run" / "final").is_dir()
