@@ -88,9 +88,9 @@ INERT = """architectures auto_map dtype torch_dtype transformers_version transfo
 _name_or_path _attn_implementation_autoset use_cache use_bfloat16 pretraining_tp is_llama_config
 tokenizer_class max_sequence_length model_max_length unsloth_fixed unsloth_version do_sample
 max_length temperature top_k top_p repetition_penalty id2label label2id problem_type""".split()
-# ... of all but llama: a window that is switched off, by use_sliding_window; SmolLM3's own
-INERT_ELSEWHERE = ("sliding_window", "max_window_layers")
-READ_BY_SMOLLM3 = ("no_rope_layers", "no_rope_layer_interval")
+SWITCHED_OFF = ("sliding_window", "max_window_layers")  # use_sliding_window would switch them on
+OF_FAMILY = {"qwen2": SWITCHED_OFF, "qwen3": SWITCHED_OFF,
+             "smollm3": (*SWITCHED_OFF, "no_rope_layers", "no_rope_layer_interval")}
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,7 @@ def check_keys(config: dict, family: str) -> None:
     One that is neither read nor known to be inert passes while it says nothing: null, false, 0, an
     empty list, or 1 where a multiplier is meant.
     """
-    known = {*READ, *INERT}
-    if family != "llama":
-        known.update(INERT_ELSEWHERE)
-    if family == "smollm3":
-        known.update(READ_BY_SMOLLM3)
+    known = {*READ, *INERT, *OF_FAMILY.get(family, ())}
     if config.get("quantization_config"):
         raise ValueError("config.json: quantization_config is stated; use the checkpoint before "
                          "quantisation, or delete it if the weights are plain numbers")
@@ -285,10 +281,8 @@ def read_config(path: str | Path) -> ModelConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
                                 "directory (of a run: its `final`)")
-    contents = {file: read_object(file)}
-    generation = file.with_name("generation_config.json")
-    if generation.is_file():
-        contents[generation] = read_object(generation)
+    both = filter(Path.is_file, (file, file.with_name("generation_config.json")))
+    contents = {path: read_object(path) for path in both}
     stops = stated_stops(contents)
     try:
         config = ModelConfig.from_hf(contents[file])

@@ -638,14 +638,11 @@ def saved_step(checkpoint: Path, settings: dict) -> int:
     saved = data.read_object(checkpoint / "training.json")
     for name, value in settings.items():
         before = saved["settings"].get(name)
-        if before != value and name in ("model", "data", "tokenizer"):
-            raise ValueError(f"--{name} is not what the run in {checkpoint.parent} began with: its "
-                             f"files have digest {value}, then {before}; give those, or choose "
-                             "another --out")
         if before != value:
-            raise ValueError(f"--{name.replace('_', '-')} is {value!r}, but the run in "
-                             f"{checkpoint.parent} has {before!r}; resume with the same settings "
-                             "or choose another --out")
+            of_files = name in ("model", "data", "tokenizer")
+            what = f"the digest of --{name}'s files" if of_files else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{what} is {value!r}, but the run in {checkpoint.parent} has "
+                             f"{before!r}; resume with the same or choose another --out")
     return saved["step"]
 
 

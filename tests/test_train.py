@@ -654,7 +654,7 @@ def test_resume_refuses_other_data_under_the_same_path(workplace, tmp_path):
              "--device", "cpu", "--out", tmp_path / "run"]
     stage2(*words)
     file.write_text(file.read_text().replace("What is 1?", "What is 2?"))
-    with pytest.raises(SystemExit, match="--data is not what the run in .* began with: .*digest"):
+    with pytest.raises(SystemExit, match="the digest of --data's files is .* the run in .* has"):
         stage2(*words, "--resume")
 
 
@@ -667,7 +667,7 @@ def test_resume_refuses_another_model_and_takes_the_same_elsewhere(workplace, un
              "--device", "cpu", "--validation-sequences", 0, "--out", tmp_path / "run", "--resume"]
     stage1("--model", workplace / "whole" / "final", *words)
     shutil.rmtree(tmp_path / "run" / "final")
-    with pytest.raises(SystemExit, match="--model is not what the run in .* began with: .*digest"):
+    with pytest.raises(SystemExit, match="the digest of --model's files is .* has"):
         stage1("--model", tmp_path / "other", *words)
     stage1("--model", tmp_path / "moved", *words)
     assert (tmp_path / "run" / "final").is_dir()
