@@ -478,11 +478,13 @@ def test_signal_handlers_are_given_back_after_a_failure(workplace, tmp_path):
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_yarn_stage_extends_the_window(workplace, uninterrupted, tmp_path):
+def test_yarn_stage_extends_the_window(workplace, uninterrupted, tmp_path, capsys):
     out = tmp_path / "long"
     stage1("--model", workplace / "whole" / "final", "--data", workplace / "corpus",
            "--sequence-length", 256, "--steps", 2, "--rope-kind", "yarn", "--rope-factor", 4,
            "--device", "cpu", "--validation-sequences", 2, "--out", out)
+    said = f"wrote {out}/final; llama.cpp needs --yarn-beta-fast 4 --yarn-beta-slow 1\n"
+    assert capsys.readouterr().out.endswith(said)
     config = Llama.from_pretrained(out / "final").config
     assert config.max_position_embeddings == 256
     assert config.rope_scaling.original_max_position == 64
