@@ -87,7 +87,8 @@ READ = (*SHAPE, *ONLY, *TOKEN_IDS, "model_type", "rms_norm_eps", "initializer_ra
 INERT = """architectures auto_map dtype torch_dtype transformers_version transformers.js_config
 _name_or_path _attn_implementation_autoset use_cache use_bfloat16 pretraining_tp is_llama_config
 tokenizer_class max_sequence_length model_max_length unsloth_fixed unsloth_version do_sample
-max_length temperature top_k top_p repetition_penalty id2label label2id problem_type""".split()
+max_length temperature top_k top_p repetition_penalty id2label label2id problem_type return_dict
+num_beams num_beam_groups num_return_sequences length_penalty typical_p""".split()
 SWITCHED_OFF = ("sliding_window", "max_window_layers")  # use_sliding_window would switch them on
 OF_FAMILY = {"qwen2": SWITCHED_OFF, "qwen3": SWITCHED_OFF,
              "smollm3": (*SWITCHED_OFF, "no_rope_layers", "no_rope_layer_interval")}
@@ -185,7 +186,10 @@ class ModelConfig:
             model_type=family, hf=config)
         # 4. Which layers turn q and k? In spite of the list's name, 1 stands for those that do.
         if family == "smollm3":
-            interval = config.get("no_rope_layer_interval") or 4
+            interval = config.get("no_rope_layer_interval", 4)
+            if type(interval) is not int or interval < 1:
+                raise ValueError(f"config.json: no_rope_layer_interval is {interval!r}; it must be "
+                                 "a whole number, 1 or more")
             by_default = [int(i % interval != 0) for i in range(1, model.num_hidden_layers + 1)]
             stated = config.get("no_rope_layers") or by_default
             stated = stated if isinstance(stated, list) else [stated]

@@ -463,8 +463,8 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[int, int]:
 
 
 def serving_note(scaling: RopeScaling) -> str:
-    """What llama.cpp must be told of an exported model: a GGUF has no beta_fast and beta_slow, and
-    without them 32 and 1 are taken. transformers and vLLM read all in config.json."""
+    """What llama.cpp must be told of an exported model, as it takes beta_fast 32 and beta_slow 1
+    whatever the model says. transformers and vLLM read all in config.json."""
     if scaling.kind != "yarn" or (scaling.beta_fast, scaling.beta_slow) == (32, 1):
         return ""
     return (f"; llama.cpp needs --yarn-beta-fast {scaling.beta_fast:g} "
@@ -481,9 +481,9 @@ def model_files(tokenizer: Path, model: Path, config: ModelConfig) -> dict[str, 
     or those of its directory, and the model's generation_config.json, with this window and these
     stop tokens. Built before the first step: a comma too many in one of them would else end a run
     at its first checkpoint."""
-    sources = {f"tokenizer{tokenizer.suffix}": tokenizer}
-    if tokenizer.is_dir():
-        sources = {name: tokenizer / name for name in MODEL_FILES}
+    sources = {name: tokenizer / name for name in MODEL_FILES}
+    if tokenizer.is_file():  # under the name that data.load_tokenizer looks for
+        sources = {f"tokenizer{'.json' if tokenizer.suffix == '.json' else '.model'}": tokenizer}
     sources["generation_config.json"] = model / "generation_config.json"
     new = {
         "tokenizer.json": {"truncation": None, "padding": None},  # to the old window
@@ -551,8 +551,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("checkpoint-" + 8 * "[0-9]"))
 
 
-def damage(checkpoint: Path) -> str:
-    """Why a checkpoint cannot be resumed, "" if it can be. Of weights only headers are read."""
+def damage(checkpoint: Path, is_done: bool = False) -> str:
+    """Why a checkpoint cannot be resumed, "" if it can be. Of weights only headers are read, and
+    nothing where the run is done."""
     try:
         saved = data.read_object(checkpoint / "training.json")
         if saved.get("format") != CHECKPOINT_FORMAT:
@@ -560,6 +561,8 @@ def damage(checkpoint: Path) -> str:
                     f"resume; start a new run from it with --model {checkpoint}")
         if not {"step", "settings"} <= saved.keys():
             return f"{checkpoint}/training.json: has no step or no settings"
+        if is_done:
+            return ""
         data.load_tokenizer(checkpoint, read_config(checkpoint).vocab_size)
         files = set(data.locate_weights(checkpoint, "model").values())
         for kind in ShardedAdamW.KINDS:
@@ -604,46 +607,45 @@ def find_checkpoint(out: Path, resume: bool) -> Path | None:
                          "choose another directory")
     # 2. Where did the run stop?
     complete = checkpoints(out)
-    is_done = "final" in names  # then no checkpoint is needed
-    problem = damage(complete[-1]) if complete and not is_done else ""
+    if not complete:
+        return None
+    problem = damage(complete[-1], (out / "final" / "config.json").exists())
     if problem:
         whole = [path for path in complete if not damage(path)]
-        if not whole:
-            raise ValueError(f"{problem}; no other checkpoint there is whole")
-        raise ValueError(f"{problem}; {whole[-1]} is whole: remove every newer one to continue "
-                         "from it")
-    return complete[-1] if complete else None
+        if whole:
+            problem += f"; {whole[-1]} is whole: remove every newer one to continue from it"
+        raise ValueError(problem)
+    return complete[-1]
 
 
 def agreed_settings(options: Namespace, tokenizer: data.Tokenizer,
-                    checkpoint: Path | None) -> dict:
-    """What a resumed run must share with the run it continues, as JSON. Files count by what is in
-    them, not by their path: they may move, but not change; the base model may be gone, too."""
+                    checkpoint: Path | None) -> tuple[dict, int]:
+    """(what a resumed run must share with the run it continues, as JSON; that one's step so far).
+
+    Files count by what is in them, not by their path: they may move, but not change, and the base
+    model may be gone. Raises ValueError if the checkpoint has other settings: together they would
+    make a run that no command describes.
+    """
     settings = {name: value for name, value in vars(options).items() if name not in FREE_TO_CHANGE}
     settings["dtype"] = compute_type(options.dtype, options.device)
     settings["tokenizer"] = data.fingerprint(tokenizer)
-    if checkpoint and options.model and not options.model.exists():
-        print_once(f"--model {options.model} is not there; the checkpoint has all that is needed")
-        saved = data.read_object(checkpoint / "training.json")
-        settings["model"] = saved["settings"].get("model")
-    else:
-        settings["model"] = data.digest(options.model) if options.model else None
+    settings["model"] = None
     settings["data"] = [[data.digest(path), weight] for path, weight in options.data]
-    return json.loads(json.dumps(settings, default=str, sort_keys=True))  # as a checkpoint has it
-
-
-def saved_step(checkpoint: Path, settings: dict) -> int:
-    """The step after which a checkpoint was written. Raises ValueError if it is not of the same
-    run: other settings would make one that no command describes."""
-    saved = data.read_object(checkpoint / "training.json")
-    for name, value in settings.items():
+    saved = data.read_object(checkpoint / "training.json") if checkpoint else None
+    if options.model and options.model.exists():
+        settings["model"] = data.digest(options.model)
+    elif options.model:  # without a checkpoint it was missed before
+        print_once(f"--model {options.model} is not there; the checkpoint has all that is needed")
+        settings["model"] = saved["settings"].get("model")
+    settings = json.loads(json.dumps(settings, default=str, sort_keys=True))  # as a file has it
+    for name, value in settings.items() if saved else ():
         before = saved["settings"].get(name)
         if before != value:
             of_files = name in ("model", "data", "tokenizer")
             what = f"the digest of --{name}'s files" if of_files else f"--{name.replace('_', '-')}"
-            raise ValueError(f"{what} is {value!r}, but the run in {checkpoint.parent} has "
-                             f"{before!r}; resume with the same or choose another --out")
-    return saved["step"]
+            raise ValueError(f"{what} is {value!r}, but the run in {options.out} has {before!r}; "
+                             "resume with the same or choose another --out")
+    return settings, saved["step"] if saved else 0
 
 
 def open_metrics(path: Path, step: int):
@@ -859,9 +861,8 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     minutes to load, on every GPU of a job, and a mistake in the options should cost seconds."""
     # 1. Check that it is the run of the checkpoint.
     out = options.out
-    settings = agreed_settings(options, tokenizer, checkpoint)
+    settings, step = agreed_settings(options, tokenizer, checkpoint)
     dtype = getattr(torch, settings["dtype"])
-    step = saved_step(checkpoint, settings) if checkpoint else 0
     is_done = (out / "final" / "config.json").exists()
 
     # 2. Check that all ranks see the same files: on machines with disks of their own they may not.

@@ -198,6 +198,17 @@ def test_a_lock_is_not_held_on_a_file_that_its_last_holder_has_just_removed(tmp_
         pass
 
 
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])  # which of them, systems differ
+def test_a_lock_of_another_process_is_told(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(data.fcntl, "lockf", refuse)
+    with pytest.raises(ValueError, match="another process is at work"):
+        with data.locked(tmp_path / "lock"):
+            pass
+
+
 def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
     """As Lustre can be: to wait would not help."""
     def refuse(*_):

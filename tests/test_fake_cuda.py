@@ -45,7 +45,8 @@ quick = []
 for kernel, length, tp, cp, dp, *memory in QUICK:
     quick.append(Plan(LLAMA, length, 1, 1, tp, cp, dp, 2, *memory, kernel=kernel))
 quick.append(replace(quick[-1], micro_batch=4))
-quick += [replace(plan, config=replace(LLAMA, model_type="qwen3")) for plan in quick[4:6]]
+for plan in (quick[1], quick[4]):
+    quick.append(replace(plan, config=replace(LLAMA, model_type="qwen3")))
 
 
 def every_grid() -> list[Plan]:

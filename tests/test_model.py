@@ -313,7 +313,8 @@ def test_stored_frequencies_must_be_those_of_config_json(name, tiny_model, tmp_p
     model = tiny_model(rope_theta=500000.0)
     weights = weights_of(model)
     stored = 500000.0 ** (-torch.arange(0, 8, 2) / 8)
-    save_single(tmp_path, weights | {name: stored.half()}, model.config.to_hf())
+    rule = {"rope_scaling": YARN, "max_position_embeddings": 128}  # they are those before any rule
+    save_single(tmp_path, weights | {name: stored.half()}, model.config.to_hf() | rule)
     loaded = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert name not in dict(loaded.named_parameters())
     config = model.config.to_hf() | {"rope_theta": 10000.0}
@@ -353,6 +354,10 @@ def test_of_two_sets_of_weights_the_single_file_is_read_and_told(tiny_model, tmp
 def test_weights_are_not_saved_beside_others(tiny_model, tmp_path):
     """Beside a single file ours would never be read."""
     save_file(weights_of(tiny_model()), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="already holds a model"):
+        tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="already holds a model"):
         tiny_model().save_pretrained(tmp_path)
 
@@ -465,6 +470,8 @@ def test_bfloat16_loads_as_float32_on_request(tiny_model, tmp_path):
     ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers .1, 1. must .* the 3 "),
     ({"model_type": "smollm3", "no_rope_layers": [1, 1, 2]}, "no_rope_layers .1, 1, 2. must have"),
     ({"model_type": "smollm3", "no_rope_layers": "110"}, "no_rope_layers .'110'. must have"),
+    ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+    ({"model_type": "smollm3", "no_rope_layer_interval": "4"}, "no_rope_layer_interval is '4'"),
     ({"model_type": "smollm3", "num_hidden_layers": None}, "num_hidden_layers"),
 ])
 def test_bad_configurations_are_named(change, message, tiny_config):
@@ -531,15 +538,29 @@ def test_keys_left_out_have_transformers_values(tiny_config):
     for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta",
                 "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias"):
         del sizes[key]
-    for family in ARCHITECTURES:
-        ours = ModelConfig.from_hf(sizes | {"model_type": family})
-        theirs = transformers.AutoConfig.for_model(**sizes | {"model_type": family})
+    cases = [{"model_type": family} for family in ARCHITECTURES]
+    cases.append({"model_type": "smollm3", "no_rope_layer_interval": 2})
+    for changes in cases:
+        family = changes["model_type"]
+        ours = ModelConfig.from_hf(sizes | changes)
+        theirs = transformers.AutoConfig.for_model(**sizes | changes)
         for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
                     "tie_word_embeddings"):
             assert getattr(ours, key) == getattr(theirs, key), (family, key)
         assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64 // 32)
         assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
         assert list(ours.no_rope_layers) == getattr(theirs, "no_rope_layers", [])
+        # a file that states every default says the same
+        whole = json.loads(theirs.to_json_string(use_diff=False))
+        assert replace(ModelConfig.from_hf(whole), hf={}) == replace(ours, hf={})
+
+
+def test_biases_of_qwen2_are_not_stated(tiny_config):
+    """q, k and v have them, o has none, whatever its files say: other programs might believe it."""
+    config = ModelConfig.from_hf(tiny_config(model_type="qwen2", attention_bias=True))
+    names = [name for name, _ in Llama(config).named_parameters() if name.endswith("bias")]
+    assert len(names) == 3 * 3 and not any("o_proj" in name for name in names)
+    assert "attention_bias" not in config.to_hf()
 
 
 def test_only_what_still_holds_is_exported(tiny_config):
@@ -582,9 +603,10 @@ def test_stop_tokens_are_those_of_both_files(config, generation, stops, tiny_con
     assert read_config(tmp_path).hf["eos_token_id"] == stops
 
 
-def test_a_stop_token_that_is_none_is_named(tiny_config, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config(eos_token_id="</s>")))
-    with pytest.raises(ValueError, match="config.json: eos_token_id is '</s>'; it must be an id"):
+@pytest.mark.parametrize("stated", ["</s>", True, [2, "3"], {"id": 2}, 2.0])
+def test_a_stop_token_that_is_none_is_named(stated, tiny_config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(eos_token_id=stated)))
+    with pytest.raises(ValueError, match="config.json: eos_token_id is .*; it must be an id"):
         read_config(tmp_path)
 
 

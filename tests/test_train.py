@@ -345,6 +345,10 @@ def test_a_finished_run_is_left_alone_a_damaged_checkpoint_named(workplace, tmp_
     stage1(*words)
     assert "run/final is already there; nothing to do" in capsys.readouterr().out
     state.mkdir()
+    progress = tmp_path / "run" / "checkpoint-00000002" / "training.json"
+    progress.write_text('{"format": 2, "step": 2}')
+    with pytest.raises(SystemExit, match="training.json: has no step or no settings"):
+        stage1(*words)
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "run" / "checkpoint-00000002" / "training.json").write_text("{")
     with pytest.raises(SystemExit, match="checkpoint-00000002/training.json: not valid JSON"):
@@ -382,10 +386,21 @@ def test_a_line_of_metrics_that_is_none_is_named(workplace, tmp_path):
     for place in ("final", "checkpoint-00000002"):
         shutil.rmtree(tmp_path / "run" / place)
     file = tmp_path / "run" / "metrics.jsonl"
-    count = len(file.read_text().splitlines())
-    file.write_text(file.read_text() + '{"step": 5, "lo\n')
+    lines = file.read_text()
+    count = len(lines.splitlines())
+    file.write_text(lines + '{"step": 5, "lo\n')
     with pytest.raises(SystemExit, match=f"metrics.jsonl, line {count + 1}: not valid JSON"):
         stage1(*words)
+    file.write_text(lines + '{"step": 5, "lo')  # half a line, which a killed run leaves
+    stage1(*words)
+    assert len(file.read_text().splitlines()) == count
+
+
+def test_an_empty_directory_of_the_users_stays_after_a_mistake(workplace, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(SystemExit, match="--sequence-length 640 is beyond"):
+        stage1(*command(workplace, tmp_path / "mine"), "--sequence-length", 640)
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_without_a_whole_checkpoint_none_is_named(workplace, tmp_path):
@@ -393,8 +408,9 @@ def test_without_a_whole_checkpoint_none_is_named(workplace, tmp_path):
     stage1(*words)
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "run" / "checkpoint-00000001" / "config.json").unlink()
-    with pytest.raises(SystemExit, match="no config.json there.*no other checkpoint there"):
+    with pytest.raises(SystemExit, match="no config.json there; give .* directory") as error:
         stage1(*words)
+    assert "is whole" not in str(error.value)
 
 
 def test_a_resumed_run_has_its_checkpoints_model(workplace, tmp_path):
@@ -683,12 +699,15 @@ def test_a_resumed_run_needs_neither_its_base_model_nor_the_same_words(workplace
         shutil.copytree(workplace / name, tmp_path / name)
     stage1(*command(workplace, tmp_path / "base", steps=1))
     shutil.move(tmp_path / "base" / "final", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.6}')
     monkeypatch.chdir(tmp_path)
     words = ["--sequence-length", 64, "--steps", 4, "--checkpoint-every", 2, "--rope-kind", "yarn",
              "--rope-factor", 4, "--device", "cpu", "--validation-sequences", 0]
     stage1("--model", "model", "--data", "corpus", *words, "--out", "run")
     expected = records("run")
     final = (tmp_path / "run" / "final" / "config.json").read_text()
+    generation = (tmp_path / "run" / "final" / "generation_config.json").read_text()
+    assert "0.6" in generation
     for place in ("run/final", "run/checkpoint-00000004", "model"):
         shutil.rmtree(tmp_path / place)
     shutil.move(tmp_path / "corpus", tmp_path / "elsewhere")
@@ -698,6 +717,7 @@ def test_a_resumed_run_needs_neither_its_base_model_nor_the_same_words(workplace
         capsys.readouterr().out)
     assert records("run") == expected
     assert (tmp_path / "run" / "final" / "config.json").read_text() == final
+    assert (tmp_path / "run" / "final" / "generation_config.json").read_text() == generation
     assert data.load_tokenizer("run/final").n_vocab > 256
     # later ones still know which model it was
     saved = json.loads((tmp_path / "run/checkpoint-00000004/training.json").read_text())
@@ -827,7 +847,8 @@ def test_limits_of_the_old_window_are_not_exported(workplace, tmp_path):
     library.save(str(source / "tokenizer.json"))
     mark = "\N{ZERO WIDTH NO-BREAK SPACE}"
     (source / "tokenizer_config.json").write_text(mark + json.dumps({
-        "model_max_length": 8, "max_length": 8, "auto_map": {"AutoTokenizer": ["a.B", None]},
+        "model_max_length": 8, "max_length": 8, "max_len": 8,
+        "auto_map": {"AutoTokenizer": ["a.B", None]},
         "tokenizer_class": "PreTrainedTokenizerFast"}))
     (source / "generation_config.json").write_text(mark + '{"max_length": 8, "temperature": 0.6}')
     config = json.loads((workplace / "config.json").read_text()) | {"vocab_size": 512}
@@ -861,6 +882,8 @@ def test_limits_of_the_old_window_are_not_exported(workplace, tmp_path):
     (RopeScaling(), ""),
     (RopeScaling("linear", 4.0), ""),
     (RopeScaling("yarn", 4.0, 64, beta_fast=32.0), ""),
+    (RopeScaling("yarn", 4.0, 64, beta_fast=32.0, beta_slow=2.0),
+     "; llama.cpp needs --yarn-beta-fast 32 --yarn-beta-slow 2"),
     (RopeScaling("yarn", 4.0, 64), "; llama.cpp needs --yarn-beta-fast 4 --yarn-beta-slow 1"),
 ])
 def test_what_other_programs_must_be_told_stands_beside_what_was_written(scaling, said):
@@ -895,10 +918,11 @@ def test_export_states_window_and_stop_tokens_for_servers(workplace, tmp_path):
     follow the new model."""
     source = tmp_path / "tokenizer"
     shutil.copytree(workplace / "tokenizer", source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
     settings = {"model_max_length": 8, "chat_template": "kept"}
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     (source / "generation_config.json").write_text('{"eos_token_id": 7}')
-    renamed = tmp_path / "mine.model"
+    renamed = tmp_path / "mine.tiktoken"
     shutil.copyfile(source / "tokenizer.model", renamed)
     tokenizer = data.load_tokenizer(source)
     for name, path in (("whole", source), ("renamed", renamed)):
@@ -911,7 +935,13 @@ def test_export_states_window_and_stop_tokens_for_servers(workplace, tmp_path):
                     tokenizer.encode_single_token("<|eot_id|>")]
         assert stops == sorted(expected)
         assert data.load_tokenizer(final).n_vocab == tokenizer.n_vocab
+    # under its new name, too, a checkpoint is resumed
+    shutil.rmtree(tmp_path / "renamed" / "final")
+    stage1("--config", workplace / "config.json", "--tokenizer", renamed, "--data",
+           workplace / "corpus", "--steps", 1, "--sequence-length", 32, "--validation-sequences", 0,
+           "--device", "cpu", "--out", tmp_path / "renamed", "--resume")
     final = tmp_path / "whole" / "final"
+    assert (final / "chat_template.jinja").read_text() == "{{ messages }}"
     written = json.loads((final / "tokenizer_config.json").read_text())
     assert written == {"model_max_length": 64, "chat_template": "kept"}
     written = json.loads((final / "generation_config.json").read_text())

@@ -18,6 +18,14 @@ from train import attention_kernel, forward_flops, training_step
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3"])
+def test_the_plan_counts_every_parameter(family):
+    """Of models without biases, which it leaves out: they are few."""
+    model = build(model_type=family, attention_bias=False)
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert Plan(model.config, 64, 1, 1, tp=1, cp=1, dp=1).parameters == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute, offload", MEMORY_MODES)
 def test_the_plan_predicts_the_memory_that_is_alive(dtype, recompute, offload):
@@ -26,6 +34,7 @@ def test_the_plan_predicts_the_memory_that_is_alive(dtype, recompute, offload):
         ({"vocab_size": 16384, "num_hidden_layers": 1}, 256),
         ({}, 1024),
         ({"num_hidden_layers": 6, "hidden_size": 96, "num_attention_heads": 6}, 512),
+        ({"num_hidden_layers": 4, "model_type": "qwen3"}, 512),
     ]
     if recompute == "none":
         models = [(changes, length // 2) for changes, length in models]
