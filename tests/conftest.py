@@ -44,10 +44,10 @@ def tiny_model(tiny_config):
     def build(dtype=torch.float32, seed=0, **changes) -> Llama:
         config = ModelConfig.from_hf(tiny_config(initializer_range=0.2, **changes))
         model = Llama(config).initialise(seed)
+        generator = torch.Generator().manual_seed(7)  # one: no two norms are alike
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:  # norms, which are 1 at first, and biases, which are 0
-                    generator = torch.Generator().manual_seed(7)
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         return model.to(dtype)
     return build
