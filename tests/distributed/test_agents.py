@@ -1,17 +1,17 @@
 """Several torchruns, as on several machines: one job, which a killed rank does not end."""
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from launch import ROOT, launch
-from test_programs import options, place, records  # noqa: F401 (a fixture)
+from test_programs import options, place, records, wait_for  # noqa: F401 (a fixture)
 
 STEPS = ("--steps", 30, "--checkpoint-every", 10, "--resume")
 
@@ -33,6 +33,13 @@ def worker(torchrun: subprocess.Popen) -> int:
     return int(children.split()[0])
 
 
+def is_told_to_end(process: int) -> bool:
+    """Whether SIGTERM waits for a process that stands still."""
+    status = Path(f"/proc/{process}/status").read_text()
+    pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16)
+    return bool(pending >> signal.SIGTERM - 1 & 1)
+
+
 def run_and_kill(stack: ExitStack, agents: list[subprocess.Popen], out: Path) -> None:
     """Kill the second torchrun's rank after the first checkpoint, and wait for the job's end.
 
@@ -41,15 +48,12 @@ def run_and_kill(stack: ExitStack, agents: list[subprocess.Popen], out: Path) ->
     """
     for torchrun in agents:
         stack.callback(torchrun.kill)
-    end = time.monotonic() + 120
-    while not (out / "checkpoint-00000010").is_dir():
-        assert time.monotonic() < end and agents[0].poll() is None, agents[0].communicate()[0]
-        time.sleep(0.05)
+    wait_for((out / "checkpoint-00000010").is_dir, 120)
     waiting = worker(agents[0])
     os.kill(waiting, signal.SIGSTOP)
     os.kill(worker(agents[1]), signal.SIGKILL)
-    time.sleep(3)  # now it has been told to end, but cannot
-    os.kill(waiting, signal.SIGCONT)
+    wait_for(lambda: is_told_to_end(waiting))
+    os.kill(waiting, signal.SIGKILL)  # rather than wait until it has noticed, or torchrun's 30 s
     said = [torchrun.communicate(timeout=120)[0] for torchrun in agents]
     assert [torchrun.returncode for torchrun in agents] == [0, 0], said
     text = "".join(said)
