@@ -89,7 +89,9 @@ _name_or_path _attn_implementation_autoset use_cache use_bfloat16 pretraining_tp
 tokenizer_class max_sequence_length model_max_length unsloth_fixed unsloth_version do_sample
 max_length temperature top_k top_p repetition_penalty id2label label2id problem_type return_dict
 num_beams num_beam_groups num_return_sequences length_penalty typical_p""".split()
-SWITCHED_OFF = ("sliding_window", "max_window_layers")  # use_sliding_window would switch them on
+# keys of some families: a window (refused is use_sliding_window, without which it is off), and what
+# SmolLM3 reads
+SWITCHED_OFF = ("sliding_window", "max_window_layers")
 OF_FAMILY = {"qwen2": SWITCHED_OFF, "qwen3": SWITCHED_OFF,
              "smollm3": (*SWITCHED_OFF, "no_rope_layers", "no_rope_layer_interval")}
 
@@ -285,8 +287,10 @@ def read_config(path: str | Path) -> ModelConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no config.json there; give a Hugging Face model "
                                 "directory (of a run: its `final`)")
-    both = filter(Path.is_file, (file, file.with_name("generation_config.json")))
-    contents = {path: read_object(path) for path in both}
+    contents = {file: read_object(file)}
+    generation = file.with_name("generation_config.json")
+    if generation.is_file():
+        contents[generation] = read_object(generation)
     stops = stated_stops(contents)
     try:
         config = ModelConfig.from_hf(contents[file])

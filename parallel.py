@@ -253,7 +253,7 @@ def start_processes(device: str, patience: timedelta) -> None:
     # ranks find each other's addresses in a store, a dictionary that they share; with a name for
     # each attempt in it a restarted job does not find those of its dead ranks
     store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-    store = dist.PrefixStore(attempt(store, rank, world), store)
+    store = dist.PrefixStore(attempt_name(store, rank, world), store)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=gpu)
     atexit.register(end_processes)
@@ -261,7 +261,7 @@ def start_processes(device: str, patience: timedelta) -> None:
     faulthandler.register(signal.SIGTERM, all_threads=False, chain=True)
 
 
-def attempt(store: dist.Store, rank: int, world: int) -> str:
+def attempt_name(store: dist.Store, rank: int, world: int) -> str:
     """A name for this attempt of a job, the same on every rank and never used before.
 
     Each torchrun counts the restarts of its own workers only, so those of several machines do not
@@ -929,10 +929,12 @@ def launched() -> tuple[int, int]:
 def check_alone() -> None:
     """Raise ValueError if srun or mpirun has started several processes of which none is told its
     rank: each would take itself for the whole job."""
+    if "RANK" in os.environ:
+        return
     for name, launcher in (("SLURM_NTASKS", "srun --ntasks-per-node 1"),
                            ("OMPI_COMM_WORLD_SIZE", "mpirun --npernode 1")):
         count = os.environ.get(name, "1")
-        if "RANK" not in os.environ and count != "1":
+        if count != "1":
             raise ValueError(f"{name} is {count} but RANK is not set: start one torchrun a machine "
                              f"({launcher} torchrun --nnodes N --nproc-per-node 8 --rdzv-backend "
                              "c10d --rdzv-endpoint HOST:29500 ...) or, for one process alone, "

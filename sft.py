@@ -38,8 +38,9 @@ CHAT_TOKENS = {  # special tokens of a template; the last ends a message
 
 def chat_template(tokenizer: tiktoken.Encoding) -> str | None:
     """The template, a name in CHAT_TOKENS, for which a tokenizer has all tokens; None without."""
+    special = tokenizer.special_tokens_set  # made anew each time
     for name, tokens in CHAT_TOKENS.items():
-        if tokenizer.special_tokens_set.issuperset(tokens):
+        if special.issuperset(tokens):
             return name
     return None
 

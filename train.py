@@ -48,10 +48,10 @@ from parallel import (
 )
 from rope_yarn import RopeScaling, add_scaling_arguments, scaling_from_options
 
-MODEL_FILES = (  # of a model directory, beside config.json and the weights
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # the model's
-STALE = ("max_length", "max_len", "auto_map")  # of their keys: an old window, code left behind
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja")
+STALE = ("max_length", "max_len", "auto_map")  # keys in files: an old window, code left behind
 FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is its checkpoint's
     "out", "resume", "checkpoint_every", "keep_checkpoints", "validate_every",
     "validation_sequences", "validation_data", "device", "timeout", "tp", "cp", "micro_batch_size",
@@ -481,9 +481,10 @@ def model_files(tokenizer: Path, model: Path, config: ModelConfig) -> dict[str, 
     or those of its directory, and the model's generation_config.json, with this window and these
     stop tokens. Built before the first step: a comma too many in one of them would else end a run
     at its first checkpoint."""
-    sources = {name: tokenizer / name for name in MODEL_FILES}
+    sources = {name: tokenizer / name for name in TOKENIZER_FILES}
     if tokenizer.is_file():  # under the name that data.load_tokenizer looks for
-        sources = {f"tokenizer{'.json' if tokenizer.suffix == '.json' else '.model'}": tokenizer}
+        name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
+        sources = {name: tokenizer}
     sources["generation_config.json"] = model / "generation_config.json"
     new = {
         "tokenizer.json": {"truncation": None, "padding": None},  # to the old window
@@ -494,11 +495,12 @@ def model_files(tokenizer: Path, model: Path, config: ModelConfig) -> dict[str, 
     for name, file in sources.items():
         if not file.is_file():
             continue
-        files[name] = file.read_bytes()
         if name.endswith(".json"):
             content = data.read_object(file) | new.get(name, {})
             kept = {key: value for key, value in content.items() if key not in STALE}
             files[name] = (json.dumps(kept, indent=2) + "\n").encode()
+        else:
+            files[name] = file.read_bytes()
     return files
 
 
@@ -549,6 +551,11 @@ def save_checkpoint(run: Path, step: int, model: Llama, optimizer: ShardedAdamW,
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(run.glob("checkpoint-" + 8 * "[0-9]"))
+
+
+def has_final(out: Path) -> bool:
+    """Whether the run in --out has come to its end."""
+    return (out / "final" / "config.json").exists()
 
 
 def damage(checkpoint: Path, is_done: bool = False) -> str:
@@ -609,7 +616,7 @@ def find_checkpoint(out: Path, resume: bool) -> Path | None:
     complete = checkpoints(out)
     if not complete:
         return None
-    problem = damage(complete[-1], (out / "final" / "config.json").exists())
+    problem = damage(complete[-1], has_final(out))
     if problem:
         whole = [path for path in complete if not damage(path)]
         if whole:
@@ -653,9 +660,9 @@ def open_metrics(path: Path, step: int):
     past = []
     if path.exists():
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-            if line.endswith(b"\n"):
-                if data.parse_json(line, f"{path}, line {number}")["step"] <= step:
-                    past.append(line)
+            place = f"{path}, line {number}"
+            if line.endswith(b"\n") and data.parse_json(line, place)["step"] <= step:
+                past.append(line)
     data.write_complete(path, b"".join(past))
     return path.open("a", buffering=1)  # a line is written when it ends
 
@@ -863,7 +870,7 @@ def run_stage(options: Namespace, grid: Grid, config: ModelConfig, tokenizer: da
     out = options.out
     settings, step = agreed_settings(options, tokenizer, checkpoint)
     dtype = getattr(torch, settings["dtype"])
-    is_done = (out / "final" / "config.json").exists()
+    is_done = has_final(out)
 
     # 2. Check that all ranks see the same files: on machines with disks of their own they may not.
     checksum = zlib.crc32(json.dumps(settings).encode())  # a number that fits into a tensor

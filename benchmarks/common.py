@@ -1,16 +1,17 @@
-"""What several benchmarks share: options, a small Llama, a random batch, one training step of a
-model, the kernel that attention runs with, and a table of results."""
+"""What several benchmarks share: options, a small Llama, random and real tokens, one training step
+of a model, the kernel that attention runs with, and a table of results."""
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
+import sysconfig
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
 
-from data import Batch
+from data import Batch, load_tokenizer
 from model import Llama
 from parallel import Grid, ShardedAdamW
 from train import ATTENTION, device_here, kernel_here, training_step
@@ -56,6 +57,13 @@ def random_batch(vocab_size: int, length: int, rows: int = 1) -> Batch:
     tokens = torch.randint(vocab_size, (rows, length + 1),
                            generator=torch.Generator().manual_seed(0))
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+def library_tokens(model: Path, count: int) -> torch.Tensor:
+    """The first tokens of a file of the standard library, by a model directory's tokenizer: (1,
+    count) int64."""
+    source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()
+    return torch.tensor([load_tokenizer(model).encode_ordinary(source)[:count]])
 
 
 def step(model: Llama, optimizer: ShardedAdamW, batch: Batch) -> float:

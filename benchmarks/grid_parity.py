@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import sysconfig
 from pathlib import Path
 
 import torch
 
-import data
+from benchmarks.common import library_tokens
 from model import Llama
 from parallel import Grid, one_line_errors
 from train import add_compute_arguments
@@ -25,8 +24,7 @@ from train import add_compute_arguments
 def run(path: Path, tp: int, cp: int, timeout: float) -> None:
     """Compare on the first rank and print; every rank computes its share."""
     grid = Grid.create(tp, cp, "cpu", timeout)
-    source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()
-    tokens = torch.tensor([data.load_tokenizer(path).encode_ordinary(source)[:511]])
+    tokens = library_tokens(path, 511)
     exact = None
     good = torch.ones(())
     for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 1e-4)):

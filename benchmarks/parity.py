@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -20,6 +19,7 @@ import torch
 
 import data
 import model as model_module
+from benchmarks.common import library_tokens
 from model import ARCHITECTURES, Llama
 from tools.prepare import read_documents, source_path
 
@@ -70,12 +70,6 @@ def tokenization(path: Path) -> tuple[bool, str]:
         expected = theirs.encode(text, add_special_tokens=False).ids
         equal += ours.encode(text, allowed_special="all") == expected
     return equal == len(texts), f"{equal} of {len(texts)} texts equal"
-
-
-def library_tokens(path: Path) -> torch.Tensor:
-    """512 tokens of the standard library, (1, 512) int64."""
-    source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text()
-    return torch.tensor([data.load_tokenizer(path).encode_ordinary(source)[:512]])
 
 
 def random_model(family: str, path: Path) -> torch.Tensor:
@@ -135,7 +129,7 @@ def run(path: Path | None) -> None:
     checks = []
     if path:
         checks.append(("tokens equal the tokenizers library's", *tokenization(path)))
-        checks += model_checks(path, library_tokens(path), 1e-3)
+        checks += model_checks(path, library_tokens(path, 512), 1e-3)
     else:
         for family in ARCHITECTURES:
             with tempfile.TemporaryDirectory() as folder:
