@@ -9,12 +9,12 @@ The first is for a CPU: 2K to 64K tokens, a small Llama.
 
 Every length is a whole training step with its optimizer in a fresh process: peak is its largest
 resident size on a CPU, the most torch had allocated on a GPU. On a GPU a second step follows a
-first of less than a minute, in which host memory is locked, and the time is the last one's. The
-slope is a least-squares line's; "predicted" is what `tools.plan` computes from shapes. --largest
-then looks, a step a try, for the longest sequence within --memory-gib and the host's memory,
-beginning at the predicted one; with --search-layers of a model with so few layers, and what the
-others take, by the plan, is added: a step at 1M tokens takes minutes, its attention 16 times those
-of 256K. Writes JSON.
+first of less than a minute, in which host memory is locked, and the time is the last one's: with 1
+under "steps" it has the locking in it. The slope is a least-squares line's; "predicted" is what
+`tools.plan` computes from shapes. --largest then looks, a step a try, for the longest sequence
+within --memory-gib and the host's memory, beginning at the predicted one; with --search-layers of a
+model with so few layers, and what the others take, by the plan, is added: a step at 1M tokens takes
+minutes, its attention 16 times those of 256K. Writes JSON.
 """
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def main() -> None:
         if found:
             peak, seconds = found
             row |= {"peak GiB": peak, "steps": len(seconds), "s a step": seconds[-1],
-                    "tokens/s": length / seconds[-1]}
+                    "tokens/s": length / seconds[-1], "seconds": seconds}
         table.add(row)
     rows = [row for row in table.rows if "peak GiB" in row]
     if a.largest:
@@ -219,8 +219,11 @@ def main() -> None:
         print(f"slope: {slope:,.0f} bytes a token, predicted {predicted:,.0f} "
               f"({predicted / slope - 1:+.1%}); points lie within {straight:.3f} GiB of a line")
     if a.largest:
-        print(f"largest: {length:,} tokens, peak {peak:.2f} GiB of {memory_gib:.1f}; measured with "
-              f"{layers} of {config.num_hidden_layers} layers, the others' part planned")
+        _, on_host = step.predicted_gib(length)
+        beside = f", {on_host:.1f} of the host's {host_bytes() / 2**30:.1f}" if on_host else ""
+        print(f"largest: {length:,} tokens, peak {peak:.2f} GiB of {memory_gib:.1f}{beside}; "
+              f"measured with {layers} of {config.num_hidden_layers} layers, the others' part "
+              "planned")
 
 
 if __name__ == "__main__":
