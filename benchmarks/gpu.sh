@@ -83,7 +83,7 @@ recipe() {  # train.py and eval_niah.py as a user calls them: needles before, wi
   fi
   local yarn=(--rope-kind yarn --rope-factor $((new / old)) --original-length $old)
   needles() {  # NAME MODEL [OPTIONS]
-    run $PYTHON eval_niah.py "${@:2}" --haystack "$here/corpus" --task mixed --lengths $lengths --depths 5 --samples 2 \
+    run $PYTHON eval_niah.py "${@:2}" --haystack "$here/corpus" --task mixed --lengths $lengths --depths 5 --samples 5 \
       --dtype bfloat16 --device $DEVICE --window $old --out "$here/$1.json"
   }
   needles before "$base"
