@@ -2,7 +2,8 @@
 
     python sft.py --model out/stage1/final --data chat.jsonl --steps 780 --out out/stage2
 
-A line of it is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}.
+A line of it is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}; an
+assistant's message with "weight": 0 carries no loss. Other records: tools.chat_blend reads them.
 Loss is on the assistant's words and its end-of-turn token only. Samples stay short (< 8K tokens):
 the long window was learned in stage 1, and short samples keep it (arXiv 2504.06214, section 3.2).
 """
@@ -55,22 +56,33 @@ def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
     return tokenizer.encode_single_token(CHAT_TOKENS[template][-1])
 
 
-def check_messages(messages: object, place: str) -> None:
-    """Raise ValueError, which starts with `place`, unless these are messages to train on."""
+def carries_loss(message: dict) -> bool:
+    """Whether this is an answer to learn: the assistant's, not empty (which would teach to end a
+    turn at once), and not of weight 0, by which OpenAI's format marks an answer to pass over."""
+    is_answer = message["role"] == "assistant" and message["content"].strip() != ""
+    return is_answer and message.get("weight") != 0
+
+
+def fault_in(messages: object) -> str | None:
+    """Why these are no messages to train on, or None: a list of {role, content} with strings, an
+    assistant's perhaps with a weight of 0 or 1, and an answer to learn among them."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError(f"{place}: messages must be a list of objects with role and content")
-    has_answer = False
-    for i, message in enumerate(messages):
+        return "messages must be a list of objects with role and content"
+    for message in messages:
         role = message.get("role")
-        content = message.get("content")
+        weight = message.get("weight")
+        for key, value in message.items():
+            if key not in ("role", "content", "weight") and value:
+                return f"a message has {key!r}, which is not understood"
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f"{place}: message {i} has role {role!r}, not system, user, assistant")
-        if not isinstance(content, str):
-            raise ValueError(f"{place}: message {i} must have a content that is a string")
-        if role == "assistant" and content:
-            has_answer = True
-    if not has_answer:
-        raise ValueError(f"{place}: messages have no assistant content, so nothing to train on")
+            return f"a message has role {role!r}, not system, user or assistant"
+        if not isinstance(message.get("content"), str):
+            return "a message must have a content that is a string"
+        if weight not in (None, 0, 1) or (weight and role != "assistant"):
+            return f"a message of role {role} has weight {weight!r}; an assistant's may be 0 or 1"
+    if not any(map(carries_loss, messages)):
+        return "messages have no assistant content to learn, so nothing to train on"
+    return None
 
 
 def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
@@ -124,10 +136,9 @@ def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
 
     yield [special("<|begin_of_text|>")], False  # nothing comes before it to predict it from
     for message in messages:
-        is_answer = message["role"] == "assistant"
         yield header(message["role"]), False  # whose turn it is, is not the model's to say
         content = text(message["content"].strip())  # as Hugging Face's templates do
-        yield [*content, special("<|eot_id|>")], is_answer
+        yield [*content, special("<|eot_id|>")], carries_loss(message)
     if add_generation_prompt:
         yield header("assistant"), False
 
@@ -139,7 +150,6 @@ def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
     special = tokenizer.encode_single_token
     line_break = text("\n")  # one token
     for message in messages:
-        is_answer = message["role"] == "assistant"
         yield [special("<|im_start|>"), *text(message["role"])], False
         # The line break and the content are one text: white space at the content's beginning may
         # share a token with the line break. That token then counts as the content's.
@@ -147,7 +157,7 @@ def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
         if content[:1] == line_break:  # not shared: the line break is the template's
             yield line_break, False
             content = content[1:]
-        yield [*content, special("<|im_end|>")], is_answer
+        yield [*content, special("<|im_end|>")], carries_loss(message)
         yield line_break, False  # after the end of turn: nobody generates it
     if add_generation_prompt:
         yield [special("<|im_start|>"), *text("assistant"), *line_break], False
@@ -159,10 +169,14 @@ def read_conversations(path: Path) -> Iterator[list[dict]]:
         raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line; "
                          "tools.chat_blend makes one")
     for place, record in read_records(path):
-        if not isinstance(record, dict) or "messages" not in record:
-            raise ValueError(f"{place}: needs an object with messages on every line")
-        check_messages(record["messages"], place)
-        yield record["messages"]
+        messages = record.get("messages") if isinstance(record, dict) else None
+        fault = fault_in(messages)
+        if messages is None:
+            fault = "needs an object with messages on every line"
+        if fault:
+            raise ValueError(f"{place}: {fault}; tools.chat_blend makes such a file of ShareGPT, "
+                             "Alpaca and other records, without those that cannot be used")
+        yield messages
 
 
 class ChatDataset:

@@ -21,7 +21,7 @@ import data
 import model as model_module
 from benchmarks.common import library_tokens
 from model import ARCHITECTURES, Llama
-from tools.prepare import read_documents, source_path
+from tools.records import Documents, source_path
 
 SCRIPTS = ("Hello world, don't stop: 123 4  5 | Привет, мир | 你好，世界 | こんにちは世界 | "
            "안녕하세요 세계 | مرحبا بالعالم ١٢٣ | שלום עולם | नमस्ते दुनिया ४५ | สวัสดีชาวโลก | "
@@ -61,7 +61,7 @@ def tokenization(path: Path) -> tuple[bool, str]:
     theirs = Tokenizer.from_file(str(path / "tokenizer.json"))
     theirs.no_truncation()
     theirs.no_padding()
-    texts = [document["text"] for _, document in read_documents(source_path("stdlib"))]
+    texts = [document["text"] for _, document in Documents(source_path("stdlib"))]
     texts = texts[::max(1, len(texts) // 100)][:100] + [SCRIPTS]
     # the tokenizers library turns the text of a special token into that token; ours does so only
     # when allowed to

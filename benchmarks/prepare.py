@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 import data
-from tools.prepare import prepare_corpus, read_documents, source_path
+from tools.prepare import prepare_corpus
+from tools.records import Documents, source_path
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     a = parser.parse_args()
     tokenizer = data.load_tokenizer(a.tokenizer)
-    texts = [document["text"] for _, document in read_documents(source_path("stdlib"))]
+    texts = [document["text"] for _, document in Documents(source_path("stdlib"))]
     rates = {"tiktoken, one thread": [], **{f"prepare, {n} processes": [] for n in a.processes}}
     for _ in range(a.repeats):
         started = time.perf_counter()

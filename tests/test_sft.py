@@ -1,5 +1,6 @@
 """sft.py: conversations spelled out, which of their tokens carry loss, rows of samples."""
 import json
+import re
 
 import numpy as np
 import pytest
@@ -7,7 +8,15 @@ from texts import CONVERSATION, TRAINING_TEXT, hugging_face_tokenizer
 
 import data
 from model import Llama, ModelConfig
-from sft import ChatDataset, chat_template, check_messages, encode_chat, end_of_turn
+from sft import (
+    CHAT_TOKENS,
+    ChatDataset,
+    chat_template,
+    encode_chat,
+    end_of_turn,
+    fault_in,
+    read_conversations,
+)
 from tools.train_tokenizer import train_bpe
 
 
@@ -94,10 +103,48 @@ def test_special_tokens_in_messages_stay_text(tokenizer):
     ([{"role": "user", "content": None}], "content that is a string"),
     ([{"role": "user", "content": "x"}], "no assistant"),
     ([{"role": "assistant", "content": ""}], "no assistant"),
+    ([{"role": "assistant", "content": "x", "weight": 0}], "no assistant"),
+    ([{"role": "assistant", "content": "x", "weight": 0.5}], "has weight 0.5"),
+    ([{"role": "user", "content": "x", "weight": 1}], "of role user has weight 1"),
+    ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "has 'tool_calls'"),
 ])
-def test_bad_messages_are_refused(messages, message):
-    with pytest.raises(ValueError, match=f"line 7: .*{message}"):
-        check_messages(messages, "line 7")
+def test_bad_messages_are_refused_and_chat_blend_is_named(tmp_path, messages, message):
+    assert re.search(message, fault_in(messages))
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n" + json.dumps({"messages": messages}))
+    with pytest.raises(ValueError, match=f"a.jsonl, line 2: .*{message}.*tools.chat_blend"):
+        list(read_conversations(path))
+
+
+@pytest.mark.parametrize("record", [
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"instruction": "q", "output": "a"},
+    {"messages": None},
+    ["messages"],
+])
+def test_a_file_of_other_records_is_sent_to_chat_blend(tmp_path, record):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record))
+    message = "a.jsonl, line 1: needs an object with messages on every line; tools.chat_blend"
+    with pytest.raises(ValueError, match=message):
+        list(read_conversations(path))
+
+
+@pytest.mark.parametrize("template", ["llama3", "chatml"])
+def test_an_answer_of_weight_0_or_without_words_carries_no_loss(template):
+    """Not even its end of turn: that would teach to say nothing. It is read all the same."""
+    tokenizer = with_special(*CHAT_TOKENS[template])
+    plain = [*exchange("one", "first"), *exchange("two", "second")]
+    tokens, mask = encode_chat(plain, tokenizer)
+    assert tokenizer.decode(np.array(tokens)[mask].tolist()).count("first") == 1
+    for change in ({"weight": 0}, {"content": ""}, {"content": " \n"}):
+        messages = [*plain[:1], plain[1] | change, *plain[2:]]
+        tokens, mask = encode_chat(messages, tokenizer)
+        learned = tokenizer.decode(np.array(tokens)[mask].tolist())
+        assert learned == "second" + CHAT_TOKENS[template][-1]
+        assert (change == {"weight": 0}) == ("first" in tokenizer.decode(tokens))
+    messages = [*plain[:1], plain[1] | {"weight": 1}, *plain[2:]]
+    assert encode_chat(messages, tokenizer) == encode_chat(plain, tokenizer)
 
 
 def with_special(*names):

@@ -3,9 +3,9 @@
     python -m tools.chat_blend --source general=sharegpt.json math=metamath.jsonl.gz \\
         --tokenizer DIR --benchmark gsm8k.jsonl --count 100000 --holdout 500 --out out/chat
 
-Records are OpenAI `messages`, ShareGPT `conversations`, Alpaca's `instruction`, `input`, `output`,
-or another pair of PAIRS. A sample must pass, in this order: clean turns; --max-tokens; no copy, nor
-nearly one, of an earlier sample; nothing shared with a benchmark. The rest is drawn by weight.
+tools.conversations says which records are read. A sample must pass, in this order: all keys and
+turns understood; --max-tokens; no copy, nor nearly one, of an earlier sample; nothing shared with a
+benchmark. The rest is drawn by weight.
 
 The directory has train.jsonl and valid.jsonl for sft.py, dropped.jsonl (what was left out, and why)
 and report.json. The same samples and seed give the same bytes, in whatever order sources are named;
@@ -29,17 +29,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Tokenizer, complete_or_absent, load_tokenizer, parse_json, read_lines
+from data import Tokenizer, complete_or_absent, load_tokenizer
 from parallel import one_line_errors
 from sft import encode_chat, end_of_turn
+from tools.conversations import PAIRS, TURNS, to_messages
 from tools.prepare import window_hashes
+from tools.records import RECORDS, PassedOver, bare_suffix, list_files, read_records
 from train import Parser, nonnegative, option, positive
 
-ROLES = {"system": "system", "human": "user", "user": "user",
-         "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
-PAIRS = (("instruction", "output"), ("instruction", "response"), ("query", "response"),
-         ("prompt", "completion"), ("question", "answer"), ("problem", "solution"))
-JSON = (".json", ".jsonl", ".jsonl.gz")
 SHINGLE = 20  # characters, about the five words of arXiv 2107.06499
 ROWS = 5  # MinHash values a band
 MISSED = 1e-3  # share of the pairs right at the threshold that no band brings together
@@ -57,6 +54,7 @@ class Source:
     path: Path
     weight: Fraction | None
     files: list[Path]
+    passed_over: PassedOver
 
 
 @dataclass(slots=True)
@@ -94,112 +92,28 @@ def progress(items: Iterable, what: str) -> tqdm:
 # --------------------------------------------------------------------------- reading and cleaning
 
 
-def read_records(path: Path) -> Iterator[tuple[int, object]]:
-    """(number from 1, value) of a .json list, (line number, value) of other files.
-
-    Raises ValueError that names file and line.
-    """
-    if path.suffix == ".json":
-        content = parse_json(path.read_bytes(), path)
-        if not isinstance(content, list):
-            raise ValueError(f"{path}: needs a list of records, not {type(content).__name__}; "
-                             "with a record a line, name it .jsonl")
-        yield from enumerate(content, 1)
-    else:
-        for number, line in read_lines(path):
-            place = f"{path}, line {number}"
-            if path.suffix == ".txt":
-                yield number, decode(line, place)
-            else:
-                yield number, parse_json(line, place)
-
-
-def decode(line: bytes, place: str) -> str:
-    """A line of text. Raises ValueError that starts with `place`."""
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: {error}") from None
-
-
-def read_turns(record: object) -> list[tuple[object, object]] | None:
-    """(role, content) of each turn as the file has them; None if it is not a chat record."""
-    if not isinstance(record, dict):
-        return None
-    for turns in (record.get("messages"), record.get("conversations")):
-        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-            found = []
-            for turn in turns:  # OpenAI's key, else ShareGPT's
-                role = turn.get("role", turn.get("from"))
-                content = turn.get("content", turn.get("value"))
-                found.append((role, content))
-            return found
-    for question, answer in PAIRS:
-        if question in record and answer in record:
-            asked = record[question]
-            # Alpaca's instructions may have a text to work on
-            more = record.get("input") if question == "instruction" else None
-            if isinstance(asked, str) and isinstance(more, str) and more.strip():
-                asked = f"{asked}\n\n{more}"
-            return [("user", asked), ("assistant", record[answer])]
-    return None
-
-
-def clean(turns: list[tuple[object, object]], system: str | None) -> list[dict] | str:
-    """Messages: a system's if there is one, then user and assistant by turns; or why not.
-
-    Assistant turns before the first user's answer nothing (ShareGPT has conversations cut in two),
-    and user turns after the last answer have none: both are cut off. A conversation without a
-    system message gets `system`.
-    """
-    messages = []
-    for role, content in turns:
-        if not isinstance(role, str) or role not in ROLES:
-            return "unknown role"
-        messages.append({"role": ROLES[role], "content": content})
-    if not all(isinstance(message["content"], str) for message in messages):
-        return "content is not text"
-
-    if messages and messages[0]["role"] == "system":
-        own = messages.pop(0)["content"]
-        if own.strip():
-            system = own
-    while messages and messages[0]["role"] == "assistant":
-        messages.pop(0)
-    while messages and messages[-1]["role"] == "user":
-        messages.pop()
-
-    if not messages:
-        return "no answer to a user"
-    if not all(message["content"].strip() for message in messages):
-        return "empty turn"
-    for i, message in enumerate(messages):
-        if message["role"] != ("user", "assistant")[i % 2]:
-            return "roles do not alternate"
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
-
-
-def read_samples(source: Source, path: Path, system: str | None) -> list[Sample]:
-    """Every record of a file, the unusable ones dropped. ValueError if it has no chat record."""
+def read_samples(source: Source, system: str | None = None,
+                 ignored: tuple[str, ...] = ()) -> list[Sample]:
+    """Every record of a source, the unusable ones dropped. ValueError if there is no other."""
     samples = []
-    keys = {}  # of the first record that has any
-    readable = False
-    for number, record in progress(read_records(path), f"read {path.name}"):
-        turns = read_turns(record)
-        messages = "not a chat record" if turns is None else clean(turns, system)
-        sample = Sample(source, path, number, messages)
-        if isinstance(messages, str):
-            sample.drop(messages)
-        samples.append(sample)
-        readable = readable or turns is not None
-        keys = keys or record
-    if not readable:
-        names = ", ".join(keys) if isinstance(keys, dict) else ""
-        known = ", ".join("/".join(pair) for pair in PAIRS)
-        raise ValueError(f"{path}: has no chat records, its keys are: {names or 'none'}; "
-                         f"needs messages, conversations, or {known}")
+    keys = {}  # of the first record
+    for path in source.files:
+        records = progress(read_records(path), f"read {path.name}")
+        for number, (_, record) in enumerate(records, 1):
+            messages = to_messages(record, system, ignored)
+            sample = Sample(source, path, number, messages)
+            if isinstance(messages, str):
+                sample.drop(messages)
+            samples.append(sample)
+            keys = keys or record
+    if not remaining(samples):
+        reasons = Counter(sample.dropped["reason"] for sample in samples)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        names = ", ".join(keys) if isinstance(keys, dict) else "none"
+        known = ", ".join([*TURNS, *("/".join(pair) for pair in PAIRS)])
+        raise ValueError(f"{source.path}: no record can be used ({reasons or 'there is none'}); "
+                         f"keys of the first: {names}; needs one of {known}, and --ignore for "
+                         "keys that say nothing of what is asked or answered")
     return samples
 
 
@@ -324,6 +238,15 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(inner)
 
 
+def read_items(path: Path) -> Iterator[object]:
+    """The records of a benchmark's file; the lines of a .txt file."""
+    for _, record in read_records(path):
+        if bare_suffix(path) == ".txt" and isinstance(record, dict):
+            yield from record["text"].splitlines()
+        else:
+            yield record
+
+
 class Benchmarks:
     """Windows of all benchmark items to look up: GPT-4's check (arXiv 2303.08774, appendix C), with
     every substring.
@@ -345,7 +268,7 @@ class Benchmarks:
 
     def read(self, path: Path) -> None:
         has_items = False
-        for number, record in progress(read_records(path), f"read {path.name}"):
+        for number, record in enumerate(progress(read_items(path), f"read {path.name}"), 1):
             texts = {normalise(text) for text in strings(record)}
             items = sorted(text for text in texts if len(text) >= SHORTEST_ITEM)
             self.records.append({"benchmark": str(path), "item": number})
@@ -557,6 +480,8 @@ def write(directory: Path, samples: list[Sample], drawn: list[Sample], summary: 
 
 
 def print_report(summary: dict) -> None:
+    for line in summary["passed_over"]:
+        print(f"passed over, {line}")
     for path, n in summary["files"].items():
         reasons = [f"{count:,} {reason}" for reason, count in n["dropped"].items()]
         dropped = ", ".join(reasons) or "none dropped"
@@ -572,15 +497,17 @@ def print_report(summary: dict) -> None:
 # ----------------------------------------------------------------------------------- command line
 
 
-def list_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file itself, or those of a directory that end so, sorted."""
+def chat_files(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> list[Path]:
+    """list_files of a path that must have some."""
     if not path.exists():
         raise argparse.ArgumentTypeError(f"{path}: no such file or directory")
-    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in inside if file.is_file() and file.name.endswith(suffixes)]
+    try:
+        files = list_files(path, suffixes, passed_over)
+    except ValueError as error:  # a package is missing
+        raise argparse.ArgumentTypeError(str(error)) from None
     if not files:
-        names = ", ".join(suffixes)
-        raise argparse.ArgumentTypeError(f"{path} must be a {names} file, or a directory of them")
+        because = "; ".join(["", *passed_over.lines()])
+        raise argparse.ArgumentTypeError(f"{path}: holds no {', '.join(suffixes)} file{because}")
     return files
 
 
@@ -594,11 +521,14 @@ def parse_source(text: str) -> Source:
         if not re.fullmatch(r"(?=.*[1-9])\d*\.?\d+", weight):
             raise argparse.ArgumentTypeError(f"{text}: weight {weight!r} must be a number above 0")
         weight = Fraction(weight)
-    return Source(category, Path(path), weight, list_files(Path(path), JSON))
+    passed_over = PassedOver()
+    files = chat_files(Path(path), RECORDS, passed_over)
+    return Source(category, Path(path), weight, files, passed_over)
 
 
-def benchmark_files(text: str) -> list[Path]:
-    return list_files(Path(text), (*JSON, ".txt"))
+def benchmark_files(text: str) -> tuple[list[Path], PassedOver]:
+    passed_over = PassedOver()
+    return chat_files(Path(text), (*RECORDS, ".txt"), passed_over), passed_over
 
 
 window_length = option(int, lambda n: n >= SHORTEST_ITEM,
@@ -611,17 +541,20 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--source", type=parse_source, nargs="+", action="extend", required=True,
         metavar="CATEGORY=PATH[=WEIGHT]",
-        help=".json, .jsonl, .jsonl.gz, or a directory of them; weights (of all sources or none) "
-        "are shares of the samples; if not given: as many as each has left")
+        help=".json, .jsonl or .parquet, packed or not, or a directory of them; weights (of all "
+        "sources or none) are shares of the samples; if not given: as many as each has left")
     add("--tokenizer", type=Path, required=True, help="tokenizer file or its directory")
     add("--count", type=positive, help="samples in all; if not given: as many as weights allow")
     add("--max-tokens", type=positive, default=8192, help="longer samples are dropped")
     add("--benchmark", type=benchmark_files, nargs="+", action="extend", default=[], metavar="FILE",
-        help="evaluation data to keep out: .json, .jsonl, .jsonl.gz, or .txt with an item a line")
+        help="evaluation data to keep out: such files, or .txt with an item a line")
     add("--window", type=window_length, default=50, help="letters and digits in a row not to share")
     add("--common", type=positive, default=10, help="a window in more records is boilerplate")
     add("--near-duplicate", type=similarity, default=0.8, help="Jaccard similarity to drop; 0: off")
     add("--system", help="system message of the samples that have none")
+    add("--ignore", nargs="+", action="extend", default=[], metavar="KEY",
+        help="keys of records or turns that say nothing of what is asked or answered; a record "
+        "with a key that is not known is dropped")
     add("--holdout", type=nonnegative, default=0, help="samples that go to valid.jsonl")
     add("--seed", type=int, default=0, help="another seed draws other samples")
     add("--out", type=Path, required=True, help="new directory")
@@ -646,12 +579,11 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(a.tokenizer)
         end_of_turn(tokenizer)  # raises if it has none
         with complete_or_absent(a.out) as aside:
-            files = [path for paths in a.benchmark for path in paths]
+            files = [path for paths, _ in a.benchmark for path in paths]
             benchmarks = Benchmarks(files, a.window, a.common) if files else None
             samples = []
             for source in a.source:
-                for path in source.files:
-                    samples += read_samples(source, path, a.system)
+                samples += read_samples(source, a.system, a.ignore)
 
             drop_long(remaining(samples), tokenizer, a.max_tokens)
             drop_copies(remaining(samples))
@@ -666,6 +598,7 @@ def main(argv: list[str] | None = None) -> None:
                 "count": a.count,
                 "max_tokens": a.max_tokens,
                 "system": a.system,
+                "ignore": a.ignore,
                 "near_duplicate": a.near_duplicate,
                 "window": a.window,
                 "common": a.common,
@@ -674,6 +607,9 @@ def main(argv: list[str] | None = None) -> None:
             }
             summary = {"settings": settings, **report(samples)}
             summary["benchmarks"] = benchmarks.counts if benchmarks else None
+            summary["passed_over"] = []
+            for passed_over in (*(s.passed_over for s in a.source), *(p for _, p in a.benchmark)):
+                summary["passed_over"] += passed_over.lines()
             write(aside, samples, drawn, summary)
         print_report(summary)
         print(f"wrote {a.out}: {len(drawn) - a.holdout:,} training samples, {a.holdout:,} held out")

@@ -30,7 +30,8 @@ from eval_niah import (
 )
 from model import Llama, logit_bytes
 from parallel import Grid, gathered, one_line_errors, vocab_parallel_cross_entropy, zigzag_unshard
-from tools.prepare import held_out_split, read_documents, source_path
+from tools.prepare import held_out_split
+from tools.records import Documents, source_path
 from train import Parser, positive, writable
 
 
@@ -43,7 +44,7 @@ def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int
     if data.is_corpus(path):
         documents = held_out_split(path, tokenizer)
     else:
-        texts = (document.get("text", "") for _, document in read_documents(path))
+        texts = (document.get("text", "") for _, document in Documents(path))
         documents = (np.array(tokenizer.encode_ordinary(text)) for text in texts)
     begin = np.array(begin_of_text(tokenizer), np.int64)
     found = []

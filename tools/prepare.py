@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 import signal
-import sysconfig
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,22 +45,16 @@ from data import (
     load_tokenizer,
     locked,
     open_shard,
-    read_records,
     write_complete,
 )
 from parallel import one_line_errors
-from sft import check_messages, encode_chat
+from sft import encode_chat
+from tools.records import Documents, source_path, texts_of
 from train import Parser, existing, fraction, nonnegative, positive
 
 JOB_CHARACTERS = 2**23  # of text in a job
 MOST_SOURCES = 100  # each has a job that waits for more documents
 EDGES = [0, 1024, 4096, 8192, 32768, 131072, 2**62]  # document lengths in the table, tokens
-JSON_LINES = (".jsonl", ".jsonl.gz")
-TEXT = tuple(
-    ".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .json .jsx .kt .lua .md "
-    ".php .pl .py .pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml "
-    ".yaml .yml".split())
-SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules")
 # what prepare writes into an unfinished corpus
 OURS = re.compile(r"parts|lock|train-\d+\..*|valid-\d+\..*|meta\.json\.\d+\.partial")
 
@@ -76,92 +69,19 @@ def held_out_split(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
         yield dataset.document(index)[0]
 
 
-def source_path(source: str | Path, option: str = "--source") -> Path:
-    """The path that a --source names; "stdlib" is this Python's library. FileNotFoundError."""
-    path = Path(sysconfig.get_path("stdlib") if str(source) == "stdlib" else source)
-    if not path.exists():
-        raise FileNotFoundError(f"{option} {source}: no such file or directory")
-    return path
-
-
-def text_files(folder: Path) -> Iterator[Path]:
-    """JSON lines and files with a known text suffix, sorted; a folder's own before its folders'."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(n for n in folders if n not in SKIPPED_FOLDERS and n[0] != ".")
-        for name in sorted(names):
-            file = Path(place, name)
-            # a link may lead nowhere
-            if name.endswith(JSON_LINES + TEXT) and name[0] != "." and file.is_file():
-                yield file
-
-
-def read_source(path: Path) -> Iterator[tuple[str, object]]:
-    """(place, record) of a file, or of all text files of a directory.
-
-    .jsonl and .jsonl.gz hold a record a line; any other file is one text. Hidden files, and in a
-    directory files that are not UTF-8, are passed over. ValueError names the file.
-    """
-    if is_corpus(path):
-        raise ValueError(f"{path}: is a corpus that tools.prepare wrote, not text")
-    for file in text_files(path) if path.is_dir() else [path]:
-        if file.name.endswith(JSON_LINES):
-            yield from read_records(file)
-            continue
-        try:
-            yield str(file), {"text": file.read_bytes().decode()}
-        except UnicodeDecodeError as error:
-            if file == path:
-                raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte "
-                                 f"{error.start})") from None
-
-
-def parse_document(place: str, record: object) -> dict:
-    """{text}, {prompt, completion} or {messages} of a record. ValueError starts with the place."""
-    record = record if isinstance(record, dict) else {}
-    if "messages" in record:
-        check_messages(record["messages"], place)
-        return {"messages": record["messages"]}
-    keys = ("text",) if "text" in record else ("prompt", "completion")
-    document = {key: record.get(key) for key in keys}
-    if not all(isinstance(text, str) for text in document.values()):
-        raise ValueError(f"{place}: needs an object with text, with prompt and completion "
-                         "(strings), or messages")
-    return document
-
-
-def read_documents(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, document) of a file or directory. See read_source, parse_document."""
-    for place, record in read_source(path):
-        yield place, parse_document(place, record)
-
-
-def texts_of(document: dict) -> list[str]:
-    """All that a document says, role names aside."""
-    if "messages" in document:
-        return [message["content"] for message in document["messages"]]
-    return list(document.values())
-
-
-def field_of(record: dict, source_field: str) -> str | None:
-    """The text at `source_field` of a record, keys joined by dots; None if there is none."""
-    value = record
-    for key in source_field.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, str) else None
-
-
 def encode_document(document: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Tokens uint32 (T,) and loss mask bool (T,): loss on all of a text, on a completion but not
     its prompt, or as encode_chat says."""
     if "messages" in document:
         tokens, mask = encode_chat(document["messages"], tokenizer)
-    else:
-        tokens, mask = [], []
-        for key, text in document.items():
-            ids = tokenizer.encode_ordinary(text)
-            tokens += ids
-            mask += [key != "prompt"] * len(ids)
-    return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
+        return np.array(tokens, dtype=np.uint32), np.array(mask, dtype=bool)
+    tokens = [np.zeros(0, np.uint32)]
+    mask = [np.zeros(0, bool)]
+    for key, text in document.items():
+        for ids in tokenizer.encode_parts(text):  # as numbers of Python they need 40 bytes each
+            tokens.append(np.array(ids, dtype=np.uint32))
+            mask.append(np.full(len(ids), key != "prompt"))
+    return np.concatenate(tokens), np.concatenate(mask)
 
 
 # ---------------------------------------------------------------------------------- held-out text
@@ -233,12 +153,12 @@ def write_shard(directory: Path, name: str, source: str,
     documents = [(tokens, mask) for tokens, mask in documents if len(tokens)]
     if not documents:
         return []
-    tokens = np.concatenate([tokens for tokens, _ in documents]).astype("<u4")
-    mask = np.concatenate([mask for _, mask in documents]).astype(bool)
+    tokens = np.concatenate([tokens for tokens, _ in documents], dtype="<u4", casting="unsafe")
+    mask = np.concatenate([mask for _, mask in documents], dtype=bool)
     lengths = np.array([len(tokens) for tokens, _ in documents], dtype="<i8")
-    write_complete(directory / f"{name}.tokens", tokens.tobytes())
-    write_complete(directory / f"{name}.mask", mask.tobytes())
-    write_complete(directory / f"{name}.lengths", lengths.tobytes())
+    write_complete(directory / f"{name}.tokens", tokens.data)
+    write_complete(directory / f"{name}.mask", mask.data)
+    write_complete(directory / f"{name}.lengths", lengths.data)
     return [{"name": name, "source": source, "documents": len(documents), "tokens": len(tokens)}]
 
 
@@ -320,20 +240,17 @@ class Job(NamedTuple):
     documents: list[dict]
 
 
-def cut_jobs(sources: list[tuple[str, Path]], source_field: str | None,
-             characters: int) -> Iterator[Job]:
-    """All documents of (name, path) sources in jobs of that many characters. Raises ValueError."""
+def cut_jobs(sources: dict[str, Documents], characters: int) -> Iterator[Job]:
+    """All documents of the named sources in jobs of that many characters. Raises ValueError."""
     names = set()
 
     def sized() -> Iterator[tuple[str, int, dict]]:
-        for source, path in sources:
-            for place, record in read_source(path):
-                document = parse_document(place, record)
-                own = field_of(record, source_field) if source_field else None
+        for source, documents in sources.items():
+            for own, document in documents:
                 name = f"{source}/{own}" if own else source
                 names.add(name)
                 if len(names) > MOST_SOURCES:
-                    raise ValueError(f"--source-field {source_field}: gives more than "
+                    raise ValueError(f"--source-field {documents.source_field}: gives more than "
                                      f"{MOST_SOURCES} sources; it must name a few, not each "
                                      "document")
                 size = sum(map(len, texts_of(document)))
@@ -341,9 +258,11 @@ def cut_jobs(sources: list[tuple[str, Path]], source_field: str | None,
 
     for number, (source, documents) in enumerate(by_source(sized(), characters)):
         yield Job(number, source, documents)
-    if source_field and names == {name for name, _ in sources}:
-        raise ValueError(f"--source-field {source_field}: gives no source; it must be in the "
-                         "records, keys joined by dots")
+    for documents in sources.values():
+        field = documents.source_field
+        if field and names == sources.keys():
+            raise ValueError(f"--source-field {field}: gives no source; it must be in the records, "
+                             "keys joined by dots")
 
 
 @functools.cache
@@ -448,13 +367,15 @@ def end_with_parent() -> None:
 
 def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer,
                    out_dir: str | Path, holdout: float = 0.1, holdout_window: int = 48,
-                   seed: int = 0, *, processes: int = 1, source_field: str | None = None,
-                   job_characters: int = JOB_CHARACTERS) -> dict:
-    """Tokenise (name, path) sources, see source_path, into a corpus; returns its meta.json.
+                   seed: int = 0, *, processes: int = 1, text_field: str | None = None,
+                   source_field: str | None = None, job_characters: int = JOB_CHARACTERS) -> dict:
+    """Tokenise (name, path) sources, see source_path, into a corpus; returns its meta.json, and
+    prints what was read of each source and what was passed over.
 
-    A record's `source_field` (SlimPajama: meta.redpajama_set_name) makes it a source of its own,
-    NAME/FIELD. A share `holdout` of the documents (see is_held_out) becomes split "valid"; every
-    run of `holdout_window` tokens that a training document has too is cut out of it (0: kept), or
+    `text_field`: where the text of a record is, see Documents. A record's `source_field`
+    (SlimPajama: meta.redpajama_set_name) makes it a source of its own, NAME/FIELD. A share
+    `holdout` of the documents (see is_held_out) becomes split "valid"; every run of
+    `holdout_window` tokens that a training document has too is cut out of it (0: kept), or
     boilerplate would count as held-out. `job_characters`: how much text a shard is made of.
 
     Memory holds a few jobs a process and 8 bytes a held-out token. Raises ValueError, OSError.
@@ -463,14 +384,15 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer,
     if holdout == 1:
         raise ValueError("--holdout 1 leaves no training documents")
     out_dir = Path(out_dir).absolute()
-    sources = [(name, source_path(path)) for name, path in sources]
     if len(dict(sources)) != len(sources):
         raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
+    sources = {name: Documents(source_path(path), text_field, source_field)
+               for name, path in sources}
     settings = repr([fingerprint(tokenizer), tokenizer._pat_str, tokenizer.normal_form,
                      sorted(tokenizer._special_tokens.items()), holdout])
     with unfinished(out_dir), workers(processes) as pool:
         # 1. Cut the sources into jobs, and 2. encode each.
-        jobs = cut_jobs(sources, source_field, job_characters)
+        jobs = cut_jobs(sources, job_characters)
         calls = ((job, tokenizer.path, out_dir, holdout, seed, settings) for job in jobs)
         results = in_order(pool, 2 * processes, encode_job, calls)
         train = []
@@ -478,6 +400,8 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer,
         for shards in tqdm(results, "tokenise", unit=" jobs", disable=None):
             train += shards["train"]
             held_out += shards["valid"]
+        for name, documents in sources.items():
+            print(documents.report(name))
 
         # 3. Cut the windows that training has too out of held-out documents.
         shared = np.zeros(0, np.uint64)
@@ -589,6 +513,9 @@ def parser() -> Parser:
         metavar="NAME=PATH", help="a file or directory; stdlib is this Python's standard library")
     add("--tokenizer", type=existing, required=True, help="tokenizer file or its directory")
     add("--out", type=Path, required=True, help="new corpus directory")
+    add("--text-field", metavar="KEY.KEY",
+        help="where a record has its text; if not given: text, content, raw_content, prompt and "
+        "completion, or messages")
     add("--source-field", metavar="KEY.KEY",
         help="where a JSON record names its source (SlimPajama: meta.redpajama_set_name)")
     add("--holdout", type=fraction, default=0.1, help="share of the documents to hold out")
@@ -606,7 +533,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             tokenizer = load_tokenizer(a.tokenizer)
             meta = prepare_corpus(a.source, tokenizer, a.out, a.holdout, a.holdout_window, a.seed,
-                                  processes=a.processes, source_field=a.source_field)
+                                  processes=a.processes, text_field=a.text_field,
+                                  source_field=a.source_field)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on") from None
         print_corpus(a.out, meta)

@@ -38,7 +38,8 @@ from tqdm import tqdm
 from data import Tokenizer, is_corpus, load_tokenizer, sync
 from parallel import one_line_errors
 from tools.answer import prompt_tokens
-from tools.prepare import held_out_split, source_path
+from tools.prepare import held_out_split
+from tools.records import Documents, source_path
 from tools.train_tokenizer import read_texts
 from train import Parser, positive, writable
 
@@ -544,7 +545,9 @@ def load_haystack(source: str, tokenizer: Tokenizer) -> str:
         texts = (tokenizer.decode(tokens.tolist()) for tokens in held_out_split(path, tokenizer))
         haystack = "\n\n".join(texts)[:HAYSTACK_BYTES]
     else:
-        haystack = "\n\n".join(read_texts([path], HAYSTACK_BYTES))
+        documents = Documents(path)
+        haystack = "\n\n".join(read_texts([documents], HAYSTACK_BYTES))
+        print(documents.report("haystack"))
     if not haystack.strip():
         raise ValueError(f"--haystack {source}: holds no text")
     return haystack

@@ -28,7 +28,8 @@ from data import PackedDataset, load_tokenizer, read_meta
 from eval_niah import KEYS, WORDING, begin_of_text, chat_frame
 from parallel import one_line_errors
 from sft import encode_chat, end_of_turn
-from tools.prepare import content_hash, is_held_out, read_documents, source_path, write_corpus
+from tools.prepare import content_hash, is_held_out, write_corpus
+from tools.records import Documents, source_path
 from train import Parser, fraction, positive
 
 
@@ -161,7 +162,7 @@ def docstring_samples(corpus: Path) -> Iterator[list[dict]]:
     """Conversations from the standard library's own functions: what does it do, asked by its
     signature, answered by the first line of its docstring."""
     meta = read_meta(corpus)
-    for _, document in read_documents(source_path("stdlib")):
+    for _, document in Documents(source_path("stdlib")):
         if is_held_out(content_hash(document, meta["seed"]), meta["holdout"]):
             continue
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data import Tokenizer, load_tokenizer, write_complete
 from parallel import one_line_errors
-from tools.prepare import read_documents, source_path, texts_of
+from tools.records import Documents, source_path, texts_of
 from train import Parser, positive
 
 # Qwen2's pattern, a piece a digit, for Python's `re`, which has no \p{L}: [^\W\d_] is it, and signs
@@ -83,10 +83,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Toke
     return load_tokenizer(path)
 
 
-def read_texts(paths: list[Path], max_bytes: int) -> Iterator[str]:
+def read_texts(sources: list[Documents], max_bytes: int) -> Iterator[str]:
     """Texts of all documents until `max_bytes` of UTF-8 are reached."""
-    for path in paths:
-        for _, document in read_documents(path):
+    for documents in sources:
+        for _, document in documents:
             for text in texts_of(document):
                 if max_bytes <= 0:
                     return
@@ -99,6 +99,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--source", type=source_path, nargs="+", action="extend", required=True, metavar="PATH",
         help="file, directory or stdlib")
+    add("--text-field", metavar="KEY.KEY", help="where a record has its text, see tools.prepare")
     add("--vocab-size", type=positive, required=True, help="tokens, without the 256 special ones")
     add("--max-bytes", type=positive, default=5_000_000, help="how much text to train on")
     add("--out", type=Path, required=True, help="directory to put tokenizer.model in")
@@ -108,7 +109,10 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         a = parser().parse_args(argv)
-        tokenizer = train_bpe(read_texts(a.source, a.max_bytes), a.vocab_size, a.out)
+        sources = [Documents(path, a.text_field) for path in a.source]
+        tokenizer = train_bpe(read_texts(sources, a.max_bytes), a.vocab_size, a.out)
+        for documents in sources:
+            print(documents.report(f"{documents.path}, up to --max-bytes"))
         special = len(tokenizer.special_tokens_set)
         print(f"wrote {tokenizer.path}: {a.vocab_size} tokens, {special} special ones")
 

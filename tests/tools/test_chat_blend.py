@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 import data
@@ -89,62 +90,6 @@ def failure(*arguments):
 # --------------------------------------------------------------------------- reading and cleaning
 
 
-@pytest.mark.parametrize("record, expected", [
-    (chat("q", "a", system="s"), [("system", "s"), ("user", "q"), ("assistant", "a")]),
-    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"},
-                        {"from": "gpt", "value": "a"}, {"from": "user", "value": "q2"},
-                        {"from": "chatgpt", "value": "a2"}]},
-     [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "q2"), ("assistant", "a2")]),
-    ({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-     [("user", "q"), ("assistant", "a")]),
-    ({"instruction": "do", "input": "this", "output": "done"},
-     [("user", "do\n\nthis"), ("assistant", "done")]),
-    ({"instruction": "do", "input": "", "output": "done"}, [("user", "do"), ("assistant", "done")]),
-    ({"instruction": "do", "output": "done"}, [("user", "do"), ("assistant", "done")]),
-    ({"type": "MATH_AnsAug", "query": "q", "original_question": "o", "response": "r"},
-     [("user", "q"), ("assistant", "r")]),
-    ({"prompt": "p", "completion": "c"}, [("user", "p"), ("assistant", "c")]),
-    ({"question": "q", "answer": "a"}, [("user", "q"), ("assistant", "a")]),
-    ({"problem": "q", "solution": "a", "input": "not an Alpaca input"},
-     [("user", "q"), ("assistant", "a")]),
-    ({"messages": None, "query": "q", "response": "r"}, [("user", "q"), ("assistant", "r")]),
-])
-def test_each_kind_of_record_is_read(tmp_path, tokenizer, record, expected):
-    path = write_lines(tmp_path / "s.jsonl", [record])
-    (row,), dropped, _ = blend(tokenizer, tmp_path / "out", [f"general={path}"])
-    assert [(m["role"], m["content"]) for m in row["messages"]] == expected
-    assert row["category"] == "general"
-    assert row["source"] == "s.jsonl"
-    assert dropped == []
-
-
-@pytest.mark.parametrize("turns, expected", [
-    ("s:s u:1 a:2", "s:s u:1 a:2"),
-    ("a:0 u:1 a:2", "u:1 a:2"),
-    ("s:s a:0 a:0 u:1 a:2", "s:s u:1 a:2"),
-    ("u:1 a:2 u:3", "u:1 a:2"),
-    ("a:0 u:1 a:2 u:3 u:4", "u:1 a:2"),
-    ("s: u:1 a:2", "u:1 a:2"),
-    ("u:1 a:2 u:", "u:1 a:2"),
-    ("u:1 a:", "empty turn"),
-    ("u:1 a:2 u: a:4", "empty turn"),
-    ("u:1 u:2 a:3", "roles do not alternate"),
-    ("u:1 a:2 a:3", "roles do not alternate"),
-    ("u:1 s:s a:2", "roles do not alternate"),
-    ("u:1", "no answer to a user"),
-    ("a:1", "no answer to a user"),
-    ("s:s", "no answer to a user"),
-    ("", "no answer to a user"),
-    ("u:1 t:2 a:3", "unknown role"),
-])
-def test_turns_are_cleaned_or_the_sample_dropped(turns, expected):
-    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
-    result = chat_blend.clean([(names[turn[0]], turn[2:]) for turn in turns.split()], None)
-    if not isinstance(result, str):
-        result = " ".join(f"{m['role'][0]}:{m['content']}" for m in result)
-    assert result == expected
-
-
 def test_unusable_records_are_counted_with_their_reason_and_never_a_crash(tmp_path, tokenizer):
     records = [
         chat("q", "a"),
@@ -168,8 +113,8 @@ def test_unusable_records_are_counted_with_their_reason_and_never_a_crash(tmp_pa
     train, dropped, report = blend(tokenizer, tmp_path / "out", [f"general={path}"])
     assert len(train) == 2
     assert [row["record"] for row in dropped] == list(range(2, 16))
-    expected = {"not a chat record": 6, "no answer to a user": 1, "content is not text": 4,
-                "unknown role": 3}
+    expected = {"not a chat record": 4, "content is not text": 4, "turns that cannot be read": 2,
+                "unknown role None": 2, "unknown role ['user']": 1, "no answer to a user": 1}
     assert Counter(row["reason"] for row in dropped) == expected
     assert report["files"][str(path)]["dropped"] == expected
 
@@ -183,15 +128,40 @@ def test_kinds_of_files_and_directories(tmp_path, tokenizer):
     with gzip.open(folder / "deep" / "c.jsonl.gz", "wt") as file:
         file.write(json.dumps(chat("gzip", "yes")))
     (folder / "README.md").write_text("not data")
-    train, _, report = blend(tokenizer, tmp_path / "out", [f"general={folder}"])
+    (folder / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    rows = pyarrow.Table.from_pylist([chat("parquet", "yes")])
+    pyarrow.parquet.write_table(rows, folder / "train-00000.parquet")
+    train, dropped, report = blend(tokenizer, tmp_path / "out", [f"general={folder}"])
     assert {(row["messages"][0]["content"], row["source"]) for row in train} == {
         ("in a list", "a.json"),
         ("first", "b.jsonl"),
         ("fourth", "b.jsonl"),
         ("gzip", "c.jsonl.gz"),
+        ("parquet", "train-00000.parquet"),
     }
-    assert [entry["read"] for entry in report["files"].values()] == [1, 2, 1]
-    assert [number for number, _ in chat_blend.read_records(folder / "b.jsonl")] == [1, 4]
+    read = {Path(name).name: entry["read"] for name, entry in report["files"].items()}
+    assert read == {"a.json": 1, "b.jsonl": 2, "c.jsonl.gz": 1, "dataset_infos.json": 1,
+                    "train-00000.parquet": 1}
+    [line] = report["passed_over"]
+    assert line.endswith(f"1 .md (the first: {folder}/README.md)")
+    assert dropped == [{"file": str(folder / "dataset_infos.json"), "record": 1,
+                        "reason": "not a chat record"}]
+
+
+def test_weights_and_ignored_keys_reach_the_file(tmp_path, tokenizer):
+    record = chat("q", "wrong", "q2", "right")
+    record["messages"][1]["train"] = False
+    path = write_lines(tmp_path / "s.jsonl", [record | {"mood": "glad"}])
+    assert "key 'mood' is not understood" in failure("--source", f"a={path}", "--tokenizer",
+                                                     tokenizer, "--out", tmp_path / "o")
+    (row,), _, report = blend(tokenizer, tmp_path / "out", [f"a={path}"], "--ignore", "mood")
+    assert [message.get("weight") for message in row["messages"]] == [None, 0, None, None]
+    assert report["settings"]["ignore"] == ["mood"]
+    dataset = ChatDataset(tmp_path / "out/train.jsonl", data.load_tokenizer(tokenizer), 512, seed=0)
+    tokens, mask = dataset.samples[0]
+    learned = data.load_tokenizer(tokenizer).decode(tokens[mask].tolist())
+    assert learned == "right<|eot_id|>"
+    assert report["categories"]["a"]["loss_tokens"] == mask.sum()
 
 
 def test_system_message_is_for_samples_without_one(tmp_path, tokenizer):
@@ -609,23 +579,23 @@ def test_the_output_trains(tmp_path, tokenizer):
 @pytest.mark.parametrize("arguments, message", [
     ("--source good.jsonl", "--source good.jsonl must be CATEGORY=PATH"),
     ("--source a=missing.jsonl", "--source missing.jsonl: no such file"),
-    ("--source a=text.md", "--source text.md must be a .json, .jsonl"),
-    ("--source a=empty", "--source empty must be .* or a directory of them"),
+    ("--source a=text.md", "text.md: no record can be used .1 not a chat record"),
+    ("--source a=empty", "--source empty: holds no .json, .jsonl, .ndjson, .parquet file"),
     ("--source a=good.jsonl=x", "--source a=good.jsonl=x: weight 'x' must be a number above 0"),
     ("--source a=good.jsonl=0", "weight '0'"),
     ("--source a=good.jsonl=nan", "'nan'"),
     ("--source a=good.jsonl=1 b=other.jsonl", "a weight to every source or to none"),
     ("--source a=broken.jsonl", "broken.jsonl, line 2: not valid JSON"),
-    ("--source a=latin.jsonl", "latin.jsonl, line 1:.*utf-8"),
-    ("--source a=object.json", "object.json: needs a list of records, not dict"),
-    ("--source a=broken.json", "broken.json: not valid JSON"),
-    ("--source a=cut.jsonl.gz", "cut.jsonl.gz: damaged gzip"),
-    ("--source a=deep.jsonl", "deep.jsonl, line 1: not valid JSON"),
-    ("--source a=keys.jsonl",
-     "keys.jsonl: has no chat records, its keys are: title, body; needs messages, conv"),
-    ("--source a=nothing.jsonl", "nothing.jsonl: has no chat records, its keys are: none"),
+    ("--source a=latin.jsonl", "latin.jsonl: not UTF-8"),
+    ("--source a=object.json", "object.json: no record can be used .1 not a chat record"),
+    ("--source a=broken.json", "broken.json, record 2: not valid JSON"),
+    ("--source a=cut.jsonl.gz", "cut.jsonl.gz: damaged .gz file"),
+    ("--source a=deep.jsonl", "deep.jsonl, record 1: not valid JSON"),
+    ("--source a=keys.jsonl", r"keys.jsonl: no record can be used \(3 not a chat record\); keys of "
+     "the first: title, body; needs one of messages, conv"),
+    ("--source a=nothing.jsonl", r"nothing.jsonl: no record can be used \(there is none\)"),
     ("--source a=good.jsonl --benchmark gone.jsonl", "--benchmark gone.jsonl: no such file"),
-    ("--source a=good.jsonl --benchmark text.md", "--benchmark text.md must be"),
+    ("--source a=good.jsonl --benchmark empty", "--benchmark empty: holds no .*, .txt file"),
     ("--source a=good.jsonl --benchmark broken.jsonl", "broken.jsonl, line 2: not valid JSON"),
     ("--source a=good.jsonl --benchmark nothing.jsonl",
      "--benchmark nothing.jsonl: has no text of 20 letters"),

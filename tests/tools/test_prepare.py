@@ -48,60 +48,6 @@ def write_lines(path, texts):
     return path
 
 
-# ---------------------------------------------------------------------------------------- reading
-
-
-def test_read_documents_takes_text_files_in_sorted_order_and_passes_over_the_rest(tmp_path):
-    names = ["b.py", "a/z.md", "a/b.txt", ".hidden/x.py", "__pycache__/x.py", "site-packages/x.py",
-             "x.bin", ".x.py"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name + "\r\n")
-    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe bad")
-    (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere.txt")
-    lines = ['{"text": "line 1", "id": 7}', "", '{"prompt": "p", "completion": "c"}', ""]
-    (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"messages": CONVERSATION}))
-    assert [document for _, document in prepare.read_documents(tmp_path)] == [
-        {"text": "b.py\r\n"},
-        {"text": "line 1"},
-        {"prompt": "p", "completion": "c"},
-        {"messages": CONVERSATION},
-        {"text": "a/b.txt\r\n"},
-        {"text": "a/z.md\r\n"},
-    ]
-
-
-@pytest.mark.parametrize("line, message", [
-    ('{"text": "unclosed', "line 2: not valid JSON"),
-    ("[1, 2]", "line 2: needs"),
-    ('"text"', "line 2: needs"),
-    ("7", "line 2"),
-    ('{"txt": "x"}', "line 2: needs"),
-    ('{"text": 5}', "line 2: needs"),
-    ('{"prompt": "p"}', "line 2: needs"),
-    ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: messages have no assistant"),
-    (b"\xff", "line 2|UTF-8"),
-])
-def test_a_bad_json_line_is_named(tmp_path, line, message):
-    path = tmp_path / "d.jsonl"
-    if isinstance(line, str):
-        line = line.encode()
-    path.write_bytes(b'{"text": "fine"}\n' + line)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*({message})"):
-        list(prepare.read_documents(path))
-
-
-def test_damaged_gzip_and_binary_files_are_named(tmp_path):
-    whole = gzip.compress(b'{"text": "abc"}\n' * 1000)
-    damaged = [("a.jsonl.gz", whole[:-20]), ("b.jsonl.gz", b"plain"), ("c.txt", b"\xff\xfe")]
-    for name, content in damaged:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name):
-            list(prepare.read_documents(tmp_path / name))
-
-
 # ----------------------------------------------------------------------------------------- corpus
 
 
@@ -251,7 +197,8 @@ def test_prepare_refuses_before_it_reads(tmp_path, tokenizer):
         ([("x", folder)], "whole", "already exists; remove it"),
         ([("x", folder), ("x", folder)], "o", "names must differ"),
         ([("x", tmp_path / "no")], "o", "no such file"),
-        ([("x", tmp_path / "empty")], "o", "no training documents"),
+        ([("x", tmp_path / "empty")], "o", "empty: holds no file to read"),
+        ([("x", folder), ("y", tmp_path / "empty")], "o", "empty: holds no file to read"),
         ([("x", tmp_path / "whole")], "o", "is a corpus"),
     ]
     for sources, out, message in cases:
@@ -434,7 +381,7 @@ def test_a_source_field_that_names_no_sources_is_refused(web, tokenizer, tmp_pat
 def test_a_bad_line_keeps_the_shards_that_are_done(web, tokenizer, tmp_path):
     bad = tmp_path / "z.jsonl"
     bad.write_text('{"txt": 1}')
-    with pytest.raises(ValueError, match="z.jsonl, line 1: needs an object"):
+    with pytest.raises(ValueError, match="z.jsonl: holds no document; no text"):
         prepare.prepare_corpus([("slim", web), ("bad", bad)], tokenizer, tmp_path / "out", **SMALL,
                                processes=2)
     assert len(list((tmp_path / "out" / "parts").glob("*.json"))) > 3

@@ -401,7 +401,8 @@ def test_record_does_not_depend_on_others(tokenizer_file, text_file, tmp_path, c
     again = (tmp_path / "few.jsonl").read_bytes()
     call(tokenizer_file, text_file, tmp_path / "few.jsonl")
     assert (tmp_path / "few.jsonl").read_bytes() == again
-    first = capsys.readouterr().out.splitlines()[0]
+    haystack, first, *_ = capsys.readouterr().out.splitlines()
+    assert haystack == "haystack: 1 documents of 1 .txt"
     assert first == f"wrote {tmp_path / 'few.jsonl'}: 4 plain prompts"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.jsonl", "many.jsonl"]
 

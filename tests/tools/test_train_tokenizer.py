@@ -4,6 +4,7 @@ from texts import TRAINING_TEXT
 
 import data
 from tools import train_tokenizer
+from tools.records import Documents
 from tools.train_tokenizer import train_bpe
 
 
@@ -44,7 +45,7 @@ def test_impossible_sizes_are_refused(tmp_path):
 def test_texts_end_after_so_many_bytes(tmp_path):
     (tmp_path / "a.txt").write_text("one two")
     (tmp_path / "b.jsonl").write_text('{"prompt": "three", "completion": "four"}\n{"text": "five"}')
-    assert list(train_tokenizer.read_texts([tmp_path], 13)) == ["one two", "three", "f"]
+    assert list(train_tokenizer.read_texts([Documents(tmp_path)], 13)) == ["one two", "three", "f"]
 
 
 def test_command_line_writes_a_tokenizer_that_loads(tmp_path, capsys):

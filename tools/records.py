@@ -1,0 +1,418 @@
+"""What other people's files hold: records, and documents of text; what is not read is told.
+
+The one reader of tools.prepare, train_tokenizer, ruler, perplexity, chat_blend and answer. What a
+file is, its content says:
+
+    content                                          records
+    a JSON object on the first line                  one a line
+    other JSON, in a file with a suffix of JSON      a list's items, or one value after the other
+    Parquet (needs pyarrow)                          its rows
+    other text in UTF-8                              {"text": all of it}
+
+any of them plain, or packed by gzip or zstd (needs zstandard). Of a directory the files with a
+known suffix are read, in any case of letters; a file named itself is read whatever its suffix.
+"""
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import itertools
+import json
+import os
+import re
+import sysconfig
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data import is_corpus, parse_json
+from sft import fault_in
+
+JSON = (".json", ".jsonl", ".ndjson")
+RECORDS = (*JSON, ".parquet")
+TEXT = tuple(
+    ".c .cc .cfg .cpp .cs .css .cu .cuh .go .h .hpp .html .ini .java .js .jsx .kt .lua .md .php "
+    ".pl .py .pyi .pyx .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt .xml "
+    ".yaml .yml".split())
+PACKED = (".gz", ".zst")
+NOT_ENTERED = ("__pycache__", "site-packages", "dist-packages", "node_modules")
+TEXT_FIELDS = ("text", "content", "raw_content")  # of a record: the first that it has
+CHUNK = 2**20
+MOST_KINDS = 8  # that a line of a report names
+MARK = b"\xef\xbb\xbf"  # a byte-order mark, which is no text
+
+
+# -------------------------------------------------------------------------------------- open a file
+
+
+class Unreadable(ValueError):
+    """Something is not what is read here; `reason` is why, without the place."""
+
+    def __init__(self, place: object, reason: str) -> None:
+        super().__init__(f"{place}: {reason}")
+        self.reason = reason
+
+
+def extra(name: str, use: str):
+    """A module that is not among the core packages. ValueError, one line, where it is absent."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise ValueError(f"{use} needs {package}: pip install {package}") from None
+
+
+class ZstdFile(io.RawIOBase):
+    """The content of an open .zst file. An EOFError if it was cut short, as for gzip: zstandard's
+    own reader takes what is there for the whole."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        zstandard = extra("zstandard", "a .zst file")
+        self.file = file
+        self.fault = zstandard.ZstdError
+        self.new_frame = zstandard.ZstdDecompressor().decompressobj
+        self.frame = self.new_frame()  # a file may have several, one after the other
+        self.begun = False  # whether something of the frame was read
+        self.content = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self.content:
+            packed = self.frame.unused_data if self.frame.eof else b""
+            packed = packed or self.file.read(CHUNK)
+            if self.frame.eof:
+                self.frame = self.new_frame()
+                self.begun = False
+            if not packed and self.begun:
+                raise EOFError("it ends within a frame")
+            if not packed:
+                return 0
+            try:
+                self.content = self.frame.decompress(packed)
+            except self.fault as error:
+                raise EOFError(str(error)) from None
+            self.begun = True
+        count = min(len(buffer), len(self.content))
+        buffer[:count] = self.content[:count]
+        self.content = self.content[count:]
+        return count
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[io.BufferedReader]:
+    """A file's content, unpacked by what it begins with. ValueError for one that is damaged."""
+    with open(path, "rb") as file:
+        head = file.peek(4)[:4]
+        try:
+            if head[:2] == b"\x1f\x8b":
+                yield io.BufferedReader(gzip.GzipFile(fileobj=file), CHUNK)
+            elif head == b"\x28\xb5\x2f\xfd":
+                yield io.BufferedReader(ZstdFile(file), CHUNK)
+            else:
+                yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: damaged {path.suffix} file ({error})") from None
+        except UnicodeDecodeError:
+            raise Unreadable(path, "not UTF-8") from None
+
+
+# --------------------------------------------------------------------------------- read its records
+
+
+def read_records(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, record) of a file. ValueError names the file, if it can, the line or record."""
+    yield from reader_of(path)(path)
+
+
+def reader_of(path: Path) -> Callable[[Path], Iterator[tuple[str, object]]]:
+    """The function below that reads what this file holds."""
+    with unpacked(path) as stream:
+        head = stream.peek(4)
+        if head[:4] == b"PAR1":
+            return read_rows
+        first = b""
+        if head.removeprefix(MARK).lstrip()[:1] == b"{":
+            first = next(filter(bytes.strip, stream))  # the first line that is not blank
+    if is_json(first):
+        return read_lines
+    return read_values if bare_suffix(path) in RECORDS else read_text
+
+
+def is_json(line: bytes) -> bool:
+    try:
+        parse_json(line, "")
+    except ValueError:
+        return False
+    return True
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, object]]:
+    with unpacked(path) as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                place = f"{path}, line {number}"
+                yield place, parse_json(line, place)
+
+
+def read_values(path: Path) -> Iterator[tuple[str, object]]:
+    """The items of a JSON list, or JSON values one after the other: one at a time is in memory."""
+    decode = json.JSONDecoder().raw_decode
+    between = re.compile(r"[\s,]*")
+    with unpacked(path) as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig")
+        buffer = text.read(CHUNK).lstrip()
+        is_list = buffer.startswith("[")
+        end = "]" if is_list else ""  # what must follow the last value
+        start = len("[") if is_list else 0
+        for number in itertools.count(1):
+            place = f"{path}, record {number}"
+            while True:
+                start = between.match(buffer, start).end()
+                try:
+                    value, start = decode(buffer, start)
+                    break
+                except (ValueError, RecursionError):
+                    # perhaps it goes on: as much again is read, so that a long one is tried seldom
+                    more = text.read(max(CHUNK, len(buffer) - start))
+                if not more and buffer[start:].rstrip() == end:
+                    return
+                if not more:
+                    raise Unreadable(place, "not valid JSON, or cut short")
+                buffer = buffer[start:] + more
+                start = 0
+            yield place, value
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+    parquet = extra("pyarrow.parquet", "a Parquet file")
+    number = 1
+    try:
+        with parquet.ParquetFile(path) as file:
+            for rows in file.iter_batches(batch_size=256):
+                for row in rows.to_pylist():
+                    yield f"{path}, row {number}", row
+                    number += 1
+    except (OSError, ValueError) as error:  # what pyarrow raises
+        raise ValueError(f"{path}: damaged Parquet file ({error})") from None
+
+
+def read_text(path: Path) -> Iterator[tuple[str, object]]:
+    with unpacked(path) as stream:
+        text = stream.read().decode("utf-8-sig")
+    if "\0" in text:
+        raise Unreadable(path, "binary")
+    yield str(path), {"text": text}
+
+
+# ------------------------------------------------------------------------ which files, and the rest
+
+
+class PassedOver:
+    """What was not read: how many of each kind for a reason, and the first of them."""
+
+    def __init__(self) -> None:
+        self.counts = {}
+        self.first = {}
+
+    def add(self, reason: str, kind: str, place: object) -> None:
+        self.counts.setdefault(reason, Counter())[kind] += 1
+        self.first.setdefault(reason, place)
+
+    def lines(self) -> list[str]:
+        """A line a reason: "not UTF-8: 2 .txt, 1 .py (the first: books/a.txt)"."""
+        lines = []
+        for reason, kinds in self.counts.items():
+            counts = [f"{count:,} {kind}" for kind, count in kinds.most_common(MOST_KINDS)]
+            others = [count for _, count in kinds.most_common()[MOST_KINDS:]]
+            if others:
+                counts.append(f"{sum(others):,} of {len(others)} other kinds")
+            lines.append(f"{reason}: {', '.join(counts)} (the first: {self.first[reason]})")
+        return lines
+
+
+def suffix_of(path: Path) -> str:
+    """In lower case; of a packed file with the one before it: ".json.gz"."""
+    suffix = path.suffix.lower()
+    if suffix in PACKED:
+        suffix = Path(path.stem).suffix.lower() + suffix
+    return suffix or "without suffix"
+
+
+def bare_suffix(path: Path) -> str:
+    """suffix_of without how the file is packed: ".json"."""
+    suffix = suffix_of(path)
+    for packed in PACKED:
+        suffix = suffix.removesuffix(packed)
+    return suffix
+
+
+def list_files(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> list[Path]:
+    """The file itself, or the files of a directory with such suffixes (packed or not), sorted, a
+    folder's own before its folders'. Raises ValueError where a package to read them is absent."""
+    if not path.is_dir():
+        files = [path]
+    else:
+        files = list(walk(path, suffixes, passed_over))
+    kinds = {suffix_of(file) for file in files}
+    if any(kind.endswith(".zst") for kind in kinds):
+        extra("zstandard", f"{path}: a .zst file")
+    if ".parquet" in kinds:
+        extra("pyarrow", f"{path}: a Parquet file")
+    return files
+
+
+def walk(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> Iterator[Path]:
+    """The files of a directory, see list_files."""
+    for place, folders, names in os.walk(path):
+        folders.sort()
+        for name in list(folders):
+            folder = Path(place, name)
+            if name.startswith("."):
+                reason = "hidden folder"
+            elif name in NOT_ENTERED:
+                reason = "folder not entered"
+            elif folder.is_symlink():
+                reason = "linked folder (it can be a source of its own)"
+            else:
+                continue
+            folders.remove(name)
+            passed_over.add(reason, name, folder)
+        for name in sorted(names):
+            file = Path(place, name)
+            if name.startswith("."):
+                reason = "hidden file"
+            elif bare_suffix(file) not in suffixes:
+                reason = "suffix not known (a file that is named itself is read)"
+            elif not file.is_file():
+                reason = "link to nothing"
+            else:
+                yield file
+                continue
+            passed_over.add(reason, suffix_of(file), file)
+
+
+# ------------------------------------------------------------------------------ documents of a text
+
+
+def source_path(source: str | Path, option: str = "--source") -> Path:
+    """The path that a --source names; "stdlib" is this Python's library. FileNotFoundError."""
+    path = Path(sysconfig.get_path("stdlib") if str(source) == "stdlib" else source)
+    if not path.exists():
+        raise FileNotFoundError(f"{option} {source}: no such file or directory")
+    return path
+
+
+def field_of(record: dict, name: str) -> object:
+    """What stands in a record at keys joined by dots; None if there is nothing."""
+    value = record
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def parse_document(record: object, text_field: str | None = None) -> dict | str:
+    """{text}, {prompt, completion} or {messages} of a record, or why it has none: its `text_field`,
+    else messages, else the first of TEXT_FIELDS, else prompt and completion."""
+    if not isinstance(record, dict):
+        return "no JSON object"
+    if text_field is None and record.get("messages") is not None:
+        reason = fault_in(record["messages"])
+        return reason or {"messages": record["messages"]}
+    fields = [text_field] if text_field else [name for name in TEXT_FIELDS if name in record]
+    if fields:
+        document = {"text": field_of(record, fields[0])}
+    elif "prompt" in record and "completion" in record:
+        document = {"prompt": record["prompt"], "completion": record["completion"]}
+    elif "messages" in record:
+        return "messages is null"
+    else:
+        known = ", ".join(TEXT_FIELDS)
+        return f"no {known}, prompt and completion, or messages (--text-field names another)"
+    for name, text in document.items():
+        if not isinstance(text, str):
+            name = fields[0] if fields else name
+            return f"{name} is {'null or absent' if text is None else 'not a string'}"
+    return document if any(document.values()) else "empty"
+
+
+class Documents:
+    """The documents of a file or directory, to be read once, as (source, document): the text at the
+    record's `source_field` or None, and what parse_document gives.
+
+    A record without a document is passed over and counted, and so is a file that is no text, or no
+    JSON. A ValueError: a damaged file, JSON that breaks off, a path that gives no document.
+    """
+
+    def __init__(self, path: Path, text_field: str | None = None,
+                 source_field: str | None = None) -> None:
+        if is_corpus(path):
+            raise ValueError(f"{path}: is a corpus that tools.prepare wrote, not text")
+        self.path = path
+        self.text_field = text_field
+        self.source_field = source_field
+        self.passed_over = PassedOver()
+        self.files = list_files(path, RECORDS + TEXT, self.passed_over)
+        self.read = Counter()  # files that gave documents, by suffix
+        self.count = 0  # documents
+        self.without_source = 0
+        self.check(self.files, "file to read")
+
+    def check(self, found: object, what: str) -> None:
+        if not found:
+            because = "; ".join(["", *self.passed_over.lines()])
+            raise ValueError(f"{self.path}: holds no {what}{because}")
+
+    def __iter__(self) -> Iterator[tuple[str | None, dict]]:
+        for file in self.files:
+            kind = suffix_of(file)
+            earlier = self.count
+            records = 0
+            try:
+                reader = reader_of(file)
+                # a plain text has no fields
+                field = None if reader is read_text else self.text_field
+                for place, record in reader(file):
+                    records += 1
+                    document = parse_document(record, field)
+                    if isinstance(document, str):
+                        self.passed_over.add(document, f"of {kind}", place)
+                    else:
+                        self.count += 1
+                        yield self.source_of(record), document
+            except Unreadable as error:
+                if records:
+                    raise
+                self.passed_over.add(error.reason, kind, file)
+            self.read[kind] += self.count > earlier
+        self.check(self.count, "document")
+
+    def source_of(self, record: dict) -> str | None:
+        if self.source_field is None:
+            return None
+        source = field_of(record, self.source_field)
+        if isinstance(source, str) and source:
+            return source
+        self.without_source += 1
+        return None
+
+    def report(self, name: str) -> str:
+        """Lines on what was read so far, and what was passed over."""
+        files = ", ".join(f"{count:,} {kind}" for kind, count in self.read.most_common() if count)
+        lines = [f"{name}: {self.count:,} documents of {files}"]
+        if self.without_source:
+            lines.append(f"  {self.without_source:,} of them without {self.source_field}")
+        for line in self.passed_over.lines():
+            lines.append(f"  passed over, {line}")
+        return "\n".join(lines)
+
+
+def texts_of(document: dict) -> list[str]:
+    """All that a document says, role names aside."""
+    if "messages" in document:
+        return [message["content"] for message in document["messages"]]
+    return list(document.values())
