@@ -76,7 +76,7 @@ class ZstdFile(io.RawIOBase):
         self.new_frame = zstandard.ZstdDecompressor().decompressobj
         self.frame = self.new_frame()  # a file may have several, one after the other
         self.begun = False  # whether something of the frame was read
-        self.content = b""
+        self.content = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -84,7 +84,7 @@ class ZstdFile(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         while not self.content:
             packed = self.frame.unused_data if self.frame.eof else b""
-            packed = packed or self.file.read(CHUNK)
+            packed = packed or self.file.read(2**16)  # may hold a hundred times as much
             if self.frame.eof:
                 self.frame = self.new_frame()
                 self.begun = False
@@ -93,7 +93,7 @@ class ZstdFile(io.RawIOBase):
             if not packed:
                 return 0
             try:
-                self.content = self.frame.decompress(packed)
+                self.content = memoryview(self.frame.decompress(packed))
             except self.fault as error:
                 raise EOFError(str(error)) from None
             self.begun = True
@@ -267,8 +267,11 @@ def list_files(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -
 
 
 def walk(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> Iterator[Path]:
-    """The files of a directory, see list_files."""
-    for place, folders, names in os.walk(path):
+    """The files of a directory, see list_files. OSError for a folder that cannot be read."""
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(path, onerror=fail):
         folders.sort()
         for name in list(folders):
             folder = Path(place, name)
