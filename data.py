@@ -58,31 +58,60 @@ LLAMA3_SPECIAL = (  # llama-models, llama3/tokenizer.py
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
     "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)))
 
+PART = 2**19  # characters: longer texts are encoded in parts
+# Where no piece of the patterns above reaches over, and NFC joins nothing: after a line break
+# between two characters, before a space between two words.
+BORDER = re.compile(r"(?<=\S\n)(?=\S)|(?<=[a-z])(?= [a-z])")
+MOST_SPACES = 900_000  # tiktoken panics at a million white spaces in a row: cut before (ids differ)
+SPACES = re.compile(rf"(?<!\s)\s{{{MOST_SPACES}}}")
+
 
 class Tokenizer(tiktoken.Encoding):
     """tiktoken's Encoding, several times as fast as Hugging Face's tokenizers, and what it lacks to
-    give their ids: text is put into `normal_form` (Qwen2: NFC), bytes not in the vocabulary are
-    dropped (SmolLM2: 21). See load_tokenizer_json."""
+    give their ids: text is put into `normal_form` (Qwen2: NFC), added tokens that are not special
+    are one id where they are spelled in plain text (Qwen3: <think>), and bytes not in the
+    vocabulary are dropped (SmolLM2: 21). See load_tokenizer_json."""
 
-    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
-                 normal_form: str | None = None, path: Path | None = None) -> None:
-        size = max([*ranks.values(), *special.values()]) + 1
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], added: dict[str, int],
+                 normal_form: str | None = None, path: Path | None = None,
+                 spelled: Iterable[str] = ()) -> None:
+        """added: tokens that no merge makes, special ones and those `spelled` in plain text."""
+        size = max([*ranks.values(), *added.values()]) + 1
         # tiktoken wants an id for each byte: absent ones get ids beyond the vocabulary
         absent = sorted({bytes([b]) for b in range(256)} - ranks.keys())
         beyond = {byte: size + i for i, byte in enumerate(absent)}
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks | beyond,
-                         special_tokens=special)
+                         special_tokens=added)
         self.max_token_value = size - 1  # tiktoken's, of which it makes n_vocab: without those
         self.normal_form = normal_form
         self.lacks_bytes = bool(absent)  # then `known` must drop them again
         self.path = path  # the file it was loaded from
+        self.ordinary = ranks | beyond  # for `fingerprint`
+        longest_first = sorted(spelled, key=len, reverse=True)
+        alternatives = "|".join(map(re.escape, longest_first))
+        self.spelled = re.compile(f"({alternatives})") if alternatives else None
+        # all on which ids depend, beside those of `ordinary`
+        self.rules = repr([pattern, normal_form, longest_first, sorted(added.items())])
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of plain text: a special token spelled there stays text."""
-        # at a million white spaces in a row tiktoken panics: cut at 100,000 (ids there may differ)
-        pieces = re.split(r"(\s{100000})", self.normalise(text))
-        encoded = map(super().encode_ordinary, pieces)
-        return self.known(itertools.chain.from_iterable(encoded))
+        if len(text) <= PART and not self.spelled:  # nearly all texts
+            return self.known(super().encode_ordinary(self.normalise(text)))
+        return list(itertools.chain.from_iterable(self.encode_parts(text)))
+
+    def encode_continued(self, text: str) -> list[int]:
+        """Ids of plain text that goes on after another; see LibraryTokenizer, where they differ."""
+        return self.encode_ordinary(text)
+
+    def encode_parts(self, text: str) -> Iterator[list[int]]:
+        """The ids of encode_ordinary, part by part: a list of all takes 40 bytes a token."""
+        texts = self.spelled.split(text) if self.spelled else [text]
+        for number, between in enumerate(texts):
+            if number % 2:  # "Hm <think> so" is split into "Hm ", "<think>", " so"
+                yield [self._special_tokens[between]]
+                continue
+            for part in parts(between):
+                yield self.known(super().encode_ordinary(self.normalise(part)))
 
     def encode(self, text: str, **special) -> list[int]:
         """Ids of a text, with tiktoken's `allowed_special` and `disallowed_special`."""
@@ -91,22 +120,44 @@ class Tokenizer(tiktoken.Encoding):
     def normalise(self, text: str) -> str:
         return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
-    def known(self, tokens: Iterable[int]) -> list[int]:
+    def known(self, tokens: list[int]) -> list[int]:
         """Those of some ids that the vocabulary has."""
         if not self.lacks_bytes:
-            return list(tokens)
+            return tokens
         return [token for token in tokens if token <= self.max_token_value]
 
 
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """Llama-3 `tokenizer.model`, or `tokenizer.json` of byte-level BPE (Llama 3, Qwen2, SmolLM2):
+def parts(text: str) -> Iterator[str]:
+    """A text in parts a little longer than PART, as far as it has borders to cut it at."""
+    start = 0
+    while len(text) - start > PART:
+        border = BORDER.search(text, start + PART)
+        end = border.start() if border else len(text)
+        yield from short_runs(text[start:end])
+        start = end
+    yield text[start:]
+
+
+def short_runs(text: str) -> Iterator[str]:
+    """A text, cut where a run of white spaces is too long."""
+    while len(text) > MOST_SPACES and (run := SPACES.search(text)):
+        yield text[:run.end()]
+        text = text[run.end():]
+    yield text
+
+
+def load_tokenizer(path: str | Path,
+                   vocab_size: int | None = None) -> Tokenizer | LibraryTokenizer:
+    """Llama-3 `tokenizer.model`, or `tokenizer.json` of any BPE (Llama 2 and 3, Qwen2, SmolLM2):
     the file or its directory. vocab_size: the model's, which must have room for all ids."""
     path = Path(path)
     if path.is_dir():
         llama3 = path / "tokenizer.model"
-        path = llama3 if llama3.exists() else path / "tokenizer.json"
+        usable = llama3.is_file() and not is_sentencepiece(llama3)
+        path = llama3 if usable else path / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; needs a tokenizer.model or tokenizer.json")
+        raise FileNotFoundError(f"{path}: no such file; needs a tokenizer.json, or the "
+                                "tokenizer.model of Llama 3 (SentencePiece's is not read)")
     is_json = path.suffix == ".json"
     tokenizer = load_tokenizer_json(path) if is_json else load_tokenizer_model(path)
     if vocab_size is not None and tokenizer.n_vocab > vocab_size:
@@ -118,6 +169,9 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
 def load_tokenizer_model(path: Path) -> Tokenizer:
     """Llama 3's file, a line a token: its bytes in base64 and its rank, which is its id, as in
     "IHRoZQ== 279" for " the". The special tokens are not in it: their ids follow the ranks."""
+    if is_sentencepiece(path):
+        raise ValueError(f"{path}: SentencePiece's, which is not read; give the directory or the "
+                         "tokenizer.json of the same model")
     ranks = {}
     try:
         lines = [line for line in path.read_bytes().splitlines() if line]
@@ -133,8 +187,16 @@ def load_tokenizer_model(path: Path) -> Tokenizer:
     return Tokenizer("llama3", LLAMA3, ranks, special, path=path)
 
 
-def load_tokenizer_json(path: Path) -> Tokenizer:
-    """Hugging Face's file, where tiktoken can do exactly the same.
+def is_sentencepiece(path: Path) -> bool:
+    """Whether a tokenizer.model is Llama 2's kind: a protobuf message that begins with another one,
+    each with a line break for a tag and a length, as in 0A 0E 0A 05 <unk>."""
+    with open(path, "rb") as file:
+        start = file.read(3)
+    return start[::2] == b"\n\n"
+
+
+def load_tokenizer_json(path: Path) -> Tokenizer | LibraryTokenizer:
+    """Hugging Face's file of BPE: by tiktoken where it does exactly the same, else by tokenizers.
 
     Both cut a text into pieces by a pattern, begin with a token a byte, and join two neighbours at
     a time. They choose the two differently: tokenizers takes the pair that stands first in
@@ -147,44 +209,172 @@ def load_tokenizer_json(path: Path) -> Tokenizer:
     For merges that BPE training found they agree if ids grow along `merges`, and if every longer
     token has a merge: tiktoken would make one without it, too, which tokenizers never does.
     """
-    # 1. Read: special tokens, the others, and which token each merge makes.
+    # 1. Read: added tokens, the others, and the pairs that merge.
     content = read_object(path)
     try:
         model = content["model"]
-        special = {token["content"]: token["id"] for token in content["added_tokens"]}
-        vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-        merged = []  # ids
-        for pair in model["merges"]:
-            if isinstance(pair, str):  # "h e" in older files, ["h", "e"] in newer ones
-                pair = pair.split(" ")
-            merged.append(vocab["".join(pair)])
+        kind = model.get("type", "BPE")  # not in some old files
+        if kind != "BPE" or model.get("dropout"):  # which draws lots
+            raise ValueError(f"{path}: model.type {kind}, dropout {model.get('dropout')} is not "
+                             "supported, only BPE without dropout")
+        added = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+        # those that are text, as <think> is for Qwen3, and <|im_end|> is not
+        spelled = [token for token in content["added_tokens"] if not token.get("special", True)]
+        vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+        # "h e" in older files, ["h", "e"] in newer ones
+        pairs = [p.split(" ") if isinstance(p, str) else p for p in model["merges"]]
+        model["merges"] = pairs
+        merged = [vocab.get("".join(pair)) for pair in pairs]  # ids
     except (KeyError, TypeError, AttributeError) as error:
         kind = type(error).__name__
         raise ValueError(f"{path}: not a BPE tokenizer.json ({kind}: {error})") from None
-    # 2. Refuse what tiktoken does not have.
+    # 2. By the library.
+    lacking = tiktoken_lacks(content, spelled, vocab, merged)
+    spelled = [token["content"] for token in spelled]
+    if lacking:
+        return LibraryTokenizer(path, content, spelled, lacking)
+    # 3. By tiktoken: tokens as the bytes they stand for.
+    byte_of = byte_characters()
+    ranks = {bytes(byte_of[character] for character in token): i for token, i in vocab.items()}
+    pattern = split_pattern(content["pre_tokenizer"])
+    normal_form = (content.get("normalizer") or {}).get("type")
+    return Tokenizer(path.parent.name, pattern, ranks, added, normal_form, path, spelled)
+
+
+def tiktoken_lacks(content: dict, spelled: list[dict], vocab: dict[str, int],
+                   merged: list[int | None]) -> str:
+    """What of a tokenizer.json tiktoken does not do, or "". spelled: added tokens that are text;
+    vocab: without added tokens; merged: what each merge makes, None if that is not there."""
+    # 1. What it does not have.
     splitting = content.get("pre_tokenizer") or {}
-    pattern = split_pattern(splitting)
-    if pattern is None:
-        raise ValueError(f"{path}: pre_tokenizer {json.dumps(splitting)[:200]} is not supported, "
-                         "only GPT-2's, SmolLM2's, Llama 3's and Qwen2's")
+    if split_pattern(splitting) is None:
+        return f"pre_tokenizer {json.dumps(splitting)[:200]}"
     normal_form = (content.get("normalizer") or {}).get("type")
     if normal_form not in (None, "NFC"):
-        raise ValueError(f"{path}: normalizer {normal_form} is not supported, only none or NFC")
-    for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
-        if model.get(name):
-            raise ValueError(f"{path}: model.{name} {model[name]!r} is not supported, only none")
-    # 3. Refuse merges that it would do differently; write tokens as the bytes they stand for.
-    consequence = "so tiktoken would encode differently"
-    if merged != sorted(merged):
-        raise ValueError(f"{path}: token ids do not grow in the order of merges, {consequence}")
+        return f"normalizer {normal_form}"
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if content["model"].get(name):
+            return f"model.{name} {content['model'][name]!r}"
+    flags = ("lstrip", "rstrip", "single_word", *(["normalized"] if normal_form else []))
+    for token in spelled:
+        for flag in flags:
+            if token.get(flag):
+                return f"{flag} of the added token {token['content']!r}"
+    # 2. What it would do differently.
+    if None in merged or merged != sorted(merged):
+        return "token ids that do not grow in the order of merges"
     byte_of = byte_characters()
     mergeable = set(merged)
-    ranks = {}
     for token, i in vocab.items():
         if token not in byte_of and i not in mergeable:
-            raise ValueError(f"{path}: token {token!r} has no merge, {consequence}")
-        ranks[bytes(byte_of[character] for character in token)] = i
-    return Tokenizer(path.parent.name, pattern, ranks, special, normal_form, path)
+            return f"token {token!r}, which has no merge"
+    return ""
+
+
+class LibraryTokenizer:
+    """A tokenizer.json that is beyond tiktoken, by the library that such files are of, an extra:
+    Tokenizer's methods, several times slower.
+
+    Llama 2's kind, SentencePiece's, writes a space as "▁", puts one before each text, and spells a
+    character that it lacks in bytes. A text that goes on after another gets none:
+
+        encode_ordinary("a cat\\n")     ▁a ▁cat <0x0A>
+        encode_continued("a cat\\n")    a ▁cat <0x0A>
+
+    decode takes a text's first space off, as the library does; decode_bytes, for parts, does not.
+    """
+
+    def __init__(self, path: Path, content: dict, spelled: list[str], lacking: str) -> None:
+        """content: of the file, its merges as lists; spelled: its added tokens that are not
+        special; lacking: what tiktoken does not do."""
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError:
+            raise ValueError(f"{path}: {lacking}: not by tiktoken, but by the tokenizers library; "
+                             "pip install -r requirements-dev.txt") from None
+        added = {token["content"] for token in content["added_tokens"]}
+        special = added.difference(spelled)
+        # a special token that a text spells is text: no merge may make it
+        pairs = [pair for pair in content["model"]["merges"] if "".join(pair) not in special]
+        content["model"]["merges"] = pairs
+        content |= {"truncation": None, "padding": None}  # to a model's window
+        try:
+            self.library = Library.from_str(json.dumps(content))
+            self.continued = Library.from_str(json.dumps(content | without_prefix(content)))
+        except Exception as error:  # it raises nothing more precise
+            raise ValueError(f"{path}: the tokenizers library does not read it ({error})") from None
+        for library in (self.library, self.continued):
+            library.encode_special_tokens = True  # as text
+
+        self.name = path.parent.name
+        self.path = path
+        vocab = self.library.get_vocab()
+        self.n_vocab = max(vocab.values()) + 1
+        self.special_tokens_set = added  # as tiktoken has them: those that `spelled` names too
+        self.ordinary = {token.encode(): i for token, i in vocab.items() if token not in special}
+        used = json.dumps(content | {"post_processor": None, "decoder": None})
+        self.rules = hashlib.sha256(used.encode()).hexdigest()
+        # the bytes of each id
+        decoder = json.dumps(content.get("decoder"))
+        byte_of = byte_characters() if '"ByteLevel"' in decoder else {}
+        self.spelling = {}
+        for token, i in vocab.items():
+            if token in added:
+                spelling = token.encode()
+            elif byte_of.keys() >= set(token):
+                spelling = bytes(byte_of[character] for character in token)
+            elif content["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                spelling = bytes([int(token[3:5], 16)])
+            else:
+                spelling = token.replace("▁", " ").encode()
+            self.spelling[i] = spelling
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.ids(self.library, text)
+
+    def encode_continued(self, text: str) -> list[int]:
+        return self.ids(self.continued, text)
+
+    def encode_parts(self, text: str) -> Iterator[list[int]]:
+        yield self.encode_ordinary(text)
+
+    def ids(self, library, text: str) -> list[int]:
+        valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
+        return library.encode(valid, add_special_tokens=False).ids
+
+    def encode_single_token(self, token: str) -> int:
+        i = self.library.token_to_id(token)
+        if i is None:
+            raise KeyError(token)
+        return i
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.library.decode(list(tokens), skip_special_tokens=False)
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        return b"".join(map(self.decode_single_token_bytes, tokens))
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        return self.spelling[token]
+
+
+def without_prefix(content: dict) -> dict:
+    """The entries of a tokenizer.json that put a space before each text, so that they do not."""
+    normalizers = [step for step in steps(content.get("normalizer")) if step["type"] != "Prepend"]
+    splits = []
+    for step in steps(content.get("pre_tokenizer")):
+        if step["type"] in ("Metaspace", "ByteLevel"):
+            step = step | {"prepend_scheme": "never", "add_prefix_space": False}
+        splits.append(step)
+    return {"normalizer": {"type": "Sequence", "normalizers": normalizers},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits}}
+
+
+def steps(entry: dict | None) -> list[dict]:
+    """A normalizer's or pre_tokenizer's: those of a sequence, or itself."""
+    if not entry:
+        return []
+    return entry.get("normalizers") or entry.get("pretokenizers") or [entry]
 
 
 def byte_characters() -> dict[str, int]:
@@ -216,11 +406,11 @@ def split_pattern(pre_tokenizer: dict) -> str | None:
     return None
 
 
-def stop_tokens(tokenizer: tiktoken.Encoding, eos: int | list[int] | None) -> list[int]:
+def stop_tokens(tokenizer: Tokenizer, eos: int | list[int] | None) -> list[int]:
     """Ids at which generation stops: a model's eos_token_id, and those that end a text or a
     turn."""
     stops = {eos} if isinstance(eos, int) else set(eos or [])
-    for name in ("<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>"):
+    for name in ("<|end_of_text|>", "<|endoftext|>", "</s>", "<|eot_id|>", "<|im_end|>"):
         if name in tokenizer.special_tokens_set:
             stops.add(tokenizer.encode_single_token(name))
     return sorted(stops)
@@ -515,9 +705,9 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 # ------------------------------------------------------------------------------------------ corpora
 
 
-def fingerprint(tokenizer: tiktoken.Encoding) -> str:
+def fingerprint(tokenizer: Tokenizer) -> str:
     """Identifies what ordinary ids stand for; special ones have other names in another file."""
-    ranks = tokenizer._mergeable_ranks
+    ranks = tokenizer.ordinary
     content = hashlib.sha256()
     for token in sorted(ranks, key=ranks.get):  # with its length, so that no two spell alike
         content.update(b"%d %d %s" % (ranks[token], len(token), token))
@@ -529,7 +719,7 @@ def is_corpus(path: Path) -> bool:
     return (path / "meta.json").is_file()
 
 
-def read_meta(directory: str | Path, tokenizer: tiktoken.Encoding | None = None) -> dict:
+def read_meta(directory: str | Path, tokenizer: Tokenizer | None = None) -> dict:
     """meta.json of a corpus: {"splits": {"train": [shard, ...], "valid": [...]}, "tokenizer":
     fingerprint, ...}, where a shard is {"name", "source", "documents", "tokens"}. A tokenizer must
     be the one that the corpus was prepared with."""
@@ -636,16 +826,16 @@ def length_weights(lengths: np.ndarray, sources: np.ndarray, short: int = 4096, 
     return weights
 
 
-def separator_tokens(separator: str, tokenizer: tiktoken.Encoding | None) -> np.ndarray:
+def separator_tokens(separator: str, tokenizer: Tokenizer | None) -> np.ndarray:
     """What follows each document, int64 (n,); see PackedDataset."""
     if separator == "none":
         tokens = []
     elif tokenizer is None:
         raise ValueError(f"separator {separator!r} needs the tokenizer")
     elif separator == "<s>":
-        tokens = tokenizer.encode_ordinary("<s>")  # plain text: for Llama 3 the tokens < s >
+        tokens = tokenizer.encode_continued("<s>")  # plain text: for Llama 2 and 3 < s >
     elif separator == "bos_eos":
-        names = ("<|end_of_text|>", "<|endoftext|>", "<|begin_of_text|>")
+        names = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<|begin_of_text|>", "<s>")
         names = [name for name in names if name in tokenizer.special_tokens_set]
         tokens = [tokenizer.encode_single_token(name) for name in names]
         if not tokens:
@@ -676,7 +866,7 @@ class PackedDataset:
     def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int,
                  separator: str = "<s>", short: int = 4096, long: int = 8192,
                  short_weight: float = 1.0, long_weight: float = 1.0,
-                 tokenizer: tiktoken.Encoding | None = None, document_mask: bool = False) -> None:
+                 tokenizer: Tokenizer | None = None, document_mask: bool = False) -> None:
         """tokenizer: the one the corpus was prepared with, which is checked (see read_meta);
         separator "none" needs none. short ... long_weight: see length_weights."""
         meta = read_meta(directory, tokenizer)

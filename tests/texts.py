@@ -1,4 +1,6 @@
 """Text, and tokenizers of it whose tokens a test can count."""
+import json
+
 import pytest
 
 import data
@@ -68,3 +70,38 @@ def hugging_face_tokenizer(kind, path, vocab_size=500):
     library.train_from_iterator([TRAINING_TEXT], trainer)
     library.save(str(path / "tokenizer.json"))
     return library
+
+
+def sentencepiece_tokenizer(kind, path, vocab_size=600):
+    """A tokenizer.json as Llama 2 has it, or ("metaspace") as newer files of its kind, trained on
+    TRAINING_TEXT. It lacks the line break and most letters of other scripts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(
+        byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    pre = tokenizers.pre_tokenizers
+    library.pre_tokenizer = pre.Sequence([pre.Metaspace(), pre.Digits(individual_digits=True)])
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special + byte_tokens, show_progress=False,
+        limit_alphabet=80)
+    library.train_from_iterator([*TRAINING_TEXT.splitlines(), "<s> x </s> " * 20], trainer)
+    content = json.loads(library.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"]
+                               if token["content"] not in byte_tokens]
+    # merges that make a special token, as converters of SentencePiece's files write them
+    content["model"]["vocab"].setdefault("<s", len(content["model"]["vocab"]))
+    content["model"]["merges"] = [["<", "s"], ["<s", ">"], *content["model"]["merges"]]
+    content["pre_tokenizer"] = None
+    if kind == "metaspace":
+        content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁",
+                                    "prepend_scheme": "first", "split": False}
+    else:
+        content["normalizer"] = {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
+    content["decoder"] = {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    (path / "tokenizer.json").write_text(json.dumps(content))

@@ -388,8 +388,7 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer,
         raise ValueError(f"source names must differ: {', '.join(name for name, _ in sources)}")
     sources = {name: Documents(source_path(path), text_field, source_field)
                for name, path in sources}
-    settings = repr([fingerprint(tokenizer), tokenizer._pat_str, tokenizer.normal_form,
-                     sorted(tokenizer._special_tokens.items()), holdout])
+    settings = repr([fingerprint(tokenizer), tokenizer.rules, holdout])
     with unfinished(out_dir), workers(processes) as pool:
         # 1. Cut the sources into jobs, and 2. encode each.
         jobs = cut_jobs(sources, job_characters)
