@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiktoken import Encoding
 from tqdm import tqdm
 
 import data
+from data import Tokenizer
 from model import KVCache, Llama, ModelConfig, read_config, rescale
 from parallel import Grid, one_line_errors, print_once
 from rope_yarn import add_scaling_arguments, scaling_from_options
@@ -79,7 +79,7 @@ class Prompt:
     key: str | None
 
 
-def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float,
+def build_prompt(tokenizer: Tokenizer, haystack_tokens, length: int, depth: float,
                  rng: random.Random, task: str = "passkey", chat: bool = False, digits: int = 5,
                  system: str | None = None) -> Prompt:
     """One prompt of exactly `length` tokens; a pure function of its arguments and of rng's state.
@@ -102,7 +102,7 @@ def build_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float
     text = tokenizer.decode_bytes(passage).lower()
     key, number = draw_fact(rng, text, digits, task)
     # 2. All that is no haystack.
-    encode = tokenizer.encode_ordinary
+    encode = tokenizer.encode_continued  # each follows other text
     wording = WORDING[task]
     opening, closing = wording["fact"]
     question = wording["question"].format(key=key)
@@ -148,13 +148,15 @@ def draw_fact(rng: random.Random, text: bytes, digits: int, task: str) -> tuple[
     return absent("keys", lambda: "-".join(rng.sample(KEYS, 2))), number
 
 
-def begin_of_text(tokenizer: Encoding) -> list[int]:
-    """Llama 3 sees its begin-of-text token before any text; most other tokenizers have none."""
-    name = "<|begin_of_text|>"
-    return [tokenizer.encode_single_token(name)] if name in tokenizer.special_tokens_set else []
+def begin_of_text(tokenizer: Tokenizer) -> list[int]:
+    """Llama 3 and Llama 2 see a token of their own before any text; most others have none."""
+    for name in ("<|begin_of_text|>", "<s>"):
+        if name in tokenizer.special_tokens_set:
+            return [tokenizer.encode_single_token(name)]
+    return []
 
 
-def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int], list[int]]:
+def chat_frame(tokenizer: Tokenizer, system: str | None = None) -> tuple[list[int], list[int]]:
     """What a chat template puts before a user's message, and after it up to the answer."""
     tokens = encode_question("", tokenizer, system)  # around an empty message
     end = end_of_turn(tokenizer)
@@ -162,7 +164,7 @@ def chat_frame(tokenizer: Encoding, system: str | None = None) -> tuple[list[int
     return tokens[:border], tokens[border:]
 
 
-def insertion_point(tokenizer: Encoding, passage: list[int], target: int) -> int:
+def insertion_point(tokenizer: Tokenizer, passage: list[int], target: int) -> int:
     """The place nearest to `target` where a fact damages no text: in "I sat down.\\nThe caterpillar
     slept" with the target inside "caterpillar" before "The", where a line begins. Without a border
     of lines within 2 % of the passage (8 to 256 tokens) it is between two words, and without that
@@ -204,7 +206,7 @@ def exact_number_match(text: str, number: str) -> bool:
     return first is not None and first.group() == number
 
 
-def text_of(tokenizer: Encoding, tokens: list[int]) -> str:
+def text_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
     """What tokens spell."""
     said = b""
     for token in tokens:
@@ -215,7 +217,7 @@ def text_of(tokenizer: Encoding, tokens: list[int]) -> str:
     return said.decode("utf-8", errors="replace")
 
 
-def score(tokenizer: Encoding, prompt: Prompt, predictions: list[int]) -> tuple[bool, str]:
+def score(tokenizer: Tokenizer, prompt: Prompt, predictions: list[int]) -> tuple[bool, str]:
     """(exact match, what the model said), from its argmax for each answer token and the one after.
 
     For 48213, which Llama 3's tokenizer splits into 482|13:
@@ -310,7 +312,7 @@ def predict(reader: Reader, prompts: list[Prompt]) -> list[list[int]]:
     return [row[-count:] for row, count in zip(best, counts, strict=True)]
 
 
-def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float, sample: int, *,
+def cell_prompt(tokenizer: Tokenizer, haystack_tokens, length: int, depth: float, sample: int, *,
                 seed: int = 1234, task: str = "passkey", **options) -> Prompt:
     """Prompt number `sample` of one cell, see `build_prompt`; it depends on no other cell. "mixed"
     alternates tasks by sample. A sample's text begins at the same place of the haystack in all
@@ -324,7 +326,7 @@ def cell_prompt(tokenizer: Encoding, haystack_tokens, length: int, depth: float,
     return build_prompt(tokenizer, passage, length, depth, rng, task, **options)
 
 
-def evaluate(model: Llama, tokenizer: Encoding, haystack_tokens, lengths: list[int],
+def evaluate(model: Llama, tokenizer: Tokenizer, haystack_tokens, lengths: list[int],
              depths: list[float], samples: int, *, batch_tokens: int = 16384, **options) -> dict:
     """Retrieval accuracy of every length x depth, a cell, `samples` prompts each. Cells are taken
     from the last place of a fact to the first: so each prompt begins like the one before, up to its
@@ -467,7 +469,7 @@ def print_saved(read: int, computed: int) -> None:
 # ------------------------------------------------------------------------------------- command line
 
 
-def read_checkpoint(options: Namespace, grid: Grid) -> tuple[ModelConfig, data.Tokenizer]:
+def read_checkpoint(options: Namespace, grid: Grid) -> tuple[ModelConfig, Tokenizer]:
     """All of a model directory but its weights: configuration and tokenizer, checked."""
     scaling = scaling_from_options(vars(options))
     config = rescale(read_config(options.model), scaling)
@@ -516,7 +518,7 @@ def as_json(results: dict) -> bytes:
     return f"{json.dumps(results, indent=1, default=str)}\n".encode()
 
 
-def load_haystack(path: Path, tokenizer: Encoding, needed: int) -> np.ndarray:
+def load_haystack(path: Path, tokenizer: Tokenizer, needed: int) -> np.ndarray:
     """The first `needed` tokens (int64) of a haystack; all, if it has no more. It is a corpus, of
     which the held-out split is taken, or a text file. Facts in our wording are refused."""
     if data.is_corpus(path):

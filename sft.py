@@ -126,7 +126,7 @@ def encode_question(text: str, tokenizer: tiktoken.Encoding,
 def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
                   add_generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
     """(tokens, loss) of each piece of Llama 3's template (llama-models, chat_format.py)."""
-    text = tokenizer.encode_ordinary
+    text = tokenizer.encode_continued
     special = tokenizer.encode_single_token
 
     def header(role: str) -> list[int]:
@@ -146,7 +146,7 @@ def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
 def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
                   add_generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
     """(tokens, loss) of each piece of ChatML, as SmolLM2 and Qwen2 have it."""
-    text = tokenizer.encode_ordinary
+    text = tokenizer.encode_continued
     special = tokenizer.encode_single_token
     line_break = text("\n")  # one token
     for message in messages:

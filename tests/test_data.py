@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import sys
 import time
 import unicodedata
 from pathlib import Path
@@ -11,9 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from texts import SCRIPTS, TRAINING_TEXT, hugging_face_tokenizer
+from texts import (
+    SCRIPTS,
+    SENTENCE,
+    TEXT,
+    TRAINING_TEXT,
+    hugging_face_tokenizer,
+    sentencepiece_tokenizer,
+)
 
 import data
+import eval_niah
+import train
+from eval_niah import begin_of_text, build_prompt, score, text_of
+from sft import encode_chat
+from tools import prepare
 from tools.prepare import write_corpus
 from tools.train_tokenizer import train_bpe
 
@@ -69,6 +82,8 @@ def test_llama3_pattern_pieces(tokenizer):
 def test_a_million_spaces_do_not_crash_tiktoken(tokenizer):
     text = "a" + " " * 1_200_000 + "b"
     assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    # nor are shorter runs looked through again from each of their spaces
+    assert list(data.short_runs("a" * 50_000 + " " * 890_000)) == ["a" * 50_000 + " " * 890_000]
 
 
 @pytest.mark.parametrize("content, message", [
@@ -97,23 +112,251 @@ def test_tokenizer_json_equals_the_tokenizers_library(kind, tmp_path):
     assert ours.encode_single_token("<|im_end|>") == library.token_to_id("<|im_end|>")
 
 
-@pytest.mark.parametrize("change, message", [
+def change_file(path, change):
+    """Change the JSON of a directory's tokenizer.json; the library's own view of it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    library = tokenizers.Tokenizer.from_file(str(file))
+    library.encode_special_tokens = True
+    return library
+
+
+BEYOND_TIKTOKEN = [
     (lambda t: t.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
     (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer.*Whitespace"),
     (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer"),
     (lambda t: t["model"].update(byte_fallback=True), "byte_fallback"),
     (lambda t: t["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
     (lambda t: t["model"]["merges"].reverse(), "order of merges"),
-    (lambda t: t["model"]["vocab"].update(zebra=900), "'zebra' has no merge"),
-    (lambda t: t.update(model={"type": "WordPiece", "vocab": {}}), "not a BPE"),
+    (lambda t: t["model"]["vocab"].update(zebra=900), "'zebra', which has no merge"),
+    (lambda t: t.update(truncation={"max_length": 2, "stride": 0, "direction": "Right",
+                                    "strategy": "LongestFirst"}, normalizer={"type": "NFKC"}),
+     "normalizer NFKC"),
+]
+
+
+@pytest.mark.parametrize("change, message", BEYOND_TIKTOKEN)
+def test_what_tiktoken_cannot_express_is_the_librarys(change, message, tmp_path, monkeypatch):
+    hugging_face_tokenizer("gpt2", tmp_path)
+    library = change_file(tmp_path, change)
+    library.no_truncation()
+    ours = data.load_tokenizer(tmp_path)
+    for text in [*SCRIPTS, *random_texts(50), "<|im_end|>", "bad \ud800 text"]:
+        valid = text.encode(errors="replace").decode() if "\ud800" in text else text
+        if valid == text:
+            ids = library.encode(text, add_special_tokens=False).ids
+            assert ours.encode_ordinary(text) == ids
+            assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
+        assert list(ours.encode_parts(text)) == [ours.encode_ordinary(text)]
+    assert ours.n_vocab == max(library.get_vocab().values()) + 1
+    # without the extra it is refused in one line
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*pip install[^\n]*$"):
+        data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.update(model={"type": "WordPiece", "vocab": {}}), "model.type WordPiece"),
+    (lambda t: t.update(model={"type": "Unigram", "vocab": []}), "model.type Unigram"),
+    (lambda t: t["model"].update(dropout=0.1), "dropout 0.1"),
+    (lambda t: t["model"].pop("merges"), "not a BPE tokenizer.json .KeyError: 'merges'"),
+    (lambda t: t.update(normalizer={"type": "Unheard"}), "library does not read it"),
 ])
-def test_tokenizer_json_that_tiktoken_cannot_express_is_refused_by_name(change, message, tmp_path):
+def test_a_tokenizer_json_that_is_not_bpe_is_refused_in_one_line(change, message, tmp_path):
     hugging_face_tokenizer("gpt2", tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     change(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
         data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+def test_a_tokenizer_of_llama_2s_kind_equals_transformers(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sentencepiece_tokenizer(kind, tmp_path)
+    ours = data.load_tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    files = sorted(Path(os.__file__).parent.glob("*.py"))[:100]
+    assert len(files) == 100
+    for text in [*(file.read_text() for file in files), " ".join(SCRIPTS), *random_texts(200)]:
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids)
+        spelled = ours.decode_bytes(ids).decode()
+        assert spelled in (text, " " + text)  # Metaspace puts none before a space
+    # no token for these: bytes
+    assert ours.decode_single_token_bytes(ours.encode_continued("\n")[0]) == b"\n"
+    assert len(ours.encode_continued("𓀀")) == 4
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+def test_llama_2s_special_tokens_are_known_and_no_texts(kind, tmp_path):
+    sentencepiece_tokenizer(kind, tmp_path)
+    ours = data.load_tokenizer(tmp_path)
+    begin, end = map(ours.encode_single_token, ("<s>", "</s>"))
+    assert begin_of_text(ours) == [begin]
+    assert data.stop_tokens(ours, None) == sorted([end, ours.encode_single_token("<|im_end|>")])
+    assert data.separator_tokens("bos_eos", ours).tolist() == [end, begin]
+    # the separator of the paper is text, though merges of this vocabulary would make the token
+    separator = data.separator_tokens("<s>", ours).tolist()
+    assert begin not in separator
+    assert ours.decode(separator) == "<s>"
+    assert begin not in ours.encode_ordinary("x<s> <s></s>")
+    assert text_of(ours, [begin, *ours.encode_ordinary("Hi"), ours.n_vocab]) == "<s> Hi\ufffd"
+    with pytest.raises(KeyError):
+        ours.encode_single_token("no such token")
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+def test_text_that_goes_on_after_another_gets_no_space(kind, tmp_path):
+    sentencepiece_tokenizer(kind, tmp_path)
+    ours = data.load_tokenizer(tmp_path)
+    whole = ours.encode_ordinary("the cat sat 12")
+    assert ours.encode_ordinary("the cat") + ours.encode_continued(" sat 12") == whole
+    tokens, _ = encode_chat([{"role": "user", "content": "the cat"}], ours)
+    assert ours.decode(tokens) == "<|im_start|>user\nthe cat<|im_end|>\n"
+    for length in (200, 301):
+        haystack = np.array(ours.encode_ordinary(TEXT))
+        prompt = build_prompt(ours, haystack, length, 0.5, random.Random(0))
+        assert len(prompt.tokens) == length
+        fact = f"\nThe pass key is {prompt.answer}. Remember it.\n"
+        assert fact in ours.decode(prompt.tokens)
+        assert ours.decode(prompt.tokens).endswith(f"The pass key is {prompt.answer}")
+        right = [*prompt.tokens[prompt.answer_start:], ours.encode_continued(".")[0]]
+        assert score(ours, prompt, right)[0]
+        assert not score(ours, prompt, right[:-1] + ours.encode_continued("7"))[0]
+
+
+def test_a_sentencepiece_model_gives_way_to_the_tokenizer_json_beside_it(tmp_path):
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c")  # as Llama 2's begins
+    with pytest.raises(FileNotFoundError, match="^[^\n]*needs a tokenizer.json[^\n]*$"):
+        data.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="^[^\n]*SentencePiece's[^\n]*the directory[^\n]*$"):
+        data.load_tokenizer(model)
+    sentencepiece_tokenizer("prepend", tmp_path)
+    assert data.load_tokenizer(tmp_path).path == tmp_path / "tokenizer.json"
+
+
+def test_fingerprint_and_rules_tell_tokenizers_of_llama_2s_kind_apart(tmp_path):
+    sentencepiece_tokenizer("prepend", tmp_path)
+    first = data.load_tokenizer(tmp_path)
+    change_file(tmp_path, lambda content: content.update(post_processor=None, truncation=None))
+    saved = data.load_tokenizer(tmp_path)
+    assert (data.fingerprint(saved), saved.rules) == (data.fingerprint(first), first.rules)
+    change_file(tmp_path, lambda content: content.update(normalizer=None))
+    same_tokens = data.load_tokenizer(tmp_path)
+    assert data.fingerprint(same_tokens) == data.fingerprint(first)
+    assert same_tokens.rules != first.rules
+    sentencepiece_tokenizer("prepend", tmp_path, 450)
+    assert data.fingerprint(data.load_tokenizer(tmp_path)) != data.fingerprint(first)
+
+
+ADDED = ["<think>", "<tool_call>", "<think>\n", "  "]
+
+
+@pytest.mark.parametrize("flags", [{}, {"normalized": True}, {"lstrip": True}, {"rstrip": True},
+                                   {"single_word": True}])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_added_tokens_that_are_not_special_are_one_id(kind, flags, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    library = hugging_face_tokenizer(kind, tmp_path)
+
+    def add(content):
+        content["decoder"] = {"type": "ByteLevel", "add_prefix_space": False,
+                              "trim_offsets": True, "use_regex": True}
+        for token in ADDED:
+            entry = {"id": library.get_vocab_size() + ADDED.index(token), "content": token}
+            entry |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                      "special": False}
+            content["added_tokens"].append(entry | flags)
+
+    change_file(tmp_path, add)
+    ours = data.load_tokenizer(tmp_path)
+    by_tiktoken = not flags or (kind == "gpt2" and "normalized" in flags)
+    assert isinstance(ours, data.Tokenizer) == by_tiktoken
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"),
+                                                  split_special_tokens=True)
+    think = ours.encode_single_token("<think>")
+    assert ours.encode_ordinary("<think>") == [think]
+    end = ours.encode_single_token("<|im_end|>")
+    rng = random.Random(0)
+    pieces = [*ADDED, "<|im_end|>", "a", " ", "\n", "\u0338", "\u0301", "e", "<", "think>", "1"]
+    for _ in range(500):
+        text = "".join(rng.choices(pieces, k=rng.randrange(1, 9)))
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"], repr(text)
+        assert end not in ids
+        if kind == "gpt2" and not {"lstrip", "rstrip"} & flags.keys():
+            assert ours.decode_bytes(ids).decode() == text
+
+
+# where pieces of all patterns end, and all that NFC joins
+LETTERS = ["a", "b", "é", "e", "\u0301", "\u0338", "<", "1", "٢", " ", " ", "\n", "\n", "\r", "\t",
+           ".", "'s", "'", "\u3000", "\x1c", "\x85", "中", "ᄀ", "ᅡ", "ᆨ", "\u0345", "🙂", "_", "-"]
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen2", "gpt2", "smollm2", "nfc gpt2", "nfc llama3"])
+def test_parts_of_a_text_have_the_ids_of_the_whole(kind, tmp_path, monkeypatch):
+    hugging_face_tokenizer(kind.split()[-1], tmp_path)
+    if "nfc" in kind:
+        change_file(tmp_path, lambda content: content.update(normalizer={"type": "NFC"}))
+    ours = data.load_tokenizer(tmp_path)
+    assert isinstance(ours, data.Tokenizer)
+    rng = random.Random(0)
+    cuts = 0
+    for number in range(3000):
+        few = rng.sample(LETTERS, 5) + ["the", "\n", " "]
+        text = "".join(rng.choices(few, k=rng.randrange(40)))
+        whole = ours.known(super(data.Tokenizer, ours).encode_ordinary(ours.normalise(text)))
+        monkeypatch.setattr(data, "PART", 1 + number % 3)  # cut wherever it may be cut
+        parts = list(ours.encode_parts(text))
+        assert sum(parts, []) == ours.encode_ordinary(text) == whole, repr(text)
+        cuts += len(parts) - 1
+    assert cuts > 3000
+
+
+def test_a_long_text_comes_in_parts(tokenizer):
+    text = SENTENCE * (3 * data.PART // len(SENTENCE))
+    sizes = [len(tokenizer.decode(part)) for part in tokenizer.encode_parts(text)]
+    assert len(sizes) == 3
+    assert max(sizes) < data.PART + 100
+
+
+def test_a_long_run_of_white_space_has_the_librarys_ids(tmp_path):
+    library = hugging_face_tokenizer("smollm2", tmp_path)
+    ours = data.load_tokenizer(tmp_path)
+    for text in ("a" + " " * 700_000 + "b", "\n" * 150_000, "x" + "\t" * 150_001 + "1"):
+        assert ours.encode_ordinary(text) == library.encode(text).ids
+        assert text in data.parts(text)  # whole
+
+
+def test_text_to_needles_with_a_tokenizer_of_llama_2s_kind(tmp_path, capsys):
+    """The whole way: corpus, a few steps, a needle map."""
+    sentencepiece_tokenizer("prepend", tmp_path)
+    tokenizer = data.load_tokenizer(tmp_path)
+    config = json.loads((Path(train.__file__).parent / "runs" / "tiny.json").read_text())
+    config |= {"vocab_size": tokenizer.n_vocab, "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lines = [json.dumps({"text": TEXT[i:] + TEXT}) + "\n" for i in range(0, 600, 20)]
+    (tmp_path / "text.jsonl").write_text("".join(lines))
+    source = f"text={tmp_path / 'text.jsonl'}"
+    place = [str(tmp_path / name) for name in ("corpus", "run", "results.json")]
+    prepare.main(["--source", source, "--tokenizer", str(tmp_path), "--holdout", "0.5",
+                  "--holdout-window", "0", "--processes", "1", "--out", place[0]])
+    train.main(["--config", str(tmp_path / "config.json"), "--tokenizer", str(tmp_path),
+                "--data", place[0], "--sequence-length", "64", "--steps", "2", "--device", "cpu",
+                "--validation-sequences", "1", "--out", place[1]])
+    eval_niah.main([f"{place[1]}/final", "--haystack", place[0], "--lengths", "200", "300",
+                    "--depths", "2", "--samples", "1", "--device", "cpu", "--out", place[2]])
+    assert "length" in capsys.readouterr().out
+    assert len(json.loads(Path(place[2]).read_text())["cells"]) == 4
+    end = tokenizer.encode_single_token("</s>")
+    assert end in json.loads(Path(place[1], "final", "config.json").read_text())["eos_token_id"]
 
 
 # ----------------------------------------------------------------------------------------- corpus

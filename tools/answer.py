@@ -51,7 +51,7 @@ def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat:
     """What the model reads: plain text after begin-of-text, or a user's message in the chat
     template; then how the answer begins."""
     if chat:
-        return encode_question(text, tokenizer, system) + tokenizer.encode_ordinary(answer_prefix)
+        return encode_question(text, tokenizer, system) + tokenizer.encode_continued(answer_prefix)
     return begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + answer_prefix)
 
 

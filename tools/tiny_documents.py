@@ -77,7 +77,7 @@ class Encoder:
 
     def __call__(self, text: str) -> list[int]:
         if text not in self.known:
-            self.known[text] = self.tokenizer.encode_ordinary(text)
+            self.known[text] = self.tokenizer.encode_continued(text)
         return self.known[text]
 
     def with_number(self, text: str, number: str) -> list[int]:
