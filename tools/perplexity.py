@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiktoken import Encoding
 
 import data
 from eval_niah import (
@@ -35,7 +34,8 @@ from tools.records import Documents, source_path
 from train import Parser, positive, writable
 
 
-def load_long_documents(path: Path, tokenizer: Encoding, length: int, count: int) -> np.ndarray:
+def load_long_documents(path: Path, tokenizer: data.Tokenizer, length: int,
+                        count: int) -> np.ndarray:
     """The first length + 1 tokens of the first `count` documents that have them, begin-of-text
     where there is one included: (count, length + 1) int64.
 

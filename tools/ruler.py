@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tiktoken import Encoding
 from tqdm import tqdm
 
 from data import Tokenizer, is_corpus, load_tokenizer, sync
@@ -429,7 +428,7 @@ def largest(count: Callable[[Draft], int], plan: Plan, budget: int) -> tuple[Dra
         size += math.floor((budget - 8 - tokens) / rate)
 
 
-def fill(tokenizer: Encoding, count: Callable[[Draft], int], draft: Draft, used: int,
+def fill(tokenizer: Tokenizer, count: Callable[[Draft], int], draft: Draft, used: int,
          budget: int) -> Draft | None:
     """The draft with filler that makes `budget` tokens of `used`.
 
@@ -480,7 +479,7 @@ def has_essay(task: str) -> bool:
     return task in NIAH and NIAH[task].haystack == "essay"
 
 
-def make_record(tokenizer: Encoding, haystack: str, task: str, length: int, sample: int,
+def make_record(tokenizer: Tokenizer, haystack: str, task: str, length: int, sample: int,
                 seed: int = 42, chat: bool = False, system: str | None = None) -> dict:
     """A line of the output without its index: a pure function of its arguments.
 
