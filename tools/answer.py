@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         config, tokenizer = read_checkpoint(a, grid)
         note_lengths(config, a.max_length or 0)
-        questions = read_questions(a.jsonl, a.metric, a.max_new_tokens)
+        questions = read_questions([a.jsonl], a.metric, a.max_new_tokens)
         limit = a.max_length or config.max_position_embeddings
         prompt, system = choose_prompt(a.prompt, a.system, questions, tokenizer)
         least = max(question.max_new_tokens for question in questions) + 2

@@ -1,20 +1,50 @@
-"""What records of a file ask, and how answers are scored: RULER's, LongBench-like sets, your own.
+"""What the records of benchmarks ask, and how an answer is scored. `tools.answer` is the program.
 
-A line of the file is a JSON object with prompt (or context and input) and answers (or outputs, or
-answer). `tools.answer` reads, answers and scores them.
+A file is one of RULER, LongBench, LongBench v2, InfiniteBench, L-Eval, LV-Eval, or your own: an
+object a line with prompt (or context, input, question and choices) and answers (or outputs, or
+answer). tests/tools/test_questions.py shows a record of each and what is made of it. A prompt is
+what the record holds, without the instructions that LongBench, InfiniteBench and LV-Eval put around
+it in their programs, so their published numbers are not quite comparable.
 """
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
+from data import read_records
 
 # -------------------------------------------------------------------------------------- questions
+
+# What the keys of a record are. Any other refuses its file: it may be what is asked, and the score
+# of a prompt without its question means nothing.
+PARTS = ("prompt", "context", "input", "question")  # of the prompt, in this order
+CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")  # LongBench v2; InfiniteBench: `options`
+ANSWERS = {"outputs": "all", "answers": "any", "answer": "any"}  # and the metric of each
+STATED = ("options", "instructions", "answer_prefix", "max_new_tokens", "metric", "evaluation",
+          "task", "dataset", "length", "template", "system")
+NO_PART = (
+    "_id", "id", "index", "source",
+    "sample", "depths", "length_w_model_temp", "token_position_answer",  # tools.ruler, RULER
+    "domain", "sub_domain", "difficulty",  # LongBench v2
+    "language", "all_classes", "answer_keywords", "confusing_facts")  # LongBench, LV-Eval
+KEYS = {*PARTS, *CHOICES, *ANSWERS, *STATED, *NO_PART}
+
+LETTERS = "ABCD"
+# how choices are shown, and what is said after them, for the metric of that name
+CHOOSING = {
+    "choice": ("({}) {}", 'Which one is right? Say "The correct answer is (X)" with its letter.'),
+    "option": ("{}. {}", "Which one is right? Say its letter only."),
+}
+
+# RULER's tasks, and tokens for their answers (scripts/synthetic.yaml, data/synthetic/constants.py)
+RULER_TASK = re.compile(r"niah_\w+|vt|cwe|fwe|qa_[12]")
+MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+# names of files that do not say what is asked: then their folder's does
+NO_TASK = re.compile(r"(train|validation|valid|dev|test|data)(-\d+-of-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -32,73 +62,184 @@ class Question:
     made_for: tuple[str | None, str | None] = (None, None)
 
 
-def parse_question(record: dict, task: str, metric: str | None,
-                   max_new_tokens: int | None) -> Question:
+def read_questions(files: list[Path], metric: str | None = None, max_new_tokens: int | None = None,
+                   ignore: Iterable[str] = (), asked: str | None = None) -> list[Question]:
+    """The questions of files, one after the other.
+
+    A record may state its own task, metric and max_new_tokens; the arguments win over them. Keys to
+    `ignore` are as if absent; `asked` is the question of a context without one. Raises ValueError
+    that says where and what is wrong.
+    """
+    given = {"metric": metric, "max_new_tokens": max_new_tokens}
+    given = {key: value for key, value in given.items() if value is not None}
+    questions = []
+    for file in files:
+        before = len(questions)
+        names = [file.name.partition(".")[0], *(folder.name for folder in file.resolve().parents)]
+        task = next(name for name in names if not NO_TASK.fullmatch(name))
+        for place, record in read_records(file):
+            try:
+                for one in one_by_one(known_part(record, ignore)):
+                    if asks_nothing(one) and asked:
+                        one["question"] = asked
+                    questions.append(parse_question(one | given, task))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+        if len(questions) == before:
+            raise ValueError(f"--jsonl {file}: holds no prompt")
+    return questions
+
+
+def known_part(record: object, ignore: Iterable[str]) -> dict:
+    """A record without keys to ignore, and without empty fields of a table (null)."""
+    if not isinstance(record, dict):
+        raise ValueError("needs a JSON object")
+    kept = {}
+    for key, value in record.items():
+        if value is not None and key not in ignore:
+            kept[key] = value
+    unknown = " ".join(key for key in kept if key not in KEYS)
+    if unknown:
+        raise ValueError(f"{unknown}: not known here, and may be part of the question; to do "
+                         f"without: --ignore {unknown}")
+    return kept
+
+
+def one_by_one(record: dict) -> list[dict]:
+    """L-Eval's `instructions` all ask something of one document, `input`: a record for each."""
+    if "instructions" not in record:
+        return [record]
+    rest = dict(record)
+    instructions = rest.pop("instructions")
+    outputs = rest.pop("outputs", None)
+    document = rest.pop("input", "")
+    are_lists = isinstance(instructions, list) and isinstance(outputs, list)
+    if not are_lists or len(instructions) != len(outputs):
+        raise ValueError("instructions and outputs must be lists of one length")
+    records = []
+    for question, output in zip(instructions, outputs, strict=True):
+        records.append(rest | {"context": document, "question": question, "outputs": output})
+    return records
+
+
+def asks_nothing(record: dict) -> bool:
+    return not any(record.get(key) for key in PARTS if key != "context")
+
+
+def parse_question(record: dict, task: str) -> Question:
     """The question of a record; `task` is for records that name none.
 
-    Raises ValueError, TypeError, LookupError or AttributeError if it is none.
+    Raises ValueError that says what is wrong.
     """
-    if "prompt" in record:
-        text = record["prompt"]
-    else:
-        parts = [record[key] for key in ("context", "input") if record.get(key)]
-        text = "\n\n".join(parts)
-    stated = [record[key] for key in ("outputs", "answers", "answer") if key in record]
-    answers = stated[0] if isinstance(stated[0], list) else [stated[0]]
+    # 1. What is asked: RULER's tasks have their own room for an answer.
+    task = str(record.get("task", record.get("dataset", task)))
+    text = prompt_text(record)
+    answers_key, answers = right_answers(record)
+    kind = None
+    if any(key in record for key in CHOICES):
+        kind = "choice"
+        choices = [record.get(key) for key in CHOICES]
+    elif record.get("options"):  # InfiniteBench has empty ones, too
+        kind = "option"
+        choices = record["options"]
+    if kind:
+        text, answers = add_choices(text, choices, kind, answers)
+    room = 128
+    if RULER_TASK.fullmatch(task):
+        room = MAX_NEW_TOKENS[task.partition("_")[0]]
+
+    # 2. What scores it: the record says so, or its task or form do.
+    metric = record.get("metric", record.get("evaluation"))
+    if metric is None and task in ("qa_1", "qa_2"):  # RULER's other tasks ask for all of `outputs`
+        metric = "any"
+    if metric is None:
+        metric = kind or ANSWERS[answers_key]
+
     question = Question(
         text=text,
         answer_prefix=record.get("answer_prefix", ""),
-        answers=[str(answer) for answer in answers],
-        metric=metric or record.get("metric", "all"),
-        max_new_tokens=max_new_tokens or record.get("max_new_tokens", 128),
-        task=str(record.get("task", task)),
-        length=str(record.get("length", "all")),
+        answers=answers,
+        metric=metric,
+        max_new_tokens=record.get("max_new_tokens", room),
+        task=task,
+        length=column(record),
         made_for=(record.get("template"), record.get("system")))
-
-    if not isinstance(text, str) or not isinstance(question.answer_prefix, str):
-        raise ValueError("text is no text")
-    if not text or not answers or not all(question.answers):
-        raise ValueError("a text is empty")
-    if not all(isinstance(answer, (str, int, float)) for answer in answers):
-        raise ValueError("an answer is neither text nor a number")
-    if question.metric not in METRICS:
-        raise ValueError("unknown metric")
+    if metric not in list(METRICS):  # L-Eval's evaluation: exam, rouge, LLM or human, but for f1
+        raise ValueError(f"metric {metric!r} is not known here; choose --metric "
+                         f"{', '.join(METRICS)}")
+    if not isinstance(question.answer_prefix, str):
+        raise ValueError("answer_prefix must be text")
     if not isinstance(question.max_new_tokens, int) or question.max_new_tokens < 1:
-        raise ValueError("no room for an answer")
+        raise ValueError("max_new_tokens must be a whole number, 1 or more")
     return question
 
 
-def read_questions(path: Path, metric: str | None = None,
-                   max_new_tokens: int | None = None) -> list[Question]:
-    """Questions of a .jsonl file: RULER's (input, answer_prefix, outputs, length), InfiniteBench's
-    (context, input, answer), LV-Eval's (context, input, answers), or prompt and answers.
+def prompt_text(record: dict) -> str:
+    """What a record asks, but for its choices."""
+    parts = {key: record[key] for key in PARTS if record.get(key)}
+    if not all(isinstance(part, str) for part in parts.values()):
+        raise ValueError(f"{' and '.join(parts)} must be text")
+    if asks_nothing(record):
+        raise ValueError(f"asks nothing: needs one of {', '.join(PARTS)} beside or instead of "
+                         "context, and not empty; or --question TEXT")
+    if "prompt" in parts and len(parts) > 1:
+        *others, last = parts
+        raise ValueError(f"has {', '.join(others)} and {last}: --ignore what is not to be read")
+    return "\n\n".join(parts.values())
 
-    A record may state its own task, metric and max_new_tokens; the arguments win over them, and
-    without either they are the file's name, "all" and 128. Raises ValueError naming the line.
+
+def right_answers(record: dict) -> tuple[str, list[str]]:
+    """(their key, the right answers) of a record."""
+    keys = [key for key in ANSWERS if key in record]
+    if len(keys) != 1:
+        raise ValueError(f"needs one of {', '.join(ANSWERS)}, has {' and '.join(keys) or 'none'}")
+    [key] = keys
+    answers = record[key] if isinstance(record[key], list) else [record[key]]
+    if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):
+        raise ValueError(f"{key} must be text or numbers")
+    if "" in answers:
+        raise ValueError(f"{key} has an empty text")
+    return key, list(map(str, answers))
+
+
+def add_choices(text: str, choices: object, kind: str, answers: list[str]) -> tuple[str, list[str]]:
+    """(the prompt with its choices, what may be said for the right one).
+
+    LongBench v2 states the letter. InfiniteBench states the text, at times its letter after it, and
+    takes either (src/eval_utils.py).
     """
-    task = path.name.split(".")[0]
-    questions = []
-    for number, line in data.read_lines(path):
-        try:
-            question = parse_question(json.loads(line), task, metric, max_new_tokens)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            raise ValueError(
-                f"{path}, line {number}: needs a JSON object with prompt (or context and input), "
-                "answers (or outputs, or answer), and if stated a metric of "
-                f"{', '.join(METRICS)} and max_new_tokens of 1 or more") from None
-        questions.append(question)
-    if not questions:
-        raise ValueError(f"--jsonl {path}: holds no prompt")
-    return questions
+    are_texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    if not are_texts or not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"needs 2 to {len(LETTERS)} choices, all text")
+    letter_of = dict(zip(choices, LETTERS, strict=False))
+    letter = letter_of.get(answers[-1], answers[-1])
+    if letter not in letter_of.values():
+        raise ValueError(f"the answer {letter[:40]!r} is none of the choices")
+    line, instruction = CHOOSING[kind]
+    lines = map(line.format, LETTERS, choices)
+    right = [letter] if kind == "choice" else [choices[LETTERS.index(letter)], letter]
+    return "\n".join([text, "", *lines, "", instruction]), right
+
+
+def column(record: dict) -> str:
+    """The table's column: a length as it is if tools.ruler made it, else rounded up to a power of
+    two. RULER's own are a little below one; LongBench's and LV-Eval's, in words, are all different.
+    """
+    length = record.get("length", "all")
+    if isinstance(length, int) and "template" not in record:
+        length = 1 << (length - 1).bit_length()
+    return str(length)
 
 
 # ----------------------------------------------------------------------------------------- scores
 
 
 def words(text: str) -> list[str]:
-    """Lower case, without punctuation and articles (SQuAD's normalisation, arXiv 1606.05250)."""
+    """Lower case, without punctuation and articles (SQuAD's normalisation, arXiv 1606.05250); but
+    not where nothing would be left: the letter "A." is ["a"]."""
     plain = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return [word for word in plain.split() if word not in ("a", "an", "the")]
+    said = plain.split() or text.split()
+    return [word for word in said if word not in ("a", "an", "the")] or said
 
 
 def shared_words(text: str, answer: str) -> float:
@@ -126,8 +267,41 @@ def same_words(text: str, answers: list[str]) -> float:
     return float(any(words(text) == words(answer) for answer in answers))
 
 
+def stated_choice(text: str, answers: list[str]) -> float:
+    """LongBench v2's rule (pred.py of THUDM/LongBench): the letter after "The correct answer is",
+    in brackets if any is, asterisks left out; without these words an answer is wrong."""
+    plain = text.replace("*", "")
+    found = (re.search(r"The correct answer is \(([A-D])\)", plain)
+             or re.search(r"The correct answer is ([A-D])", plain))
+    return float(found is not None and found[1] in answers)
+
+
+def chosen_option(text: str, answers: list[str]) -> float:
+    """InfiniteBench's rule of En.MC (src/compute_scores.py). What counts is, of these, the first
+    that is there: a letter at the very beginning; the option or letter as the whole text; what
+    follows "answer is" and the like; a letter that stands alone."""
+    if text[:1] in tuple(LETTERS):
+        return float(text[0] in answers)
+    if text in answers:
+        return 1.0
+    plain = " ".join(re.sub(r"[\n\"'.,?!{}]", " ", text).split())
+    for lead in ("answer is:", "answer:", "answer is", "option is"):
+        _, found, rest = plain.partition(lead)
+        if found:
+            return float(rest[1:].startswith(tuple(answers)))
+    letters = [word for word in plain.split() if word in LETTERS]
+    return float(bool(letters) and letters[0] in answers)
+
+
 # score in [0, 1] of a text against the right answers
-METRICS = {"all": share_of_answers, "any": any_answer, "f1": best_shared_words, "exact": same_words}
+METRICS = {
+    "all": share_of_answers,
+    "any": any_answer,
+    "f1": best_shared_words,
+    "exact": same_words,
+    "choice": stated_choice,
+    "option": chosen_option,
+}
 
 
 def printable(text: str) -> str:

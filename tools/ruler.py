@@ -38,6 +38,7 @@ from data import Tokenizer, is_corpus, load_tokenizer, sync
 from parallel import one_line_errors
 from tools.answer import prompt_tokens
 from tools.prepare import held_out_split
+from tools.questions import MAX_NEW_TOKENS
 from tools.records import Documents, source_path
 from tools.train_tokenizer import read_texts
 from train import Parser, positive, writable
@@ -64,7 +65,6 @@ DEPTHS = [round(100 * i / 39) for i in range(40)]  # per cent (RULER, niah.py)
 FILLER = 2000  # characters that may fill the rest: more than the longest line has
 MORE_NOISE = f"\n{NOISE}" * (FILLER // len(NOISE))
 HAYSTACK_BYTES = 2**25  # read at most, whatever the lengths: a record depends on no other
-MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}  # RULER's tokens_to_generate
 
 
 class Niah(NamedTuple):
