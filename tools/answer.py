@@ -1,12 +1,13 @@
-"""Answers and scores prompts of a file: RULER's, LongBench-like sets, your own.
+"""Answers and scores prompts of files: RULER's, LongBench-like sets, your own.
 
     python -m tools.answer MODEL_DIR --jsonl ruler.jsonl --out answers.jsonl
     torchrun --standalone --nproc-per-node 8 -m tools.answer MODEL_DIR --tp 2 --cp 4 \\
         --jsonl ruler.jsonl --out answers.jsonl
 
-A line of the file is a JSON object with prompt (or context and input) and answers (or outputs, or
-answer). Prompts that begin alike share the keys and values of what they share. The same command
-goes on after a stop.
+A line of a file is a JSON object with prompt (or context and input) and answers (or outputs, or
+answer), or one that tools/questions.py knows. A directory, as RULER's DATA/TASK/validation.jsonl,
+stands for the files in it. Prompts that begin alike share the keys and values of what they share.
+The same command goes on after a stop.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,7 +39,7 @@ from eval_niah import (
 )
 from parallel import Grid, one_line_errors, print_once
 from sft import chat_template, encode_question
-from tools.questions import METRICS, Question, printable, read_questions
+from tools.questions import METRICS, RULER_TASK, Question, printable, read_questions
 from train import Parser, compute_type, option, positive, writable
 
 # ---------------------------------------------------------------------------------------- answers
@@ -167,7 +169,15 @@ def weights_stamp(model: Path) -> str:
     return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()[:16]
 
 
-def read_answers(path: Path, settings: dict) -> dict[int, dict]:
+def files_stamp(files: list[Path]) -> str:
+    """Identifies what files hold, in their order."""
+    digests = list(map(data.digest, files))
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+
+
+def read_answers(path: Path, settings: dict, questions: list[Question]) -> dict[int, dict]:
     """Answers that an earlier run wrote, by index; a line that a killed run left half-written is
     left out.
 
@@ -192,6 +202,12 @@ def read_answers(path: Path, settings: dict) -> dict[int, dict]:
             before = {key: before.get(key) for key in now}
         raise ValueError(f"--out {path}: was made with {name} {before!r}, not {now!r}; choose "
                          "another file")
+    for index, line in answers.items():
+        for name in ("task", "length", "answers", "metric"):  # as another version read the file
+            now = getattr(questions[index], name)
+            if line[name] != now:
+                raise ValueError(f"--out {path}: has an answer with {name} {line[name]!r}, not "
+                                 f"{now!r}; choose another file")
     return answers
 
 
@@ -222,14 +238,36 @@ def write_answers(out: Path | None, settings: dict, answers: dict[int, dict],
                 file.flush()
 
 
+WORDS = ("short", "medium", "long")  # LongBench v2's lengths
+THRESHOLD = 85.6  # %: Llama-2-7B at 4K, by which RULER calls a length effective (arXiv 2404.06654)
+
+
+def place_of(length: str) -> tuple:
+    """Sorts lengths: numbers ("4096" before "16384"), then LongBench v2's, then other words."""
+    if length.isdecimal():
+        return 0, int(length), length
+    return 1, WORDS.index(length) if length in WORDS else len(WORDS), length
+
+
+def effective_length(means: dict[str, float]) -> str:
+    """The longest length whose mean, as that of all shorter ones, is above RULER's threshold."""
+    effective = "none"
+    for length, mean in means.items():
+        if mean <= THRESHOLD:
+            break
+        effective = short_length(int(length))
+    return effective
+
+
 def score_table(answers: dict[int, dict]) -> str:
-    """Mean score in % of each task and length, the number of prompts, and the mean of tasks."""
+    """Mean score in % of each task and length, the number of prompts, the mean of tasks, and for
+    RULER's tasks the effective length."""
     scores = {}  # task -> length -> scores
     for _, answer in sorted(answers.items()):
         row = scores.setdefault(answer["task"], {})
         row.setdefault(answer["length"], []).append(100 * answer["score"])
     lengths = {answer["length"] for answer in answers.values()}
-    lengths = sorted(lengths, key=lambda text: (len(text), text))  # "4096" before "16384"
+    lengths = sorted(lengths, key=place_of)
 
     width = max(4, *map(len, scores))
     title = f"{'task':<{width}}"
@@ -246,19 +284,28 @@ def score_table(answers: dict[int, dict]) -> str:
             else:
                 line += f"{'-':>8}"
         lines.append(f"{line}{sum(map(len, row.values())):>9}")
+    means = {length: np.mean(column) for length, column in columns.items()}
     if len(scores) > 1:
-        means = "".join(f"{np.mean(column):8.1f}" for column in columns.values())
-        lines.append(f"{'mean':<{width}}{means}{len(answers):>9}")
+        row = "".join(f"{mean:8.1f}" for mean in means.values())
+        lines.append(f"{'mean':<{width}}{row}{len(answers):>9}")
+    if all(map(RULER_TASK.fullmatch, scores)) and all(map(str.isdecimal, lengths)):
+        lines.append(f"effective length, by {len(scores)} of RULER's 13 tasks and its threshold of "
+                     f"{THRESHOLD}: {effective_length(means)}")
     return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------- command line
 
 
+# how a prompt begins that is in a chat template already, as RULER's --model_template_type makes it
+IN_TEMPLATE = re.compile(r"(?:<s>|<\|begin_of_text\|>|\s)*"
+                         r"(<\|start_header_id\|>|<\|im_start\|>|\[INST\])")
+
+
 def choose_prompt(prompt: str | None, system: str | None, questions: list[Question],
                   tokenizer: Encoding) -> tuple[str, str | None]:
     """(template, system message): where they are not given, what the prompts were made for.
-    ValueError if they contradict."""
+    ValueError if they contradict, or if a template would go around another."""
     made_for = {question.made_for for question in questions} - {(None, None)}
     if len(made_for) == 1 and prompt is None:
         [(prompt, system)] = made_for
@@ -268,6 +315,15 @@ def choose_prompt(prompt: str | None, system: str | None, questions: list[Questi
         raise ValueError(f"--jsonl has prompts made for --prompt {template} and --system "
                          f"{other!r}, not for {prompt} and {system!r}: their lengths would be "
                          "wrong; leave both options out")
+    begins = filter(None, (IN_TEMPLATE.match(question.text) for question in questions))
+    first = next(begins, None)
+    if first and prompt == "chat":
+        raise ValueError(f"--jsonl has prompts in a chat template already ({first[1]}): make them "
+                         "without (RULER: --model_template_type base), or read them as they are: "
+                         "--prompt plain")
+    if first:
+        print_once(f"note: prompts are in a chat template ({first[1]}), which is read as plain "
+                   "text")
     return prompt, system
 
 
@@ -280,18 +336,38 @@ def missing_answers(questions: list[Question], answers: dict[int, dict], grid: G
     return missing.nonzero()[:, 0].tolist()
 
 
-existing_file = option(Path, Path.is_file, "a file that exists")
+existing_path = option(Path, Path.exists, "a file or directory that exists")
+
+
+def prompt_files(paths: list[Path], out: Path | None) -> list[Path]:
+    """The files at some paths: of a directory all that may hold prompts, so not `out`, in order."""
+    files = []
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*.jsonl") if file != out)
+        if not inside:
+            raise ValueError(f"--jsonl {path}: has no .jsonl file")
+        files += inside
+    return list(dict.fromkeys(files))
 
 
 def parser() -> Parser:
     parser = checkpoint_parser("Answer and score the prompts of a file.")
     add = parser.add_argument_group("prompts").add_argument
-    add("--jsonl", type=existing_file, required=True, help="a prompt and its answers a line")
+    add("--jsonl", type=existing_path, nargs="+", required=True,
+        help="a prompt and its answers a line; of directories, all .jsonl files inside")
+    add("--ignore", nargs="+", default=[], metavar="KEY",
+        help="keys of records that are no part of what is asked; unknown ones are refused")
+    add("--question", help="for records that have a context and ask nothing about it")
     add("--prompt", choices=("plain", "chat"),
         help="if not given: chat where the tokenizer has chat tokens")
     add("--system", help="a system message before each chat prompt")
-    add("--metric", choices=METRICS, help="if not given: the record's, else all")
-    add("--max-new-tokens", type=positive, help="if not given: the record's, else 128")
+    add("--metric", choices=METRICS,
+        help="if not given: the record's, else its choices' or RULER's for its task, else all of "
+        "outputs or any of answers")
+    add("--max-new-tokens", type=positive,
+        help="if not given: the record's, else RULER's for its task, else 128")
     add("--max-length", type=positive,
         help="longer prompts lose their middle; if not given: the model's window")
     add("--batch-tokens", type=positive, default=16384,
@@ -310,7 +386,8 @@ def main(argv: list[str] | None = None) -> None:
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         config, tokenizer = read_checkpoint(a, grid)
         note_lengths(config, a.max_length or 0)
-        questions = read_questions([a.jsonl], a.metric, a.max_new_tokens)
+        files = prompt_files(a.jsonl, a.out)
+        questions = read_questions(files, a.metric, a.max_new_tokens, a.ignore, a.question)
         limit = a.max_length or config.max_position_embeddings
         prompt, system = choose_prompt(a.prompt, a.system, questions, tokenizer)
         least = max(question.max_new_tokens for question in questions) + 2
@@ -327,11 +404,13 @@ def main(argv: list[str] | None = None) -> None:
             "max_new_tokens": a.max_new_tokens,
             "max_length": a.max_length,
             "dtype": compute_type(a.dtype, a.device),
-            "jsonl": data.digest(a.jsonl),
+            "jsonl": files_stamp(files),
+            "ignore": sorted(a.ignore) or None,
+            "question": a.question,
             "model": config.to_hf(),
             "weights": weights_stamp(a.model),
         }
-        answers = read_answers(a.out, settings) if a.out else {}
+        answers = read_answers(a.out, settings, questions) if a.out else {}
         pending = missing_answers(questions, answers, grid, a.device)
         if answers and pending:
             print_once(f"{a.out} has {len(answers)} of {len(questions)} answers: the others follow")

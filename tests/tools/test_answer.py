@@ -180,3 +180,144 @@ def test_prompts_beyond_the_window_lose_their_middle(model_directory, questions,
     ends = torch.tensor([tokens[:47] + tokens[-47:]])
     said = model.generate(ends, 6)[0, 94:].tolist()
     assert answers[0]["prediction"] == printable(tokenizer.decode(said))
+
+
+def score_lines(*rows):
+    """Lines of a file of answers from (task, length, score)."""
+    answers = {}
+    for index, (task, length, score) in enumerate(rows):
+        answers[index] = {"task": task, "length": length, "score": score}
+    return answers
+
+
+def test_the_table_has_the_mean_of_tasks_and_rulers_effective_length():
+    """At 8K the mean of the tasks is 90.0, though that of the prompts is 85.0."""
+    table = answer.score_table(score_lines(
+        ("vt", "16384", 1.0), ("vt", "16384", 0.75), ("vt", "4096", 1.0), ("vt", "8192", 1.0),
+        ("qa_1", "4096", 0.75), ("qa_1", "8192", 0.6), ("qa_1", "8192", 1.0),
+        ("qa_1", "16384", 0.8)))
+    assert table == """\
+task      4K      8K     16K  prompts
+vt     100.0   100.0    87.5        4
+qa_1    75.0    80.0    80.0        4
+mean    87.5    90.0    83.8        8
+effective length, by 2 of RULER's 13 tasks and its threshold of 85.6: 8K"""
+
+
+@pytest.mark.parametrize("scores, effective", [
+    ((0.9, 0.9, 0.9), "16K"),
+    ((0.9, 0.8, 0.9), "4K"),  # all shorter ones count
+    ((0.8, 0.9, 0.9), "none"),
+    ((0.857, 0.856, 0.9), "4K"),  # to reach the threshold is not to exceed it
+])
+def test_the_effective_length_is_the_longest_that_no_failure_precedes(scores, effective):
+    lengths = ("4096", "8192", "16384")
+    rows = [("vt", length, score) for length, score in zip(lengths, scores, strict=True)]
+    assert answer.score_table(score_lines(*rows)).endswith(f"threshold of 85.6: {effective}")
+
+
+def test_other_sets_have_no_effective_length_and_longbench_v2_is_ordered():
+    table = answer.score_table(score_lines(
+        ("v2", "long", 0.0), ("v2", "short", 1.0), ("v2", "medium", 0.5), ("v2", "4096", 1.0)))
+    assert table == """\
+task      4K   short  medium    long  prompts
+v2     100.0   100.0    50.0     0.0        4"""
+
+
+@pytest.fixture
+def ruler_folders(tmp_path):
+    """Four prompts as NVIDIA's RULER leaves them: LENGTH/data/TASK/validation.jsonl."""
+    place = tmp_path / "RULER"
+    for length in (64, 128):
+        for task in ("vt", "qa_1"):
+            file = place / str(length) / "data" / task / "validation.jsonl"
+            file.parent.mkdir(parents=True)
+            record = {"index": 0, "input": TEXT[:length - 10], "outputs": ["e", "th"],
+                      "length": length - 7, "length_w_model_temp": length - 7,
+                      "answer_prefix": " So:"}
+            file.write_text(json.dumps(record) + "\n")
+    return place
+
+
+def test_rulers_own_folders_make_one_table(model_directory, ruler_folders, capsys):
+    command = [str(model_directory), *ON_CPU, "--max-length", "1000", "--out",
+               str(ruler_folders / "answers.jsonl"), "--jsonl"]
+    answer.main([*command, str(ruler_folders)])
+    shown = capsys.readouterr().out
+    assert "task      64     128  prompts\n" in shown
+    for line in ("vt", "qa_1", "mean"):
+        assert f"\n{line} " in shown
+    assert "effective length, by 2 of RULER's 13 tasks" in shown
+    answers = answers_of(ruler_folders / "answers.jsonl")
+    assert {(line["task"], line["length"], line["metric"]) for line in answers.values()} == {
+        ("vt", "64", "all"), ("vt", "128", "all"), ("qa_1", "64", "any"), ("qa_1", "128", "any")}
+
+    files = sorted(map(str, ruler_folders.rglob("validation.jsonl")))
+    answer.main([*command, *files])  # all is done; the file of answers is not a file of prompts
+    assert "the others shared" not in capsys.readouterr().out
+    for others in (files[::-1], files[:3], [*files[:3], files[0]], [files[0]]):
+        with pytest.raises(SystemExit, match="was made with jsonl"):
+            answer.main([*command, *others])
+    assert answers_of(ruler_folders / "answers.jsonl") == answers
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--ignore", "answer_prefix"], "was made with ignore None, not .'answer_prefix'."),
+    (["--question", "Why?"], "was made with question None, not 'Why.'"),
+])
+def test_other_prompts_of_one_file_are_no_more_of_the_same(
+        model_directory, questions, tmp_path, more, message):
+    command = [str(model_directory), *ON_CPU, "--jsonl", str(questions), "--max-length", "1000",
+               "--out", str(tmp_path / "a")]
+    answer.main(command)
+    with pytest.raises(SystemExit, match=message):
+        answer.main([*command, *more])
+
+
+def test_answers_of_an_earlier_version_are_kept_if_it_read_the_same(
+        model_directory, questions, tmp_path, capsys):
+    out = tmp_path / "a"
+    command = [str(model_directory), *ON_CPU, "--jsonl", str(questions), "--max-length", "1000",
+               "--out", str(out)]
+    answer.main(command)
+    first, *lines = map(json.loads, out.read_text().splitlines())
+    assert first["settings"].pop("ignore") is None
+    assert first["settings"].pop("question") is None
+    assert first["settings"]["jsonl"] == data.digest(questions)
+    out.write_text("".join(json.dumps(line) + "\n" for line in (first, *lines[:7])))
+    answer.main(command)
+    assert "has 7 of 12 answers: the others follow" in capsys.readouterr().out
+    assert list(answers_of(out).values()) == lines
+    for name, other in (("metric", "any"), ("answers", ["e"]), ("task", "set"), ("length", "200")):
+        changed = [line | {name: other} for line in lines]
+        out.write_text("".join(json.dumps(line) + "\n" for line in (first, *changed)))
+        with pytest.raises(SystemExit, match=f"has an answer with {name} .*; choose another file"):
+            answer.main(command)
+
+
+@pytest.mark.parametrize("begin", [
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "[INST] ", "<s>[INST] ",
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"])
+def test_a_chat_template_never_goes_around_another(model_directory, tmp_path, capsys, begin):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"input": f"{begin}Who?", "outputs": ["Ann"], "max_new_tokens": 2}))
+    for more in ([], ["--prompt", "chat"]):
+        with pytest.raises(SystemExit, match="in a chat template already .*: --prompt plain"):
+            answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path), *more])
+    answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path), "--prompt", "plain"])
+    assert "note: prompts are in a chat template" in capsys.readouterr().out
+
+
+def test_a_document_about_chat_templates_is_no_chat(model_directory, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    text = "Llama 2 writes [INST], ChatML <|im_start|>. Who?"
+    path.write_text(json.dumps({"input": text, "outputs": ["Ann"], "max_new_tokens": 2}))
+    answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path), "--prompt", "chat"])
+    assert "chat template" not in capsys.readouterr().out
+
+
+def test_paths_without_prompts_are_named(model_directory, tmp_path):
+    for path, message in ((tmp_path, "has no .jsonl file"),
+                          (tmp_path / "a.jsonl", "must be a file or directory that exists")):
+        with pytest.raises(SystemExit, match=f"--jsonl {path}.* {message}"):
+            answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path)])
