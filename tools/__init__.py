@@ -3,5 +3,6 @@ and are imported by none.
 
     text and conversations      prepare, train_tokenizer, chat_blend, tiny_documents
     before anything runs        plan
-    measuring and showing       answer, ruler, perplexity, plot, chat
+    measuring and showing       answer (its records and scores: questions), ruler, perplexity,
+                                plot, chat
 """

@@ -165,7 +165,7 @@ def parse_question(record: dict, task: str) -> Question:
         length=column(record),
         made_for=(record.get("template"), record.get("system")))
     if metric not in list(METRICS):  # L-Eval's evaluation: exam, rouge, LLM or human, but for f1
-        raise ValueError(f"metric {metric!r} is not known here; choose --metric "
+        raise ValueError(f"metric or evaluation {metric!r} is not known here; choose --metric "
                          f"{', '.join(METRICS)}")
     if not isinstance(question.answer_prefix, str):
         raise ValueError("answer_prefix must be text")
@@ -180,8 +180,8 @@ def prompt_text(record: dict) -> str:
     if not all(isinstance(part, str) for part in parts.values()):
         raise ValueError(f"{' and '.join(parts)} must be text")
     if asks_nothing(record):
-        raise ValueError(f"asks nothing: needs one of {', '.join(PARTS)} beside or instead of "
-                         "context, and not empty; or --question TEXT")
+        raise ValueError("asks nothing: needs a prompt, an input or a question that is not empty, "
+                         "or --question TEXT")
     if "prompt" in parts and len(parts) > 1:
         *others, last = parts
         raise ValueError(f"has {', '.join(others)} and {last}: --ignore what is not to be read")

@@ -198,8 +198,8 @@ def test_each_instruction_of_l_eval_is_a_question_about_its_document(read):
         Question("A paper.\n\nWhich is best?", "", ["relu"], "f1", 128, "scientific_qa", "all"),
     ]
     exam = record | {"evaluation": "exam", "outputs": ["18", "3"]}
-    with pytest.raises(ValueError, match="line 1: metric 'exam' is not known here; choose --metric"
-                                         " all, any, f1, exact, choice, option$"):
+    with pytest.raises(ValueError, match="line 1: metric or evaluation 'exam' is not known here; "
+                                         "choose --metric all, any, f1, exact, choice, option$"):
         read(exam)
     assert {question.metric for question in read(exam, metric="any")} == {"any"}
 
@@ -284,7 +284,7 @@ GOOD = {"input": "x", "outputs": ["y"]}
     ({"input": "x"}, "needs one of outputs, answers, answer, has none"),
     ({"input": "x", "answer": None}, "needs one of outputs, answers, answer, has none"),
     (GOOD | {"answer": "y"}, "needs one of outputs, answers, answer, has outputs and answer"),
-    ({"outputs": ["x"]}, "asks nothing: needs one of prompt, context, input, question"),
+    ({"outputs": ["x"]}, "asks nothing: needs a prompt, an input or a question"),
     ({"context": "x", "outputs": ["x"]}, "asks nothing: .* or --question TEXT"),
     ({"context": "x", "input": "", "answers": ["x"]}, "asks nothing"),
     ({"input": 5, "outputs": ["x"]}, "input must be text"),
@@ -296,8 +296,8 @@ GOOD = {"input": "x", "outputs": ["y"]}
     ({"input": "x", "answer": {"text": "x"}}, "answer must be text or numbers"),
     ({"input": "x", "outputs": [""]}, "outputs has an empty text"),
     (GOOD | {"answer_prefix": 5}, "answer_prefix must be text"),
-    (GOOD | {"metric": ["all"]}, "metric .'all'. is not known here; choose --metric all, any"),
-    (GOOD | {"metric": "bleu"}, "metric 'bleu' is not known here"),
+    (GOOD | {"metric": ["all"]}, "evaluation .'all'. is not known here; choose --metric all, any"),
+    (GOOD | {"metric": "bleu"}, "metric or evaluation 'bleu' is not known here"),
     (GOOD | {"max_new_tokens": 0}, "max_new_tokens must be a whole number, 1 or more"),
     (GOOD | {"max_new_tokens": "9"}, "max_new_tokens must be a whole number, 1 or more"),
     (GOOD | {"choices": ["y", "z"], "level": 3},
