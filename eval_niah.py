@@ -531,10 +531,12 @@ def load_haystack(path: Path, tokenizer: Tokenizer, needed: int) -> np.ndarray:
                 tokens += document.tolist()
     else:
         try:
-            text = path.read_bytes().decode()
+            text = path.read_bytes().decode("utf-8-sig")  # without a byte-order mark
         except (IsADirectoryError, UnicodeDecodeError):
+            text = None
+        if text is None or re.match(r'\s*\[?\s*\{\s*"', text):  # JSON is no prose
             raise ValueError(f"--haystack {path}: neither a corpus nor one file of UTF-8 text; "
-                             "prepare a corpus from it (python -m tools.prepare)") from None
+                             "prepare a corpus from it (python -m tools.prepare)")
         tokens = tokenizer.encode_ordinary(text)
     tokens = tokens[:needed]
     content = tokenizer.decode_bytes(tokens)

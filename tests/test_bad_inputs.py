@@ -106,7 +106,7 @@ CASES = [
      f"--model good --data chat.jsonl {CHAT} --sequence-length 3",
      "holds no sample of 3 tokens or fewer, 1 longer ones"),
     ("zero documents", "tools.prepare",
-     "--source a=hollow --tokenizer tokenizer --out new", "no training documents"),
+     "--source a=hollow --tokenizer tokenizer --out new", "holds no file to read"),
     ("corpus of an earlier format", "train.py",
      "--model good --data old --sequence-length 64 --steps 1 --out new", "prepare it again"),
     ("directory of text as haystack", "eval_niah.py",

@@ -497,8 +497,12 @@ def test_one_file_of_text_is_a_haystack_and_nothing_else(tmp_path):
     tokens = eval_niah.load_haystack(tmp_path / "a.md", tokenizer, 40)
     assert tokens.tolist() == tokenizer.encode_ordinary(TEXT)[:40]
     assert tokens.dtype == np.int64
+    (tmp_path / "mark.txt").write_text(TEXT, encoding="utf-8-sig")
+    assert eval_niah.load_haystack(tmp_path / "mark.txt", tokenizer, 40).tolist() == tokens.tolist()
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe")
-    for path in (tmp_path, tmp_path / "b.bin"):
+    (tmp_path / "c.jsonl").write_text('{"text": "prose"}\n' * 9)
+    (tmp_path / "d.json").write_text('[\n {\n  "text": "prose"}]')
+    for path in (tmp_path, *(tmp_path / name for name in ("b.bin", "c.jsonl", "d.json"))):
         message = f"^--haystack {path}: neither .*; prepare a corpus from it .*tools.prepare"
         with pytest.raises(ValueError, match=message):
             eval_niah.load_haystack(path, tokenizer, 40)

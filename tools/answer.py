@@ -40,6 +40,7 @@ from eval_niah import (
 from parallel import Grid, one_line_errors, print_once
 from sft import chat_template, encode_question
 from tools.questions import METRICS, RULER_TASK, Question, printable, read_questions
+from tools.records import PassedOver, list_files
 from train import Parser, compute_type, option, positive, writable
 
 # ---------------------------------------------------------------------------------------- answers
@@ -342,13 +343,17 @@ existing_path = option(Path, Path.exists, "a file or directory that exists")
 def prompt_files(paths: list[Path], out: Path | None) -> list[Path]:
     """The files at some paths: of a directory all that may hold prompts, so not `out`, in order."""
     files = []
+    passed_over = PassedOver()
     for path in paths:
-        inside = [path]
+        # .json in a folder may be anything, so such a file is to be named itself
+        inside = list_files(path, (".jsonl", ".ndjson", ".parquet"), passed_over)
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*.jsonl") if file != out)
+            inside = [file for file in inside if file != out]
         if not inside:
-            raise ValueError(f"--jsonl {path}: has no .jsonl file")
+            raise ValueError(f"--jsonl {path}: has no .jsonl or .parquet file")
         files += inside
+    for line in passed_over.lines():
+        print_once(f"passed over, {line}")
     return list(dict.fromkeys(files))
 
 
@@ -356,7 +361,8 @@ def parser() -> Parser:
     parser = checkpoint_parser("Answer and score the prompts of a file.")
     add = parser.add_argument_group("prompts").add_argument
     add("--jsonl", type=existing_path, nargs="+", required=True,
-        help="a prompt and its answers a line; of directories, all .jsonl files inside")
+        help="records with a prompt and its answers: JSON lines, a JSON list, Parquet, packed or "
+        "not; of a directory all .jsonl and .parquet files inside")
     add("--ignore", nargs="+", default=[], metavar="KEY",
         help="keys of records that are no part of what is asked; unknown ones are refused")
     add("--question", help="for records that have a context and ask nothing about it")

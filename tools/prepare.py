@@ -78,7 +78,11 @@ def encode_document(document: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, n
     tokens = [np.zeros(0, np.uint32)]
     mask = [np.zeros(0, bool)]
     for key, text in document.items():
-        for ids in tokenizer.encode_parts(text):  # as numbers of Python they need 40 bytes each
+        if key == "completion":  # it goes on after the prompt
+            parts = [tokenizer.encode_continued(text)]
+        else:  # part by part: as a list of Python's numbers all tokens need 40 bytes each
+            parts = tokenizer.encode_parts(text)
+        for ids in parts:
             tokens.append(np.array(ids, dtype=np.uint32))
             mask.append(np.full(len(ids), key != "prompt"))
     return np.concatenate(tokens), np.concatenate(mask)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import read_records
+from tools.records import read_records
 
 # -------------------------------------------------------------------------------------- questions
 

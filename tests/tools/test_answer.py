@@ -317,7 +317,7 @@ def test_a_document_about_chat_templates_is_no_chat(model_directory, tmp_path, c
 
 
 def test_paths_without_prompts_are_named(model_directory, tmp_path):
-    for path, message in ((tmp_path, "has no .jsonl file"),
+    for path, message in ((tmp_path, "has no .jsonl or .parquet file"),
                           (tmp_path / "a.jsonl", "must be a file or directory that exists")):
         with pytest.raises(SystemExit, match=f"--jsonl {path}.* {message}"):
             answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path)])
