@@ -253,8 +253,10 @@ def test_rulers_own_folders_make_one_table(model_directory, ruler_folders, capsy
         ("vt", "64", "all"), ("vt", "128", "all"), ("qa_1", "64", "any"), ("qa_1", "128", "any")}
 
     files = sorted(map(str, ruler_folders.rglob("validation.jsonl")))
-    answer.main([*command, *files])  # all is done; the file of answers is not a file of prompts
-    assert "the others shared" not in capsys.readouterr().out
+    # all is done, and the file of answers, inside the folder, is no file of prompts
+    for same in (files, [str(ruler_folders)]):
+        answer.main([*command, *same])
+        assert "the others shared" not in capsys.readouterr().out
     for others in (files[::-1], files[:3], [*files[:3], files[0]], [files[0]]):
         with pytest.raises(SystemExit, match="was made with jsonl"):
             answer.main([*command, *others])

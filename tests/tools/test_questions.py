@@ -160,7 +160,8 @@ Which one is right? Say "The correct answer is (X)" with its letter."""
     assert question.task == "LongBench-v2"
 
 
-@pytest.mark.parametrize("answer", [["Hall Farm"], ["Hall Farm", "B"], "Hall Farm", ["B"]])
+@pytest.mark.parametrize("answer", [["Hall Farm"], ["Hall Farm", "B"], ["the farm", "B"],
+                                    "Hall Farm", ["B"]])
 def test_a_prompt_of_infinitebench_has_all_options(read, answer):
     record = {"id": 0, "context": "A book.", "input": "Where is it?", "answer": answer,
               "options": ["Snowfield", "Hall Farm", "The Mill", "Stoniton"]}
