@@ -3,6 +3,8 @@ and are imported by none.
 
     text and conversations      prepare, train_tokenizer, chat_blend, tiny_documents
     before anything runs        plan
-    measuring and showing       answer (its records and scores: questions), ruler, perplexity,
-                                plot, chat
+    measuring and showing       answer, ruler, perplexity, plot, chat
+
+and, no programs, what they know of other people's data: records (files, and the documents in them),
+conversations (chat records), questions (benchmarks' records, and how an answer is scored).
 """
