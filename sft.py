@@ -63,9 +63,14 @@ def carries_loss(message: dict) -> bool:
     return is_answer and message.get("weight") != 0
 
 
-def fault_in(messages: object) -> str | None:
-    """Why these are no messages to train on, or None: a list of {role, content} with strings, an
-    assistant's perhaps with a weight of 0 or 1, and an answer to learn among them."""
+def fault_in(record: dict) -> str | None:
+    """Why a record is no conversation to train on, or None: its messages are a list of {role,
+    content} with strings, an assistant's perhaps with a weight of 0 or 1, and an answer to learn
+    is among them."""
+    for key in ("tools", "functions", "images", "videos", "audios", "system"):
+        if record.get(key):
+            return f"has {key!r} beside messages, which is not understood"
+    messages = record["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return "messages must be a list of objects with role and content"
     for message in messages:
@@ -169,14 +174,13 @@ def read_conversations(path: Path) -> Iterator[list[dict]]:
         raise ValueError(f"{path}: needs a .jsonl or .jsonl.gz file with messages on every line; "
                          "tools.chat_blend makes one")
     for place, record in read_records(path):
-        messages = record.get("messages") if isinstance(record, dict) else None
-        fault = fault_in(messages)
-        if messages is None:
-            fault = "needs an object with messages on every line"
+        fault = "needs an object with messages on every line"
+        if isinstance(record, dict) and record.get("messages") is not None:
+            fault = fault_in(record)
         if fault:
             raise ValueError(f"{place}: {fault}; tools.chat_blend makes such a file of ShareGPT, "
                              "Alpaca and other records, without those that cannot be used")
-        yield messages
+        yield record["messages"]
 
 
 class ChatDataset:

@@ -109,10 +109,20 @@ def test_special_tokens_in_messages_stay_text(tokenizer):
     ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "has 'tool_calls'"),
 ])
 def test_bad_messages_are_refused_and_chat_blend_is_named(tmp_path, messages, message):
-    assert re.search(message, fault_in(messages))
+    assert re.search(message, fault_in({"messages": messages}))
     path = tmp_path / "a.jsonl"
     path.write_text("\n" + json.dumps({"messages": messages}))
     with pytest.raises(ValueError, match=f"a.jsonl, line 2: .*{message}.*tools.chat_blend"):
+        list(read_conversations(path))
+
+
+@pytest.mark.parametrize("key", ["tools", "images", "system"])
+def test_what_stands_beside_messages_and_means_something_is_refused(tmp_path, key):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": CONVERSATION, key: [], "id": "1"}))
+    assert list(read_conversations(path)) == [CONVERSATION]
+    path.write_text(json.dumps({"messages": CONVERSATION, key: ["x"]}))
+    with pytest.raises(ValueError, match=f"line 1: has '{key}' beside messages.*chat_blend"):
         list(read_conversations(path))
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import Tokenizer, complete_or_absent, load_tokenizer
 from parallel import one_line_errors
 from sft import encode_chat, end_of_turn
-from tools.conversations import PAIRS, TURNS, to_messages
+from tools.conversations import to_messages
 from tools.prepare import window_hashes
 from tools.records import RECORDS, PassedOver, bare_suffix, list_files, read_records
 from train import Parser, nonnegative, option, positive
@@ -92,28 +92,27 @@ def progress(items: Iterable, what: str) -> tqdm:
 # --------------------------------------------------------------------------- reading and cleaning
 
 
-def read_samples(source: Source, system: str | None = None,
-                 ignored: tuple[str, ...] = ()) -> list[Sample]:
+def read_samples(source: Source, system: str | None, ignored: list[str],
+                 cut_off: Counter) -> list[Sample]:
     """Every record of a source, the unusable ones dropped. ValueError if there is no other."""
     samples = []
-    keys = {}  # of the first record
+    unusable = {}  # the first record with each reason
     for path in source.files:
         records = progress(read_records(path), f"read {path.name}")
-        for number, (_, record) in enumerate(records, 1):
-            messages = to_messages(record, system, ignored)
+        for number, (place, record) in enumerate(records, 1):
+            messages = to_messages(record, system, ignored, cut_off)
             sample = Sample(source, path, number, messages)
             if isinstance(messages, str):
                 sample.drop(messages)
+                keys = list(record) if isinstance(record, dict) else []
+                unusable.setdefault(messages, f"{place}, keys: {' '.join(keys) or 'none'}")
             samples.append(sample)
-            keys = keys or record
     if not remaining(samples):
         reasons = Counter(sample.dropped["reason"] for sample in samples)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        names = ", ".join(keys) if isinstance(keys, dict) else "none"
-        known = ", ".join([*TURNS, *("/".join(pair) for pair in PAIRS)])
-        raise ValueError(f"{source.path}: no record can be used ({reasons or 'there is none'}); "
-                         f"keys of the first: {names}; needs one of {known}, and --ignore for "
-                         "keys that say nothing of what is asked or answered")
+        parts = [f"{n:,} {reason} ({unusable[reason]})" for reason, n in reasons.most_common(3)]
+        raise ValueError(f"{source.path}: no record can be used: "
+                         f"{'; '.join(parts) or 'there is none'}; tools/conversations.py says "
+                         "what is read, --ignore takes keys that say nothing")
     return samples
 
 
@@ -486,6 +485,9 @@ def print_report(summary: dict) -> None:
         reasons = [f"{count:,} {reason}" for reason, count in n["dropped"].items()]
         dropped = ", ".join(reasons) or "none dropped"
         print(f"{path}: {n['read']:,} read, {dropped}; {n['kept']:,} kept, {n['drawn']:,} drawn")
+    if summary["turns_cut_off"]:
+        print(f"{summary['turns_cut_off']:,} turns cut off: before a first question, after a last "
+              "answer")
     print(f"{'category':<12}{'train':>10}{'valid':>8}{'tokens':>14}{'with loss':>14}")
     for category, n in summary["categories"].items():
         print(f"{category:<12}{n['train']:>10,}{n['valid']:>8,}{n['tokens']:>14,}"
@@ -582,8 +584,9 @@ def main(argv: list[str] | None = None) -> None:
             files = [path for paths, _ in a.benchmark for path in paths]
             benchmarks = Benchmarks(files, a.window, a.common) if files else None
             samples = []
+            cut_off = Counter()
             for source in a.source:
-                samples += read_samples(source, a.system, a.ignore)
+                samples += read_samples(source, a.system, a.ignore, cut_off)
 
             drop_long(remaining(samples), tokenizer, a.max_tokens)
             drop_copies(remaining(samples))
@@ -607,6 +610,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             summary = {"settings": settings, **report(samples)}
             summary["benchmarks"] = benchmarks.counts if benchmarks else None
+            summary["turns_cut_off"] = cut_off.total()
             summary["passed_over"] = []
             for passed_over in (*(s.passed_over for s in a.source), *(p for _, p in a.benchmark)):
                 summary["passed_over"] += passed_over.lines()

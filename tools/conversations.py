@@ -1,12 +1,13 @@
 """Records of public chat sets to messages; one of which anything is not understood is not used.
 
-    messages, conversations, conversation    turns, with OpenAI's keys or ShareGPT's
+    messages, conversations, conversation    turns, with OpenAI's keys or ShareGPT's; beside them
+        answer                               AceMath's last turn, if the user has the last of these
     a pair of PAIRS                          question and answer, and beside them
         input, context, passage              a text that the question is about: it follows it
         history                              earlier [question, answer] pairs
     system, system_prompt                    the system message
     what SAYS_NOTHING names                  nothing
-    any other key that has a value           a reason to drop the record, and its name
+    any other key that has a value           a reason to drop the record
 
 A turn has {role, content} or {from, value}. A content may be a list of text parts. weight 0
 (OpenAI) or train false (Axolotl) on an answer is kept as weight 0: sft.py puts no loss there.
@@ -14,6 +15,7 @@ A turn has {role, content} or {from, value}. A content may be a list of text par
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 
 from sft import carries_loss
@@ -42,25 +44,27 @@ NOTHING = (None, "", "<noinput>", "[]", "{}", [], {})  # values of a key that is
 # Keys that say where a record comes from or what it is worth, or say again what it says.
 SAYS_NOTHING = frozenset(
     # which one
-    "id _id idx index raw_index uuid hash prompt_id question_id conversation_id conversation_hash "
+    "file parent_id id _id idx index raw_index uuid hash prompt_id question_id conversation_id "
+    "conversation_hash "
     # from where
     "source data_source dataset origin resource problem_source seed url license "
     "model model_name generator openai_fingerprint timestamp created date version "
     # of what kind
     "category type problem_type question_type task topic subject domain split subset lang language "
     # how large, how good, what was taken out
-    "turn num_turns token_count num_tokens difficulty level score rating openai_moderation "
-    "detoxify_moderation toxic redacted state country hashed_ip header turn_identifier views "
-    "skip_prompt_formatting custom_instruction avatarUrl "
+    "turn num_turns length token_count num_tokens difficulty level score rating markdown "
+    "openai_moderation detoxify_moderation toxic redacted state country hashed_ip header "
+    "turn_identifier views skip_prompt_formatting custom_instruction avatarUrl "
     # said again: the question before it was reworded, the answer that grades
     "original_question answer expected_answer is_correct".split())
 
 
-def to_messages(record: object, system: str | None = None,
-                ignored: Iterable[str] = ()) -> list[dict] | str:
+def to_messages(record: object, system: str | None, ignored: Iterable[str],
+                cut_off: Counter) -> list[dict] | str:
     """Messages: a system's if there is one, then user and assistant by turns; or why not.
 
-    `system` is for a record that has no system message; `ignored`: more keys that say nothing.
+    `system` is for a record that has no system message; `ignored`: more keys that say nothing;
+    `cut_off` counts turns, see alternate.
     """
     # 1. Where the record has its turns, and which keys are then used.
     if not isinstance(record, dict):
@@ -93,8 +97,12 @@ def to_messages(record: object, system: str | None = None,
         if isinstance(message, str):
             return message
         messages.append(message)
+    if lists and messages and messages[-1]["role"] == "user":
+        answer = record.get("answer")
+        if isinstance(answer, str):
+            messages.append({"role": "assistant", "content": answer})
     # 4. The system message: one.
-    systems = [record[key] for key in SYSTEM if record.get(key) not in NOTHING]
+    systems = [record[key] for key in SYSTEM if says_something(record.get(key))]
     if messages and messages[0]["role"] == "system":
         systems.append(messages.pop(0)["content"])
     if not all(isinstance(own, str) for own in systems):
@@ -102,21 +110,25 @@ def to_messages(record: object, system: str | None = None,
     systems = {own for own in systems if own.strip()}
     if len(systems) > 1:
         return "two system messages"
-    return alternate(messages, systems.pop() if systems else system)
+    return alternate(messages, systems.pop() if systems else system, cut_off)
+
+
+def says_something(value: object) -> bool:
+    is_number_missing = value != value  # NaN, of a table
+    return not is_number_missing and value not in NOTHING
 
 
 def not_understood(content: dict, known: set[str]) -> str | None:
-    """Names a key that says something, and not known what; None if there is none."""
-    for key, value in content.items():
-        if key not in known | SAYS_NOTHING and value not in NOTHING:
-            return f"key {key!r} is not understood"
-    return None
+    """Names the keys that say something, and not known what; None if there are none."""
+    known = known | SAYS_NOTHING
+    keys = [key for key, value in content.items() if key not in known and says_something(value)]
+    return f"not understood: {' '.join(keys)}" if keys else None
 
 
 def turns_of(record: dict, question: str, answer: str) -> list[dict] | None:
     """The turns of a record with question and answer; None if its history has no pairs."""
     asked = [record[question]]
-    asked += [record[key] for key in PASSAGES if record.get(key) not in NOTHING]
+    asked += [record[key] for key in PASSAGES if says_something(record.get(key))]
     if all(isinstance(text, str) for text in asked):
         asked = "\n\n".join(asked)
     pairs = [*(record.get("history") or []), [asked, record[answer]]]
@@ -155,16 +167,18 @@ def read_turn(turn: dict) -> dict | str:
     return message
 
 
-def alternate(messages: list[dict], system: str | None) -> list[dict] | str:
+def alternate(messages: list[dict], system: str | None, cut_off: Counter) -> list[dict] | str:
     """The system message, then user and assistant by turns; or why they are not so.
 
     Assistant turns before the first user's answer nothing (ShareGPT has conversations cut in two),
-    and user turns after the last answer have none: both are cut off.
+    and user turns after the last answer have none: both are cut off, and counted in `cut_off`.
     """
+    whole = len(messages)
     while messages and messages[0]["role"] == "assistant":
         messages.pop(0)
     while messages and messages[-1]["role"] == "user":
         messages.pop()
+    cut_off["turns"] += whole - len(messages)
     if not messages:
         return "no answer to a user"
     if not all(message["content"].strip() for message in messages):

@@ -24,12 +24,13 @@ from tools.records import read_records
 PARTS = ("prompt", "context", "input", "question")  # of the prompt, in this order
 CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")  # LongBench v2; InfiniteBench: `options`
 ANSWERS = {"outputs": "all", "answers": "any", "answer": "any"}  # and the metric of each
-STATED = ("options", "instructions", "answer_prefix", "max_new_tokens", "metric", "evaluation",
-          "task", "dataset", "length", "template", "system")
+STATED = ("options", "choices", "instructions", "answer_prefix", "max_new_tokens", "metric",
+          "evaluation", "task", "dataset", "length", "template", "system")
 NO_PART = (
     "_id", "id", "index", "source",
     "sample", "depths", "length_w_model_temp", "token_position_answer",  # tools.ruler, RULER
     "domain", "sub_domain", "difficulty",  # LongBench v2
+    "subject",  # MMLU
     "language", "all_classes", "answer_keywords", "confusing_facts")  # LongBench, LV-Eval
 KEYS = {*PARTS, *CHOICES, *ANSWERS, *STATED, *NO_PART}
 
@@ -43,6 +44,7 @@ CHOOSING = {
 # RULER's tasks, and tokens for their answers (scripts/synthetic.yaml, data/synthetic/constants.py)
 RULER_TASK = re.compile(r"niah_\w+|vt|cwe|fwe|qa_[12]")
 MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+OWN_RULES = ("math_calc", "code_run")  # InfiniteBench's: numbers in order, a number alone
 # names of files that do not say what is asked: then their folder's does
 NO_TASK = re.compile(r"(train|validation|valid|dev|test|data)(-\d+-of-\d+)?")
 
@@ -100,8 +102,8 @@ def known_part(record: object, ignore: Iterable[str]) -> dict:
             kept[key] = value
     unknown = " ".join(key for key in kept if key not in KEYS)
     if unknown:
-        raise ValueError(f"{unknown}: not known here, and may be part of the question; to do "
-                         f"without: --ignore {unknown}")
+        raise ValueError(f"not known here: {unknown}; rename what is part of the question "
+                         "(context, input, question) or of its answer (answers), --ignore the rest")
     return kept
 
 
@@ -139,9 +141,11 @@ def parse_question(record: dict, task: str) -> Question:
     if any(key in record for key in CHOICES):
         kind = "choice"
         choices = [record.get(key) for key in CHOICES]
-    elif record.get("options"):  # InfiniteBench has empty ones, too
+    elif record.get("options") or record.get("choices"):  # InfiniteBench has empty ones, too
         kind = "option"
-        choices = record["options"]
+        choices = record.get("options") or record["choices"]
+        if type(record[answers_key]) is int:  # MMLU: which of them, from 0
+            answers = choices[record[answers_key]:][:1] or answers
     if kind:
         text, answers = add_choices(text, choices, kind, answers)
     room = 128
@@ -150,6 +154,9 @@ def parse_question(record: dict, task: str) -> Question:
 
     # 2. What scores it: the record says so, or its task or form do.
     metric = record.get("metric", record.get("evaluation"))
+    if metric is None and (task in OWN_RULES or any("\n####" in answer for answer in answers)):
+        raise ValueError(f"{task} is scored by a rule of its own, not known here; choose --metric "
+                         f"{', '.join(METRICS)}, and write GSM8K's answers without the solution")
     if metric is None and task in ("qa_1", "qa_2"):  # RULER's other tasks ask for all of `outputs`
         metric = "any"
     if metric is None:
@@ -192,7 +199,8 @@ def right_answers(record: dict) -> tuple[str, list[str]]:
     """(their key, the right answers) of a record."""
     keys = [key for key in ANSWERS if key in record]
     if len(keys) != 1:
-        raise ValueError(f"needs one of {', '.join(ANSWERS)}, has {' and '.join(keys) or 'none'}")
+        raise ValueError(f"needs one of {', '.join(ANSWERS)}, has {' and '.join(keys) or 'none'}; "
+                         "rename the right answers' key, or --ignore one")
     [key] = keys
     answers = record[key] if isinstance(record[key], list) else [record[key]]
     if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):

@@ -40,6 +40,8 @@ TEXT = tuple(
 PACKED = (".gz", ".zst")
 NOT_ENTERED = ("__pycache__", "site-packages", "dist-packages", "node_modules")
 TEXT_FIELDS = ("text", "content", "raw_content")  # of a record: the first that it has
+TABLES = (".csv", ".tsv")
+LFS = b"version https://git-lfs.github.com/spec/"  # begins what git has of a large file
 CHUNK = 2**20
 MOST_KINDS = 8  # that a line of a report names
 MARK = b"\xef\xbb\xbf"  # a byte-order mark, which is no text
@@ -131,16 +133,23 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
 
 def reader_of(path: Path) -> Callable[[Path], Iterator[tuple[str, object]]]:
     """The function below that reads what this file holds."""
+    suffix = bare_suffix(path)
     with unpacked(path) as stream:
-        head = stream.peek(4)
-        if head[:4] == b"PAR1":
+        head = stream.peek(64)
+        if head.startswith(LFS):
+            raise ValueError(f"{path}: only says where the data is: git lfs pull brings it")
+        if head[:4] == b"PAR1" or suffix == ".parquet":
             return read_rows
-        first = b""
+        if suffix in TABLES:
+            raise Unreadable(path, "a table; JSON lines or Parquet are read")
+        first = []
         if head.removeprefix(MARK).lstrip()[:1] == b"{":
-            first = next(filter(bytes.strip, stream))  # the first line that is not blank
-    if is_json(first):
+            # a text may begin with a line of JSON, so of its lines the first two count
+            count = 1 if suffix in JSON else 2
+            first = list(itertools.islice(filter(bytes.strip, stream), count))
+    if first and all(map(is_json, first)):
         return read_lines
-    return read_values if bare_suffix(path) in RECORDS else read_text
+    return read_values if suffix in JSON else read_text
 
 
 def is_json(line: bytes) -> bool:
@@ -271,6 +280,7 @@ def walk(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> Iter
     def fail(error: OSError) -> None:
         raise error
 
+    seen = set()  # a cache of Hugging Face's has links to the same file in each snapshot
     for place, folders, names in os.walk(path, onerror=fail):
         folders.sort()
         for name in list(folders):
@@ -290,10 +300,13 @@ def walk(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> Iter
             if name.startswith("."):
                 reason = "hidden file"
             elif bare_suffix(file) not in suffixes:
-                reason = "suffix not known (a file that is named itself is read)"
+                reason = "suffix not known"
             elif not file.is_file():
                 reason = "link to nothing"
+            elif file.resolve() in seen:
+                reason = "link to a file that is read already"
             else:
+                seen.add(file.resolve())
                 yield file
                 continue
             passed_over.add(reason, suffix_of(file), file)
@@ -324,8 +337,7 @@ def parse_document(record: object, text_field: str | None = None) -> dict | str:
     if not isinstance(record, dict):
         return "no JSON object"
     if text_field is None and record.get("messages") is not None:
-        reason = fault_in(record["messages"])
-        return reason or {"messages": record["messages"]}
+        return fault_in(record) or {"messages": record["messages"]}
     fields = [text_field] if text_field else [name for name in TEXT_FIELDS if name in record]
     if fields:
         document = {"text": field_of(record, fields[0])}
@@ -335,7 +347,7 @@ def parse_document(record: object, text_field: str | None = None) -> dict | str:
         return "messages is null"
     else:
         known = ", ".join(TEXT_FIELDS)
-        return f"no {known}, prompt and completion, or messages (--text-field names another)"
+        return f"no {known}, prompt and completion, or messages (tools.prepare: --text-field)"
     for name, text in document.items():
         if not isinstance(text, str):
             name = fields[0] if fields else name
@@ -347,8 +359,8 @@ class Documents:
     """The documents of a file or directory, to be read once, as (source, document): the text at the
     record's `source_field` or None, and what parse_document gives.
 
-    A record without a document is passed over and counted, and so is a file that is no text, or no
-    JSON. A ValueError: a damaged file, JSON that breaks off, a path that gives no document.
+    A record without a document is passed over and counted, and so is a file that is no text, or a
+    .json that is no JSON. A ValueError: a damaged file, one that breaks off, no document at all.
     """
 
     def __init__(self, path: Path, text_field: str | None = None,
@@ -383,12 +395,15 @@ class Documents:
                     records += 1
                     document = parse_document(record, field)
                     if isinstance(document, str):
+                        if isinstance(record, dict):
+                            place += f", of keys {', '.join(itertools.islice(record, 6))}"
                         self.passed_over.add(document, f"of {kind}", place)
                     else:
                         self.count += 1
                         yield self.source_of(record), document
             except Unreadable as error:
-                if records:
+                # a folder may have .json files of any kind
+                if records or bare_suffix(file) in (".jsonl", ".ndjson"):
                     raise
                 self.passed_over.add(error.reason, kind, file)
             self.read[kind] += self.count > earlier

@@ -73,8 +73,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Toke
         raise ValueError(f"{path}: already exists; remove it or choose another place")
     tokens = learn_tokens(texts, vocab_size)
     if len(tokens) < vocab_size:
-        raise ValueError(f"vocab_size {vocab_size} is too large: these texts give {len(tokens)} at "
-                         "most")
+        raise ValueError(f"--vocab-size {vocab_size} is too large: these texts give {len(tokens)} "
+                         "at most")
     lines = []
     for rank, token in enumerate(tokens):
         lines.append(b"%s %d\n" % (base64.b64encode(token), rank))

@@ -152,9 +152,12 @@ def test_weights_and_ignored_keys_reach_the_file(tmp_path, tokenizer):
     record = chat("q", "wrong", "q2", "right")
     record["messages"][1]["train"] = False
     path = write_lines(tmp_path / "s.jsonl", [record | {"mood": "glad"}])
-    assert "key 'mood' is not understood" in failure("--source", f"a={path}", "--tokenizer",
-                                                     tokenizer, "--out", tmp_path / "o")
+    message = failure("--source", f"a={path}", "--tokenizer", tokenizer, "--out", tmp_path / "o")
+    assert f"1 not understood: mood ({path}, line 1, keys: messages mood)" in message
+    record["messages"].append({"role": "user", "content": "never answered"})
+    path = write_lines(tmp_path / "s.jsonl", [record | {"mood": "glad"}])
     (row,), _, report = blend(tokenizer, tmp_path / "out", [f"a={path}"], "--ignore", "mood")
+    assert report["turns_cut_off"] == 1
     assert [message.get("weight") for message in row["messages"]] == [None, 0, None, None]
     assert report["settings"]["ignore"] == ["mood"]
     dataset = ChatDataset(tmp_path / "out/train.jsonl", data.load_tokenizer(tokenizer), 512, seed=0)
@@ -579,7 +582,7 @@ def test_the_output_trains(tmp_path, tokenizer):
 @pytest.mark.parametrize("arguments, message", [
     ("--source good.jsonl", "--source good.jsonl must be CATEGORY=PATH"),
     ("--source a=missing.jsonl", "--source missing.jsonl: no such file"),
-    ("--source a=text.md", "text.md: no record can be used .1 not a chat record"),
+    ("--source a=text.md", "text.md: no record can be used: 1 not a chat record"),
     ("--source a=empty", "--source empty: holds no .json, .jsonl, .ndjson, .parquet file"),
     ("--source a=good.jsonl=x", "--source a=good.jsonl=x: weight 'x' must be a number above 0"),
     ("--source a=good.jsonl=0", "weight '0'"),
@@ -587,13 +590,13 @@ def test_the_output_trains(tmp_path, tokenizer):
     ("--source a=good.jsonl=1 b=other.jsonl", "a weight to every source or to none"),
     ("--source a=broken.jsonl", "broken.jsonl, line 2: not valid JSON"),
     ("--source a=latin.jsonl", "latin.jsonl: not UTF-8"),
-    ("--source a=object.json", "object.json: no record can be used .1 not a chat record"),
+    ("--source a=object.json", "object.json: no record can be used: 1 not a chat record"),
     ("--source a=broken.json", "broken.json, record 2: not valid JSON"),
     ("--source a=cut.jsonl.gz", "cut.jsonl.gz: damaged .gz file"),
     ("--source a=deep.jsonl", "deep.jsonl, record 1: not valid JSON"),
-    ("--source a=keys.jsonl", r"keys.jsonl: no record can be used \(3 not a chat record\); keys of "
-     "the first: title, body; needs one of messages, conv"),
-    ("--source a=nothing.jsonl", r"nothing.jsonl: no record can be used \(there is none\)"),
+    ("--source a=keys.jsonl", "keys.jsonl: no record can be used: 3 not a chat record "
+     r"\(keys.jsonl, line 1, keys: title body\); tools/conversations.py says"),
+    ("--source a=nothing.jsonl", "nothing.jsonl: no record can be used: there is none"),
     ("--source a=good.jsonl --benchmark gone.jsonl", "--benchmark gone.jsonl: no such file"),
     ("--source a=good.jsonl --benchmark empty", "--benchmark empty: holds no .*, .txt file"),
     ("--source a=good.jsonl --benchmark broken.jsonl", "broken.jsonl, line 2: not valid JSON"),

@@ -1,10 +1,17 @@
 """tools.conversations: a record is used with all that it says, or dropped with the reason."""
 import itertools
+import math
+from collections import Counter
 
 import pytest
 
 from sft import fault_in
-from tools.conversations import PAIRS, SAYS_NOTHING, TURNS, to_messages
+from tools import conversations
+from tools.conversations import PAIRS, SAYS_NOTHING, TURNS
+
+
+def to_messages(record, system=None, ignored=()):
+    return conversations.to_messages(record, system, ignored, Counter())
 
 
 def said(messages):
@@ -39,11 +46,15 @@ IMAGE = [{"type": "image_url", "image_url": "u"}]
       "openai_moderation": [{"flagged": False}], "redacted": False, "language": "English"},
      "u:q a:a"),  # LMSYS
     ({"prompt": "q", "prompt_id": "7", "messages": [Q, A]}, "u:q a:a"),  # UltraChat
-    ({"messages": [Q, A], "answer": "a"}, "u:q a:a"),  # AceMath, the paper's own samples
+    ({"messages": [Q], "answer": "a"}, "u:q a:a"),  # AceMath, the paper's own samples
+    ({"messages": [Q, A, turn("user", "q2")], "answer": "a2"}, "u:q a:a u:q2 a:a2"),
+    ({"messages": [Q, A], "answer": "5"}, "u:q a:a"),  # what grades it
+    ({"messages": [Q], "answer": 5}, "no answer to a user"),
     ({"instruction": "do", "input": "this", "output": "done"}, "u:do\n\nthis a:done"),
     ({"instruction": "do", "input": "", "output": "done", "text": "Below is"}, "u:do a:done"),
     ({"instruction": "do", "input": "<noinput>", "output": "done"}, "u:do a:done"),
     ({"instruction": "do", "input": None, "output": "done"}, "u:do a:done"),
+    ({"instruction": "do", "input": math.nan, "output": "done"}, "u:do a:done"),  # of a table
     ({"instruction": "do", "output": "done", "system": "s", "history": [["q", "a"], ["q2", "a2"]]},
      "s:s u:q a:a u:q2 a:a2 u:do a:done"),
     ({"instruction": "do", "context": "a text", "response": "done", "category": "qa"},
@@ -79,15 +90,15 @@ IMAGE = [{"type": "image_url", "image_url": "u"}]
     ({"question": "q", "context": ["x"], "answer": "a"}, "content is not text"),
     # what is not understood
     ({"messages": [Q, turn("assistant", None, tool_calls=[{"id": "c"}])]},
-     "key 'tool_calls' is not understood"),
+     "not understood: tool_calls"),
     ({"messages": [Q, turn("assistant", "a", tool_calls=None, name="")]}, "u:q a:a"),
-    ({"messages": [Q, A], "tools": [{"name": "f"}]}, "key 'tools' is not understood"),
+    ({"messages": [Q, A], "tools": [{"name": "f"}]}, "not understood: tools"),
     ({"messages": [Q, A], "tools": "[]"}, "u:q a:a"),
-    ({"messages": [Q, A], "context": "a text"}, "key 'context' is not understood"),
-    ({"messages": [Q, A], "conversations": SHARE}, "key 'conversations' is not understood"),
-    ({"instruction": "do", "output": "a", "response": "b"}, "key 'response' is not understood"),
-    ({"question": "q", "answer": "a", "text": "a passage?"}, "key 'text' is not understood"),
-    ({"question": "q", "answer": "a", "choices": ["a", "b"]}, "key 'choices' is not understood"),
+    ({"messages": [Q, A], "context": "a text"}, "not understood: context"),
+    ({"messages": [Q, A], "conversations": SHARE}, "not understood: conversations"),
+    ({"instruction": "do", "output": "a", "response": "b"}, "not understood: response"),
+    ({"question": "q", "answer": "a", "text": "a passage?"}, "not understood: text"),
+    ({"question": "q", "answer": "a", "choices": ["a", "b"]}, "not understood: choices"),
     ({"instruction": "do", "output": "a", "history": [["q"]]}, "turns that cannot be read"),
     ({"instruction": "do", "output": "a", "history": "q"}, "turns that cannot be read"),
     ({"messages": [7]}, "turns that cannot be read"),
@@ -120,7 +131,7 @@ def test_a_record_is_used_with_all_it_says_or_dropped_with_the_reason(record, ex
     messages = to_messages(record)
     assert said(messages) == expected
     if not isinstance(messages, str):
-        assert fault_in(messages) is None  # so sft.py takes it
+        assert fault_in({"messages": messages}) is None  # so sft.py takes it
 
 
 @pytest.mark.parametrize("turns, expected", [
@@ -150,13 +161,21 @@ def test_turns_are_cleaned_or_the_record_dropped(turns, expected):
     assert said(to_messages({"messages": messages})) == expected
 
 
+def test_turns_that_are_cut_off_are_counted():
+    cut_off = Counter()
+    for turns in ([Q, A], [A, A, Q, A], [Q, A, Q], [A, Q, A, Q, Q]):
+        assert said(conversations.to_messages({"messages": turns}, None, (), cut_off)) == "u:q a:a"
+    assert cut_off.total() == 0 + 2 + 1 + 3
+
+
 def test_a_system_message_is_for_records_without_one_and_ignored_keys_say_nothing():
     assert said(to_messages({"messages": [Q, A]}, "Be brief.")) == "s:Be brief. u:q a:a"
     own = {"messages": [turn("system", "own"), Q, A]}
     assert said(to_messages(own, "Be brief.")) == "s:own u:q a:a"
     record = {"messages": [Q, turn("assistant", "a", mood="glad")], "quality": 3}
-    assert to_messages(record) == "key 'quality' is not understood"
-    assert to_messages(record, ignored=["quality"]) == "key 'mood' is not understood"
+    assert to_messages(record) == "not understood: quality"
+    assert to_messages(record, ignored=["quality"]) == "not understood: mood"
+    assert to_messages(record | {"prize": 1}) == "not understood: quality prize"
     assert said(to_messages(record, ignored=["quality", "mood"])) == "u:q a:a"
 
 

@@ -300,10 +300,12 @@ GOOD = {"input": "x", "outputs": ["y"]}
     (GOOD | {"metric": "bleu"}, "metric or evaluation 'bleu' is not known here"),
     (GOOD | {"max_new_tokens": 0}, "max_new_tokens must be a whole number, 1 or more"),
     (GOOD | {"max_new_tokens": "9"}, "max_new_tokens must be a whole number, 1 or more"),
-    (GOOD | {"choices": ["y", "z"], "level": 3},
-     "choices level: not known here, and may be part of the question; to do without: --ignore "
-     "choices level"),
-    (LONGBENCH_2 | {"choice_E": "Five"}, "choice_E: not known here.*--ignore choice_E"),
+    (GOOD | {"target": ["y", "z"], "level": 3}, "not known here: target level; rename .* --ignore"),
+    ({"question": "x", "answer": "18 in all.\n#### 18"}, "a rule of its own, .*GSM8K"),
+    (GOOD | {"task": "math_calc"}, "math_calc is scored by a rule of its own"),
+    (GOOD | {"task": "code_run"}, "code_run is scored by a rule of its own"),
+    ({"question": "x", "choices": ["a", "b"], "answer": 2}, "answer .2. is none"),
+    (LONGBENCH_2 | {"choice_E": "Five"}, "not known here: choice_E; rename .*--ignore the rest"),
     (LONGBENCH_2 | {"choice_B": None}, "needs 2 to 4 choices, all text"),
     (LONGBENCH_2 | {"answer": "E"}, "the answer 'E' is none of the choices"),
     (LONGBENCH_2 | {"question": ""}, "asks nothing"),
@@ -324,9 +326,17 @@ def test_a_record_that_cannot_be_read_whole_is_named(tmp_path, line, message):
     assert "\n" not in str(refused.value)
 
 
+def test_mmlus_answer_is_the_number_of_a_choice(read):
+    record = {"question": "Q?", "subject": "law", "choices": ["no", "yes"], "answer": 1}
+    [question] = read(record)
+    assert "\nA. no\nB. yes\n" in question.text
+    assert question.answers == ["yes", "B"]
+    assert question.metric == "option"
+
+
 def test_keys_to_ignore_are_as_if_absent(read):
     record = {"context": "C", "input": "I", "answers": ["x"], "title": "T", "year": 1999}
-    with pytest.raises(ValueError, match="title year: not known here"):
+    with pytest.raises(ValueError, match="not known here: title year"):
         read(record)
     assert read(record, ignore=["title", "year"])[0].text == "C\n\nI"
     assert read(record, ignore=["title", "year", "context"])[0].text == "I"

@@ -17,6 +17,7 @@ RECORDS = [{"text": "one"}, {"text": "zwei – два"}, {"text": "three\nlines\
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 PRETTY = "".join(json.dumps(record, indent=2) + "\n" for record in RECORDS).encode()
 LIST = json.dumps(RECORDS).encode()
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 MARK = b"\xef\xbb\xbf"
 
 
@@ -67,6 +68,9 @@ def test_rows_of_parquet(tmp_path):
 
 def test_one_object_is_one_record_and_other_text_is_text(tmp_path):
     assert values(write(tmp_path / "a.json", b'{\n  "text": "x"\n}\n')) == [{"text": "x"}]
+    for name in ("a.txt", "b.md"):
+        content = b'{"a": 1}\nis how JSON looks.\n'
+        assert values(write(tmp_path / name, content)) == [{"text": content.decode()}]
     for name in ("a.txt", "[a].md", "b"):
         content = b"{ not json }\n[link](there)\r\n"
         assert values(write(tmp_path / name, content)) == [{"text": content.decode()}]
@@ -118,6 +122,7 @@ def test_a_list_is_read_in_little_memory(tmp_path):
     ("bits.jsonl.zst", zstandard.compress(LINES * 9)[:20] + b"xyz" * 9, "damaged .zst file"),
     ("bits.jsonl.gz", gzip.compress(LINES * 9)[:20] + b"xyz" * 9, "damaged .gz file"),
     ("a.parquet", b"PAR1" + b"x" * 100, "damaged Parquet file"),
+    ("a.csv", b"text,label\nx,1\n", "a table"),
 ])
 def test_what_is_damaged_or_no_text_is_named(tmp_path, name, content, message):
     """A .zst file cut short was taken for a whole one, by zstandard's own reader."""
@@ -152,6 +157,7 @@ def test_a_mixed_directory_is_read_in_order_and_the_rest_is_told(tmp_path):
     write(tmp_path / "other/linked.txt", b"x")
     (folder / "linked").symlink_to(tmp_path / "other")
     (folder / "good_link.txt").symlink_to(tmp_path / "other/linked.txt")
+    (folder / "same.txt").symlink_to(tmp_path / "other/linked.txt")  # Hugging Face's snapshots
     lines = ['{"text": "line 1", "id": 7}', "", '{"prompt": "p", "completion": "c"}', ""]
     write(folder / "c.jsonl", "\n".join(lines).encode())
     write(folder / "d.jsonl.gz", gzip.compress(json.dumps({"messages": CONVERSATION}).encode()))
@@ -166,10 +172,10 @@ def test_a_mixed_directory_is_read_in_order_and_the_rest_is_told(tmp_path):
         {"text": "a/b.TXT\r\n"},
         {"text": "a/z.md\r\n"},
     ]
-    unknown = "suffix not known (a file that is named itself is read)"
+    unknown = "suffix not known"
     linked = "linked folder (it can be a source of its own)"
-    no_text = ("no text, content, raw_content, prompt and completion, or messages (--text-field "
-               "names another)")
+    no_text = ("no text, content, raw_content, prompt and completion, or messages (tools.prepare: "
+               "--text-field)")
     assert documents.passed_over.counts == {
         "hidden folder": {".git": 1},
         "folder not entered": {"__pycache__": 1},
@@ -177,6 +183,7 @@ def test_a_mixed_directory_is_read_in_order_and_the_rest_is_told(tmp_path):
         "hidden file": {".py": 1},
         unknown: {".pdf": 2, "without suffix": 1, ".ipynb": 1},
         "link to nothing": {".txt": 1},
+        "link to a file that is read already": {".txt": 1},
         "not valid JSON, or cut short": {".json": 1},
         "empty": {"of .py": 1},
         "not UTF-8": {".txt": 1},
@@ -199,9 +206,12 @@ def test_a_path_that_gives_nothing_is_an_error_that_says_why(tmp_path):
     for path, reason in [
         (tmp_path / "papers/a.pdf", r"holds no document; not UTF-8: 1 \.pdf"),
         (write(tmp_path / "n.jsonl", b'{"text": null}\n{"text": null}'),
-         r"n.jsonl: holds no document; text is null or absent: 2 of \.jsonl \(the first: .*line 1"),
+         r"n.jsonl: holds no document; text is null or absent: 2 of \.jsonl \(the first: .*line 1, "
+         r"of keys text"),
         (write(tmp_path / "s.jsonl", b'{"body": "x"}'), "s.jsonl: holds no document; no text"),
         (write(tmp_path / "b.json", b"{"), "b.json: holds no document; not valid JSON"),
+        (write(tmp_path / "d.json", b'{"train": [], "test": []}'), "of keys train, test"),
+        (write(tmp_path / "t.csv", b"text\nx\n"), "holds no document; a table; JSON lines or"),
     ]:
         with pytest.raises(ValueError, match=reason) as caught:
             list(Documents(path))
@@ -213,6 +223,12 @@ def test_a_path_that_gives_nothing_is_an_error_that_says_why(tmp_path):
     ("b.jsonl.zst", zstandard.compress(LINES)[:-3], "damaged .zst file"),
     ("b.json", LIST[:-1], "record 4: not valid JSON, or cut short"),
     ("b.jsonl", LINES[:-3], "line 3: not valid JSON"),
+    ("b.jsonl", LINES[5:], "record 1: not valid JSON"),
+    ("b.jsonl", b"\xff" + LINES, "not UTF-8"),
+    ("b.parquet", b"<!DOCTYPE html>", "damaged Parquet file"),
+    ("b.parquet", b"", "damaged Parquet file"),
+    ("b.parquet", POINTER, "git lfs pull"),
+    ("b.txt", POINTER, "git lfs pull"),
 ])
 def test_a_damaged_file_of_a_directory_is_an_error_not_half_read(tmp_path, name, content, message):
     write(tmp_path / "a.txt", b"fine")
