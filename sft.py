@@ -63,13 +63,20 @@ def carries_loss(message: dict) -> bool:
     return is_answer and message.get("weight") != 0
 
 
+def unread(record: dict) -> str | None:
+    """Names a key of a record that means something and is not read here; None without one."""
+    for key in ("tools", "functions", "images", "videos", "audios", "system"):
+        if record.get(key):
+            return f"has {key!r}, which is not read here"
+    return None
+
+
 def fault_in(record: dict) -> str | None:
     """Why a record is no conversation to train on, or None: its messages are a list of {role,
     content} with strings, an assistant's perhaps with a weight of 0 or 1, and an answer to learn
     is among them."""
-    for key in ("tools", "functions", "images", "videos", "audios", "system"):
-        if record.get(key):
-            return f"has {key!r} beside messages, which is not understood"
+    if unread(record):
+        return unread(record)
     messages = record["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return "messages must be a list of objects with role and content"

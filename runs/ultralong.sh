@@ -15,7 +15,7 @@
 #     sbatch runs/ultralong.slurm PRESET MODEL_DIR TEXT CHAT OUT                 # under Slurm; elsewhere set LAUNCH as it does
 # MODEL_DIR  Llama-3.1-8B-Instruct (llama32_1b: Llama-3.2-1B-Instruct) in Hugging Face layout. Paths are absolute, or relative
 #     to this repository.
-# TEXT       a directory of SlimPajama's .jsonl or .jsonl.gz (its .zst unpacked), 10 GB or more, for llama32_1b 2: of its tokens
+# TEXT       a directory of SlimPajama's files as they are (.jsonl.zst, or unpacked), 10 GB or more, for llama32_1b 2: of its tokens
 #     stage 1 reads 1.007B (1m), 1.174B (2m), 1.258B (4m) or 0.1B (llama32_1b)
 # CHAT       100K short samples, deduplicated and kept apart from the benchmarks, as written by
 #     python -m tools.chat_blend --source general=DIR math=FILE code=FILE --tokenizer MODEL_DIR --count 100500 --holdout 500 \

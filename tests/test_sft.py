@@ -107,6 +107,7 @@ def test_special_tokens_in_messages_stay_text(tokenizer):
     ([{"role": "assistant", "content": "x", "weight": 0.5}], "has weight 0.5"),
     ([{"role": "user", "content": "x", "weight": 1}], "of role user has weight 1"),
     ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "has 'tool_calls'"),
+    ([{"role": "assistant", "content": "x", "name": "Ann"}], "has 'name'"),
 ])
 def test_bad_messages_are_refused_and_chat_blend_is_named(tmp_path, messages, message):
     assert re.search(message, fault_in({"messages": messages}))
@@ -122,7 +123,7 @@ def test_what_stands_beside_messages_and_means_something_is_refused(tmp_path, ke
     path.write_text(json.dumps({"messages": CONVERSATION, key: [], "id": "1"}))
     assert list(read_conversations(path)) == [CONVERSATION]
     path.write_text(json.dumps({"messages": CONVERSATION, key: ["x"]}))
-    with pytest.raises(ValueError, match=f"line 1: has '{key}' beside messages.*chat_blend"):
+    with pytest.raises(ValueError, match=f"line 1: has '{key}', which is not read.*chat_blend"):
         list(read_conversations(path))
 
 

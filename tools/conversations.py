@@ -38,7 +38,11 @@ SYSTEM = ("system", "system_prompt")
 ROLES = {"system": "system", "developer": "system", "human": "user", "user": "user",
          "prompter": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
          "bing": "assistant", "bard": "assistant", "model": "assistant"}
-TURN_KEYS = ("role", "from", "content", "value", "weight", "train")
+TURN_KEYS = frozenset(  # the first six are read, the others say nothing
+    "role from content value weight train id language timestamp created model toxic redacted "
+    "country state hashed_ip header turn_identifier markdown".split())
+# beside turns they are about them; beside a pair they may be part of what is asked
+BESIDE_TURNS = ("prompt", "language", "task", "topic", "subject")
 NOTHING = (None, "", "<noinput>", "[]", "{}", [], {})  # values of a key that is not used
 
 # Keys that say where a record comes from or what it is worth, or say again what it says.
@@ -50,7 +54,7 @@ SAYS_NOTHING = frozenset(
     "source data_source dataset origin resource problem_source seed url license "
     "model model_name generator openai_fingerprint timestamp created date version "
     # of what kind
-    "category type problem_type question_type task topic subject domain split subset lang language "
+    "category type problem_type question_type domain split subset lang "
     # how large, how good, what was taken out
     "turn num_turns length token_count num_tokens difficulty level score rating markdown "
     "openai_moderation detoxify_moderation toxic redacted state country hashed_ip header "
@@ -73,20 +77,19 @@ def to_messages(record: object, system: str | None, ignored: Iterable[str],
     pairs = [pair for pair in PAIRS if record.keys() >= set(pair)]
     if lists:
         turns = record[lists[0]]
-        # beside turns a pair, or a text, says once more what they say
-        used = {lists[0], *itertools.chain(*PAIRS), "text"}
+        known = {lists[0], *BESIDE_TURNS, *repeated(record, turns)}
     elif pairs:
         turns = turns_of(record, *pairs[0])
-        used = {*pairs[0], *PASSAGES, "history"}
+        known = {*pairs[0], *PASSAGES, "history"}
         if pairs[0][0] == "instruction":
-            used.add("text")  # Alpaca's whole prompt; beside a question it might be a passage
+            known.add("text")  # Alpaca's whole prompt; beside a question it might be a passage
     else:
         return "not a chat record"
     # 2. Nothing else may be said there.
-    unknown = not_understood(record, {*used, *SYSTEM, *ignored})
+    unknown = not_understood(record, {*known, *SYSTEM, *SAYS_NOTHING, *ignored})
     if unknown:
         return unknown
-    if record.get("is_correct") is False:
+    if record.get("is_correct") in (False, 0):
         return "marked as not correct"
     # 3. The turns, one by one.
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -120,9 +123,30 @@ def says_something(value: object) -> bool:
 
 def not_understood(content: dict, known: set[str]) -> str | None:
     """Names the keys that say something, and not known what; None if there are none."""
-    known = known | SAYS_NOTHING
     keys = [key for key, value in content.items() if key not in known and says_something(value)]
     return f"not understood: {' '.join(keys)}" if keys else None
+
+
+def repeated(record: dict, turns: object) -> set[str]:
+    """The keys of pairs, and text, that only say once more what the turns beside them say: one of
+    them, or (a text in a chat template) all of them."""
+    contents = []
+    for turn in turns if isinstance(turns, list) else []:
+        content = value_of(turn, "content", "value") if isinstance(turn, dict) else None
+        contents.append(content.strip() if isinstance(content, str) else None)
+    keys = set()
+    for key in {*itertools.chain(*PAIRS), "text"} & record.keys():
+        value = record[key]
+        if isinstance(value, str) and contents and None not in contents:
+            one = value.strip() in contents
+            if one or all(content in value for content in contents):
+                keys.add(key)
+    return keys
+
+
+def value_of(turn: dict, first: str, second: str) -> object:
+    """What a turn has at one of two keys."""
+    return turn.get(second) if turn.get(first) is None else turn[first]
 
 
 def turns_of(record: dict, question: str, answer: str) -> list[dict] | None:
@@ -131,9 +155,11 @@ def turns_of(record: dict, question: str, answer: str) -> list[dict] | None:
     asked += [record[key] for key in PASSAGES if says_something(record.get(key))]
     if all(isinstance(text, str) for text in asked):
         asked = "\n\n".join(asked)
-    pairs = [*(record.get("history") or []), [asked, record[answer]]]
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        return None
     turns = []
-    for pair in pairs:
+    for pair in [*history, [asked, record[answer]]]:
         if not isinstance(pair, list) or len(pair) != 2:
             return None
         turns.append({"role": "user", "content": pair[0]})
@@ -143,16 +169,23 @@ def turns_of(record: dict, question: str, answer: str) -> list[dict] | None:
 
 def read_turn(turn: dict) -> dict | str:
     """{role, content}, with weight 0 where an answer carries no loss; or why not."""
-    stated = turn.get("from") if turn.get("role") is None else turn["role"]
+    for first, second in (("role", "from"), ("content", "value")):
+        values = [turn[key] for key in (first, second) if turn.get(key) is not None]
+        if len(values) == 2 and values[0] != values[1]:
+            return f"{first} and {second} differ"
+    stated = value_of(turn, "role", "from")
     role = ROLES.get(stated.lower()) if isinstance(stated, str) else None
     if role is None:
         return f"unknown role {stated!r}"
-    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    content = value_of(turn, "content", "value")
     if isinstance(content, list):  # OpenAI's parts
         parts = []
         for part in content:
             is_text = isinstance(part, dict) and part.get("type") == "text"
-            parts.append(part.get("text") if is_text else None)
+            if is_text and not not_understood(part, {"type", "text"}):
+                parts.append(part.get("text"))
+            else:
+                parts.append(None)
         content = "\n".join(parts) if parts and all(isinstance(p, str) for p in parts) else None
     if not isinstance(content, str):
         return "content is not text"

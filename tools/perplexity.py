@@ -28,9 +28,16 @@ from eval_niah import (
     results_header,
 )
 from model import Llama, logit_bytes
-from parallel import Grid, gathered, one_line_errors, vocab_parallel_cross_entropy, zigzag_unshard
+from parallel import (
+    Grid,
+    gathered,
+    one_line_errors,
+    print_once,
+    vocab_parallel_cross_entropy,
+    zigzag_unshard,
+)
 from tools.prepare import held_out_split
-from tools.records import Documents, source_path
+from tools.records import Documents, source_path, texts_of
 from train import Parser, positive, writable
 
 
@@ -41,24 +48,30 @@ def load_long_documents(path: Path, tokenizer: data.Tokenizer, length: int,
 
     From a corpus's held-out split, or from text files. ValueError if there are fewer.
     """
+    source = None
     if data.is_corpus(path):
         documents = held_out_split(path, tokenizer)
     else:
-        texts = (document.get("text", "") for _, document in Documents(path))
+        source = Documents(path)
+        texts = ("\n\n".join(texts_of(document)) for _, document in source)
         documents = (np.array(tokenizer.encode_ordinary(text)) for text in texts)
     begin = np.array(begin_of_text(tokenizer), np.int64)
-    found = []
+    samples = []
     longest = 0
     for document in documents:
         tokens = np.concatenate([begin, document])
         longest = max(longest, len(tokens))
         if len(tokens) > length:
-            found.append(tokens[:length + 1])
-        if len(found) == count:
-            return np.stack(found)
-    raise ValueError(f"--haystack {path}: {len(found)} documents have more than {length} tokens "
-                     f"(the longest {longest}); --samples asks for {count}: lower it or "
-                     "--lengths, or take longer documents")
+            samples.append(tokens[:length + 1])
+        if len(samples) == count:
+            break
+    if source:
+        print_once(source.report("haystack, as far as it is read"))
+    if len(samples) < count:
+        raise ValueError(f"--haystack {path}: {len(samples)} documents have more than {length} "
+                         f"tokens (the longest {longest}); --samples asks for {count}: lower it or "
+                         "--lengths, or take longer documents")
+    return np.stack(samples)
 
 
 def token_losses(model: Llama, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

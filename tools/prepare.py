@@ -244,7 +244,8 @@ class Job(NamedTuple):
     documents: list[dict]
 
 
-def cut_jobs(sources: dict[str, Documents], characters: int) -> Iterator[Job]:
+def cut_jobs(sources: dict[str, Documents], source_field: str | None,
+             characters: int) -> Iterator[Job]:
     """All documents of the named sources in jobs of that many characters. Raises ValueError."""
     names = set()
 
@@ -254,7 +255,7 @@ def cut_jobs(sources: dict[str, Documents], characters: int) -> Iterator[Job]:
                 name = f"{source}/{own}" if own else source
                 names.add(name)
                 if len(names) > MOST_SOURCES:
-                    raise ValueError(f"--source-field {documents.source_field}: gives more than "
+                    raise ValueError(f"--source-field {source_field}: gives more than "
                                      f"{MOST_SOURCES} sources; it must name a few, not each "
                                      "document")
                 size = sum(map(len, texts_of(document)))
@@ -262,11 +263,9 @@ def cut_jobs(sources: dict[str, Documents], characters: int) -> Iterator[Job]:
 
     for number, (source, documents) in enumerate(by_source(sized(), characters)):
         yield Job(number, source, documents)
-    for documents in sources.values():
-        field = documents.source_field
-        if field and names == sources.keys():
-            raise ValueError(f"--source-field {field}: gives no source; it must be in the records, "
-                             "keys joined by dots")
+    if source_field and names == sources.keys():
+        raise ValueError(f"--source-field {source_field}: gives no source; it must be in the "
+                         "records, keys joined by dots")
 
 
 @functools.cache
@@ -395,7 +394,7 @@ def prepare_corpus(sources: list[tuple[str, str | Path]], tokenizer: Tokenizer,
     settings = repr([fingerprint(tokenizer), tokenizer.rules, holdout])
     with unfinished(out_dir), workers(processes) as pool:
         # 1. Cut the sources into jobs, and 2. encode each.
-        jobs = cut_jobs(sources, job_characters)
+        jobs = cut_jobs(sources, source_field, job_characters)
         calls = ((job, tokenizer.path, out_dir, holdout, seed, settings) for job in jobs)
         results = in_order(pool, 2 * processes, encode_job, calls)
         train = []

@@ -3,14 +3,14 @@
 The one reader of tools.prepare, train_tokenizer, ruler, perplexity, chat_blend and answer. What a
 file is, its content says:
 
-    content                                          records
-    a JSON object on the first line                  one a line
-    other JSON, in a file with a suffix of JSON      a list's items, or one value after the other
-    Parquet (needs pyarrow)                          its rows
-    other text in UTF-8                              {"text": all of it}
+    content                                            records
+    a JSON object on the first line                    one a line
+    other JSON, if its suffix or first line says so    a list's items, or one value after another
+    Parquet (needs pyarrow)                            its rows
+    other text in UTF-8                                {"text": all of it}
 
 any of them plain, or packed by gzip or zstd (needs zstandard). Of a directory the files with a
-known suffix are read, in any case of letters; a file named itself is read whatever its suffix.
+known suffix are read, in any case of letters; a text named itself is read whatever its suffix.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data import is_corpus, parse_json
-from sft import fault_in
+from sft import fault_in, unread
 
 JSON = (".json", ".jsonl", ".ndjson")
 RECORDS = (*JSON, ".parquet")
@@ -40,7 +40,9 @@ TEXT = tuple(
 PACKED = (".gz", ".zst")
 NOT_ENTERED = ("__pycache__", "site-packages", "dist-packages", "node_modules")
 TEXT_FIELDS = ("text", "content", "raw_content")  # of a record: the first that it has
-TABLES = (".csv", ".tsv")
+NOT_READ = {".csv": "a table: write it as JSON lines or Parquet",
+            ".tsv": "a table: write it as JSON lines or Parquet",
+            ".ipynb": "a notebook: write it as text"}
 LFS = b"version https://git-lfs.github.com/spec/"  # begins what git has of a large file
 CHUNK = 2**20
 MOST_KINDS = 8  # that a line of a report names
@@ -75,7 +77,7 @@ class ZstdFile(io.RawIOBase):
         zstandard = extra("zstandard", "a .zst file")
         self.file = file
         self.fault = zstandard.ZstdError
-        self.new_frame = zstandard.ZstdDecompressor().decompressobj
+        self.new_frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
         self.frame = self.new_frame()  # a file may have several, one after the other
         self.begun = False  # whether something of the frame was read
         self.content = memoryview(b"")
@@ -85,11 +87,13 @@ class ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while not self.content:
-            packed = self.frame.unused_data if self.frame.eof else b""
-            packed = packed or self.file.read(2**16)  # may hold a hundred times as much
+            packed = b""
             if self.frame.eof:
+                packed = self.frame.unused_data
                 self.frame = self.new_frame()
                 self.begun = False
+            if not packed:
+                packed = self.file.read(2**8)  # little: it may hold thousands of times as much
             if not packed and self.begun:
                 raise EOFError("it ends within a frame")
             if not packed:
@@ -113,7 +117,7 @@ def unpacked(path: Path) -> Iterator[io.BufferedReader]:
         try:
             if head[:2] == b"\x1f\x8b":
                 yield io.BufferedReader(gzip.GzipFile(fileobj=file), CHUNK)
-            elif head == b"\x28\xb5\x2f\xfd":
+            elif head == b"\x28\xb5\x2f\xfd" or head[1:] == b"\x2a\x4d\x18":  # or what it skips
                 yield io.BufferedReader(ZstdFile(file), CHUNK)
             else:
                 yield file
@@ -140,16 +144,25 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[tuple[str, object]]]:
             raise ValueError(f"{path}: only says where the data is: git lfs pull brings it")
         if head[:4] == b"PAR1" or suffix == ".parquet":
             return read_rows
-        if suffix in TABLES:
-            raise Unreadable(path, "a table; JSON lines or Parquet are read")
-        first = []
-        if head.removeprefix(MARK).lstrip()[:1] == b"{":
+        if suffix in NOT_READ:
+            raise Unreadable(path, NOT_READ[suffix])
+        begins = head.removeprefix(MARK).lstrip()[:1]
+        if begins == b"[" and suffix in JSON:  # its first line may be all of it: not read twice
+            return read_values
+        lines = []
+        if begins in (b"{", b"["):
             # a text may begin with a line of JSON, so of its lines the first two count
             count = 1 if suffix in JSON else 2
-            first = list(itertools.islice(filter(bytes.strip, stream), count))
-    if first and all(map(is_json, first)):
-        return read_lines
+            lines = list(itertools.islice(filter(is_filled, stream), count))
+    is_list = begins == b"["
+    if lines and all(map(is_json, lines)):
+        return read_values if is_list else read_lines
     return read_values if suffix in JSON else read_text
+
+
+def is_filled(line: bytes) -> bool:
+    """Whether something is on a line."""
+    return bool(line.removeprefix(MARK).strip())
 
 
 def is_json(line: bytes) -> bool:
@@ -163,7 +176,7 @@ def is_json(line: bytes) -> bool:
 def read_lines(path: Path) -> Iterator[tuple[str, object]]:
     with unpacked(path) as stream:
         for number, line in enumerate(stream, 1):
-            if line.strip():
+            if is_filled(line):
                 place = f"{path}, line {number}"
                 yield place, parse_json(line, place)
 
@@ -202,12 +215,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     number = 1
     try:
         with parquet.ParquetFile(path) as file:
-            for rows in file.iter_batches(batch_size=256):
+            for rows in file.iter_batches(batch_size=32):  # in memory: a row may be a book
                 for row in rows.to_pylist():
                     yield f"{path}, row {number}", row
                     number += 1
     except (OSError, ValueError) as error:  # what pyarrow raises
-        raise ValueError(f"{path}: damaged Parquet file ({error})") from None
+        raise ValueError(f"{path}: cannot be read as Parquet ({error})") from None
 
 
 def read_text(path: Path) -> Iterator[tuple[str, object]]:
@@ -263,10 +276,12 @@ def bare_suffix(path: Path) -> str:
 def list_files(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> list[Path]:
     """The file itself, or the files of a directory with such suffixes (packed or not), sorted, a
     folder's own before its folders'. Raises ValueError where a package to read them is absent."""
-    if not path.is_dir():
-        files = [path]
-    else:
+    if path.is_dir():
         files = list(walk(path, suffixes, passed_over))
+    elif path.is_file():
+        files = [path]
+    else:  # it is read twice: to see what it is, and to read it
+        raise ValueError(f"{path}: a pipe or device; write what it gives into a file")
     kinds = {suffix_of(file) for file in files}
     if any(kind.endswith(".zst") for kind in kinds):
         extra("zstandard", f"{path}: a .zst file")
@@ -302,7 +317,7 @@ def walk(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> Iter
             elif bare_suffix(file) not in suffixes:
                 reason = "suffix not known"
             elif not file.is_file():
-                reason = "link to nothing"
+                reason = "no file (a pipe, or a link to nothing)"
             elif file.resolve() in seen:
                 reason = "link to a file that is read already"
             else:
@@ -341,6 +356,8 @@ def parse_document(record: object, text_field: str | None = None) -> dict | str:
     fields = [text_field] if text_field else [name for name in TEXT_FIELDS if name in record]
     if fields:
         document = {"text": field_of(record, fields[0])}
+    elif unread(record):
+        return unread(record)
     elif "prompt" in record and "completion" in record:
         document = {"prompt": record["prompt"], "completion": record["completion"]}
     elif "messages" in record:
@@ -372,13 +389,13 @@ class Documents:
         self.source_field = source_field
         self.passed_over = PassedOver()
         self.files = list_files(path, RECORDS + TEXT, self.passed_over)
-        self.read = Counter()  # files that gave documents, by suffix
+        self.files_used = Counter()  # those that gave documents, by suffix
         self.count = 0  # documents
         self.without_source = 0
         self.check(self.files, "file to read")
 
-    def check(self, found: object, what: str) -> None:
-        if not found:
+    def check(self, things: object, what: str) -> None:
+        if not things:
             because = "; ".join(["", *self.passed_over.lines()])
             raise ValueError(f"{self.path}: holds no {what}{because}")
 
@@ -406,7 +423,10 @@ class Documents:
                 if records or bare_suffix(file) in (".jsonl", ".ndjson"):
                     raise
                 self.passed_over.add(error.reason, kind, file)
-            self.read[kind] += self.count > earlier
+            else:
+                if not records:
+                    self.passed_over.add("without a record", kind, file)
+            self.files_used[kind] += self.count > earlier
         self.check(self.count, "document")
 
     def source_of(self, record: dict) -> str | None:
@@ -420,7 +440,8 @@ class Documents:
 
     def report(self, name: str) -> str:
         """Lines on what was read so far, and what was passed over."""
-        files = ", ".join(f"{count:,} {kind}" for kind, count in self.read.most_common() if count)
+        used = self.files_used.most_common()
+        files = ", ".join(f"{count:,} {kind}" for kind, count in used if count)
         lines = [f"{name}: {self.count:,} documents of {files}"]
         if self.without_source:
             lines.append(f"  {self.without_source:,} of them without {self.source_field}")

@@ -68,6 +68,7 @@ IMAGE = [{"type": "image_url", "image_url": "u"}]
     ({"question": "q", "generated_solution": "a", "expected_answer": "5", "is_correct": True},
      "u:q a:a"),
     ({"question": "q", "generated_solution": "a", "is_correct": False}, "marked as not correct"),
+    ({"question": "q", "generated_solution": "a", "is_correct": 0}, "marked as not correct"),
     ({"prompt": "q", "completion": "a"}, "u:q a:a"),
     ({"problem": "q", "solution": "a", "answer": "5", "level": "3"}, "u:q a:a"),
     ({"messages": None, "query": "q", "response": "a"}, "u:q a:a"),
@@ -95,12 +96,36 @@ IMAGE = [{"type": "image_url", "image_url": "u"}]
     ({"messages": [Q, A], "tools": [{"name": "f"}]}, "not understood: tools"),
     ({"messages": [Q, A], "tools": "[]"}, "u:q a:a"),
     ({"messages": [Q, A], "context": "a text"}, "not understood: context"),
+    ({"messages": [Q, A], "problem": "q", "solution": " a ", "text": "<u>q<a>a"}, "u:q a:a"),
+    ({"messages": [Q, A], "problem": "other"}, "not understood: problem"),
+    ({"messages": [Q, A], "text": "a long passage"}, "not understood: text"),
+    ({"messages": [Q, A, Q], "completion": "a2"}, "not understood: completion"),
+    ({"messages": [turn("user", "q", value="other"), A]}, "content and value differ"),
+    ({"messages": [turn("user", "q", value="q"), A]}, "u:q a:a"),
+    ({"messages": [{"role": "user", "from": "gpt", "content": "q"}, A]}, "role and from differ"),
+    ({"messages": [Q, turn("assistant", "a", answer="b")]}, "not understood: answer"),
+    ({"messages": [Q, turn("assistant", "a", score=-1)]}, "not understood: score"),
+    ({"messages": [turn("user", [{"type": "text", "text": "q", "image": "u"}]), A]},
+     "content is not text"),
+    ({"task": "Translate", "question": "q", "answer": "a"}, "not understood: task"),
+    ({"instruction": "do", "output": "a", "language": "German"}, "not understood: language"),
+    ({"messages": [Q, A], "task": "chat", "language": "en"}, "u:q a:a"),
+    ({"instruction": "do", "output": "a", "title": "T"}, "not understood: title"),
+    ({"conversations": SHARE, "custom_instruction": True, "views": 3}, "u:q a:a"),  # OpenHermes
     ({"messages": [Q, A], "conversations": SHARE}, "not understood: conversations"),
     ({"instruction": "do", "output": "a", "response": "b"}, "not understood: response"),
     ({"question": "q", "answer": "a", "text": "a passage?"}, "not understood: text"),
     ({"question": "q", "answer": "a", "choices": ["a", "b"]}, "not understood: choices"),
     ({"instruction": "do", "output": "a", "history": [["q"]]}, "turns that cannot be read"),
     ({"instruction": "do", "output": "a", "history": "q"}, "turns that cannot be read"),
+    ({"instruction": "do", "output": "a", "history": 5}, "turns that cannot be read"),
+    ({"instruction": "do", "output": "a", "history": [["q", "a", "b"]]},
+     "turns that cannot be read"),
+    ({"instruction": "do", "output": "a", "input": "one", "context": "two", "passage": "three"},
+     "u:do\n\none\n\ntwo\n\nthree a:a"),
+    ({"prompt": "q", "response": "a"}, "u:q a:a"),
+    ({"instruction": "q", "response": "a"}, "u:q a:a"),
+    ({"query": "q", "response": "a", "answer": "5"}, "u:q a:a"),  # a solution, and what grades it
     ({"messages": [7]}, "turns that cannot be read"),
     ({"messages": "x"}, "turns that cannot be read"),
     ({"prompt": "q", "chosen": [Q, A], "rejected": []}, "not a chat record"),
@@ -159,6 +184,16 @@ def test_turns_are_cleaned_or_the_record_dropped(turns, expected):
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     messages = [turn(names[part[0]], part[2:]) for part in turns.split()]
     assert said(to_messages({"messages": messages})) == expected
+
+
+@pytest.mark.parametrize("role", ["human", "user", "prompter", "User"])
+def test_roles_of_a_user(role):
+    assert said(to_messages({"messages": [turn(role, "q"), A]})) == "u:q a:a"
+
+
+@pytest.mark.parametrize("role", ["assistant", "gpt", "chatgpt", "bing", "bard", "model"])
+def test_roles_of_an_assistant(role):
+    assert said(to_messages({"messages": [Q, turn(role, "a")]})) == "u:q a:a"
 
 
 def test_turns_that_are_cut_off_are_counted():

@@ -1,9 +1,10 @@
 """tools.records: what a file is, its content says; what is not read is counted and told."""
 import gzip
 import json
+import os
 import random
-import subprocess
 import sys
+import tracemalloc
 
 import pyarrow.parquet
 import pytest
@@ -50,6 +51,9 @@ def values(path):
     ("named_wrongly.txt", LINES),
     ("without_suffix", LINES),
     ("without_suffix", gzip.compress(LINES)),
+    ("list.txt", LIST + b"\n"),
+    ("spaces.txt", MARK + b" \n " + LINES),
+    ("skippable.jsonl.zst", b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstandard.compress(LINES)),
     ("blank_lines.jsonl", b"\n" + LINES.replace(b"\n", b"\n\n")),
     ("mark.jsonl", MARK + LINES),
     ("mark.json", MARK + LIST),
@@ -59,11 +63,12 @@ def test_records_are_found_whatever_the_name_and_layout(tmp_path, name, content)
 
 
 def test_rows_of_parquet(tmp_path):
-    table = pyarrow.table({"text": [record["text"] for record in RECORDS], "score": [1.5, 2, None]})
-    pyarrow.parquet.write_table(table, tmp_path / "000_00000.parquet")
-    rows = values(tmp_path / "000_00000.parquet")
-    assert [row["text"] for row in rows] == [record["text"] for record in RECORDS]
-    assert [row["score"] for row in rows] == [1.5, 2, None]
+    written = [{"text": f"text {i}", "score": None if i % 3 else i} for i in range(1000)]
+    path = tmp_path / "000_00000.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(written), path, row_group_size=300)
+    assert values(path) == written
+    places = [place for place, _ in read_records(path)]
+    assert (places[0], places[-1]) == (f"{path}, row 1", f"{path}, row 1000")
 
 
 def test_one_object_is_one_record_and_other_text_is_text(tmp_path):
@@ -89,20 +94,27 @@ def test_values_longer_than_a_chunk_and_at_its_edges_are_whole(tmp_path, monkeyp
             assert values(path) == wanted
 
 
-def test_a_list_is_read_in_little_memory(tmp_path):
-    """A list of 160 MB, as ShareGPT is published: parsed whole it took 5 times its size."""
-    record = json.dumps({"text": "word " * 2000})
-    with open(tmp_path / "large.json", "w") as file:
-        file.write("[" + ", ".join([record] * 16_000) + "]")
-    script = ("import resource, sys; from pathlib import Path; from tools.records import *\n"
-              "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-              "before = peak(); n = sum(1 for _ in read_records(Path(sys.argv[1])))\n"
-              "print(n, peak() - before)")
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "large.json"], text=True,
-                          capture_output=True, check=True)
-    count, mib = map(int, done.stdout.split())
-    assert count == 16_000
-    assert mib < 40
+@pytest.mark.parametrize("kind", ["json", "jsonl", "jsonl.zst", "parquet"])
+def test_records_are_read_in_little_memory(tmp_path, monkeypatch, kind):
+    """ShareGPT's list of 700 MB, parsed whole, took 5 times its size."""
+    monkeypatch.setattr(records, "CHUNK", 2**16)
+    rng = random.Random(0)
+    rows = [{"text": rng.randbytes(10_000).hex()} for _ in range(1000)]
+    path = tmp_path / f"large.{kind}"
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind == "json":
+        path.write_bytes(b"[" + lines.replace(b"\n", b",\n")[:-2] + b"]")
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(zstandard.compress(lines) if kind.endswith("zst") else lines)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_records(path)) == 1000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.25 * len(lines)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -121,7 +133,8 @@ def test_a_list_is_read_in_little_memory(tmp_path):
     ("cut.jsonl.zst", zstandard.compress(LINES * 1000)[:-3], "damaged .zst file"),
     ("bits.jsonl.zst", zstandard.compress(LINES * 9)[:20] + b"xyz" * 9, "damaged .zst file"),
     ("bits.jsonl.gz", gzip.compress(LINES * 9)[:20] + b"xyz" * 9, "damaged .gz file"),
-    ("a.parquet", b"PAR1" + b"x" * 100, "damaged Parquet file"),
+    ("sum.jsonl.gz", gzip.compress(LINES)[:-8] + b"12345678", "damaged .gz file"),
+    ("a.parquet", b"PAR1" + b"x" * 100, "cannot be read as Parquet"),
     ("a.csv", b"text,label\nx,1\n", "a table"),
 ])
 def test_what_is_damaged_or_no_text_is_named(tmp_path, name, content, message):
@@ -146,11 +159,14 @@ def test_a_missing_package_is_one_line_at_once(tmp_path, monkeypatch, package, n
 
 def test_a_mixed_directory_is_read_in_order_and_the_rest_is_told(tmp_path):
     folder = tmp_path / "mixed"
-    for name in ("b.py", "a/z.md", "a/b.TXT", ".git/x.py", "__pycache__/x.py", "x.pdf", "y.PDF",
-                 ".x.py", "Makefile", "notebook.ipynb"):
+    for name in ("b.py", "node_modules/x.js", "a/z.md", "a/b.TXT", ".git/x.py", "__pycache__/x.py",
+                 "x.pdf", "y.PDF", ".x.py", "Makefile", "notebook.ipynb"):
         write(folder / name, name.encode() + b"\r\n")
     write(folder / "latin.txt", b"\xff\xfe bad")
     write(folder / "empty.py", b"")
+    write(folder / "empty.jsonl", b"\n")
+    write(folder / "none.json", b"[]")
+    os.mkfifo(folder / "pipe.py")
     write(folder / "package.json", b'{"name": "x", "version": "1"}')
     write(folder / "comments.json", b"// not JSON\n{}")
     (folder / "link.txt").symlink_to(folder / "nowhere.txt")
@@ -178,11 +194,12 @@ def test_a_mixed_directory_is_read_in_order_and_the_rest_is_told(tmp_path):
                "--text-field)")
     assert documents.passed_over.counts == {
         "hidden folder": {".git": 1},
-        "folder not entered": {"__pycache__": 1},
+        "folder not entered": {"__pycache__": 1, "node_modules": 1},
         linked: {"linked": 1},
         "hidden file": {".py": 1},
         unknown: {".pdf": 2, "without suffix": 1, ".ipynb": 1},
-        "link to nothing": {".txt": 1},
+        "no file (a pipe, or a link to nothing)": {".txt": 1, ".py": 1},
+        "without a record": {".jsonl": 1, ".json": 1},
         "link to a file that is read already": {".txt": 1},
         "not valid JSON, or cut short": {".json": 1},
         "empty": {"of .py": 1},
@@ -211,7 +228,7 @@ def test_a_path_that_gives_nothing_is_an_error_that_says_why(tmp_path):
         (write(tmp_path / "s.jsonl", b'{"body": "x"}'), "s.jsonl: holds no document; no text"),
         (write(tmp_path / "b.json", b"{"), "b.json: holds no document; not valid JSON"),
         (write(tmp_path / "d.json", b'{"train": [], "test": []}'), "of keys train, test"),
-        (write(tmp_path / "t.csv", b"text\nx\n"), "holds no document; a table; JSON lines or"),
+        (write(tmp_path / "t.csv", b"text\nx\n"), "holds no document; a table: write it as"),
     ]:
         with pytest.raises(ValueError, match=reason) as caught:
             list(Documents(path))
@@ -225,8 +242,8 @@ def test_a_path_that_gives_nothing_is_an_error_that_says_why(tmp_path):
     ("b.jsonl", LINES[:-3], "line 3: not valid JSON"),
     ("b.jsonl", LINES[5:], "record 1: not valid JSON"),
     ("b.jsonl", b"\xff" + LINES, "not UTF-8"),
-    ("b.parquet", b"<!DOCTYPE html>", "damaged Parquet file"),
-    ("b.parquet", b"", "damaged Parquet file"),
+    ("b.parquet", b"<!DOCTYPE html>", "cannot be read as Parquet"),
+    ("b.parquet", b"", "cannot be read as Parquet"),
     ("b.parquet", POINTER, "git lfs pull"),
     ("b.txt", POINTER, "git lfs pull"),
 ])
@@ -248,10 +265,38 @@ def test_a_long_list_of_kinds_is_shortened(tmp_path):
 
 
 def test_list_files_takes_suffixes_packed_or_not_in_any_case(tmp_path):
-    for name in ("a.JSON", "b.json.gz", "c.Parquet", "d.jsonl.ZST", "e.tar.gz", "f.txt", "g.gz"):
+    for name in ("a.JSON", "A.JSON.GZ", "b.json.gz", "c.Parquet", "d.jsonl.ZST", "e.tar.gz",
+                 "f.txt", "g.gz"):
         write(tmp_path / name, b"")
     found = list_files(tmp_path, records.RECORDS, PassedOver())
-    assert [file.name for file in found] == ["a.JSON", "b.json.gz", "c.Parquet", "d.jsonl.ZST"]
+    assert [file.name for file in found] == ["A.JSON.GZ", "a.JSON", "b.json.gz", "c.Parquet",
+                                               "d.jsonl.ZST"]
+
+
+def test_folders_are_entered_in_order_and_one_that_cannot_be_read_is_an_error(tmp_path,
+                                                                              monkeypatch):
+    names = random.Random(0).sample(range(100), 40)
+    for name in names:
+        write(tmp_path / str(name) / "a.txt", b"x")
+    files = list_files(tmp_path, (".txt",), PassedOver())
+    assert [file.parent.name for file in files] == sorted(map(str, names))
+
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith(str(names[0])):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        list_files(tmp_path, (".txt",), PassedOver())
+
+
+def test_a_pipe_is_refused_not_read_from_its_middle(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: a pipe or device; write what it gives"):
+        Documents(tmp_path / "pipe")
 
 
 # ---------------------------------------------------------------------------------------- documents
@@ -270,6 +315,8 @@ def test_list_files_takes_suffixes_packed_or_not_in_any_case(tmp_path):
     ({"messages": None}, None, "messages is null"),
     ({"prompt": "p", "completion": "c"}, None, {"prompt": "p", "completion": "c"}),
     ({"prompt": "p", "completion": None}, None, "completion is null or absent"),
+    ({"prompt": "p", "completion": "c", "system": "s"}, None,
+     "has 'system', which is not read here"),
     ({"text": None}, None, "text is null or absent"),
     ({"text": 5}, None, "text is not a string"),
     ({"text": ""}, None, "empty"),
