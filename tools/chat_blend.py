@@ -34,7 +34,7 @@ from parallel import one_line_errors
 from sft import encode_chat, end_of_turn
 from tools.conversations import to_messages
 from tools.prepare import window_hashes
-from tools.records import RECORDS, PassedOver, bare_suffix, list_files, read_records
+from tools.records import RECORDS, PassedOver, list_files, read_records, read_text, reader_of
 from train import Parser, nonnegative, option, positive
 
 SHINGLE = 20  # characters, about the five words of arXiv 2107.06499
@@ -238,11 +238,12 @@ def strings(value: object) -> Iterator[str]:
 
 
 def read_items(path: Path) -> Iterator[object]:
-    """The records of a benchmark's file; the lines of a .txt file."""
-    for _, record in read_records(path):
-        if bare_suffix(path) == ".txt" and isinstance(record, dict):
+    """The records of a benchmark's file; of a plain text its lines."""
+    if reader_of(path) is read_text:
+        for _, record in read_text(path):
             yield from record["text"].splitlines()
-        else:
+    else:
+        for _, record in read_records(path):
             yield record
 
 
