@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from data import Blend, Tokenizer, read_records, shuffled
 from parallel import Grid, one_line_errors, print_once
@@ -37,7 +36,7 @@ CHAT_TOKENS = {  # special tokens of a template; the last ends a message
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
 
 
-def chat_template(tokenizer: tiktoken.Encoding) -> str | None:
+def chat_template(tokenizer: Tokenizer) -> str | None:
     """The template, a name in CHAT_TOKENS, for which a tokenizer has all tokens; None without."""
     special = tokenizer.special_tokens_set  # made anew each time
     for name, tokens in CHAT_TOKENS.items():
@@ -46,7 +45,7 @@ def chat_template(tokenizer: tiktoken.Encoding) -> str | None:
     return None
 
 
-def end_of_turn(tokenizer: tiktoken.Encoding) -> int:
+def end_of_turn(tokenizer: Tokenizer) -> int:
     """Id of the token that ends a message: <|eot_id|> (Llama 3) or <|im_end|> (ChatML)."""
     template = chat_template(tokenizer)
     if template is None:
@@ -97,7 +96,7 @@ def fault_in(record: dict) -> str | None:
     return None
 
 
-def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
+def encode_chat(messages: list[dict], tokenizer: Tokenizer,
                 add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
     r"""Tokens of a conversation, and which carry loss: the assistant's words and its end of turn.
 
@@ -126,7 +125,7 @@ def encode_chat(messages: list[dict], tokenizer: tiktoken.Encoding,
     return tokens, mask
 
 
-def encode_question(text: str, tokenizer: tiktoken.Encoding,
+def encode_question(text: str, tokenizer: Tokenizer,
                     system: str | None = None) -> list[int]:
     """Tokens of a user's message, after a system message if given, up to the assistant's answer."""
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -135,7 +134,7 @@ def encode_question(text: str, tokenizer: tiktoken.Encoding,
     return tokens
 
 
-def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
+def llama3_pieces(messages: list[dict], tokenizer: Tokenizer,
                   add_generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
     """(tokens, loss) of each piece of Llama 3's template (llama-models, chat_format.py)."""
     text = tokenizer.encode_continued
@@ -155,7 +154,7 @@ def llama3_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
         yield header("assistant"), False
 
 
-def chatml_pieces(messages: list[dict], tokenizer: tiktoken.Encoding,
+def chatml_pieces(messages: list[dict], tokenizer: Tokenizer,
                   add_generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
     """(tokens, loss) of each piece of ChatML, as SmolLM2 and Qwen2 have it."""
     text = tokenizer.encode_continued
@@ -205,7 +204,7 @@ class ChatDataset:
     cut: `dropped` counts them, `samples` has the others.
     """
 
-    def __init__(self, path: Path, tokenizer: tiktoken.Encoding, sequence_length: int, seed: int,
+    def __init__(self, path: Path, tokenizer: Tokenizer, sequence_length: int, seed: int,
                  pack: bool = False) -> None:
         self.samples = []  # (tokens, loss mask) of each that fits
         self.dropped = 0

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiktoken import Encoding
 from tqdm import tqdm
 
 import data
@@ -46,7 +45,7 @@ from train import Parser, compute_type, option, positive, writable
 # ---------------------------------------------------------------------------------------- answers
 
 
-def prompt_tokens(tokenizer: Encoding, text: str, answer_prefix: str = "", chat: bool = False,
+def prompt_tokens(tokenizer: data.Tokenizer, text: str, answer_prefix: str = "", chat: bool = False,
                   system: str | None = None) -> list[int]:
     """What the model reads: plain text after begin-of-text, or a user's message in the chat
     template; then how the answer begins."""
@@ -60,7 +59,7 @@ ROUND = 8
 
 
 @torch.inference_mode()
-def answer_questions(reader: Reader, tokenizer: Encoding, questions: list[Question],
+def answer_questions(reader: Reader, tokenizer: data.Tokenizer, questions: list[Question],
                      pending: list[int], limit: int, chat: bool = False, system: str | None = None,
                      batch_tokens: int = 16384) -> Iterator[tuple[int, int, int, str]]:
     """(index, tokens of the prompt, how many of them are read, what the model says, greedily) for
@@ -304,7 +303,7 @@ IN_TEMPLATE = re.compile(r"(?:<s>|<\|begin_of_text\|>|\s)*"
 
 
 def choose_prompt(prompt: str | None, system: str | None, questions: list[Question],
-                  tokenizer: Encoding) -> tuple[str, str | None]:
+                  tokenizer: data.Tokenizer) -> tuple[str, str | None]:
     """(template, system message): where they are not given, what the prompts were made for.
     ValueError if they contradict, or if a template would go around another."""
     made_for = {question.made_for for question in questions} - {(None, None)}
