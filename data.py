@@ -447,22 +447,16 @@ def stated_stops(contents: dict[Path, dict]) -> list[int]:
     return sorted(stops - {None})
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of each line that is not blank, of a file or .gz."""
+def read_records(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, JSON value) of each line that is not blank, of a .jsonl or .jsonl.gz file."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, line
+                    place = f"{path}, line {number}"
+                    yield place, parse_json(line, place)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
-
-
-def read_records(path: Path) -> Iterator[tuple[str, object]]:
-    """(place, JSON value) of each line of a .jsonl or .jsonl.gz file."""
-    for number, line in read_lines(path):
-        place = f"{path}, line {number}"
-        yield place, parse_json(line, place)
 
 
 def sync(path: Path) -> None:

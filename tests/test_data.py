@@ -1,6 +1,7 @@
 """data.py: each test makes one classic bug of tokenizers, chat masks, corpora or packing
 impossible."""
 import errno
+import gzip
 import json
 import os
 import random
@@ -357,6 +358,31 @@ def test_text_to_needles_with_a_tokenizer_of_llama_2s_kind(tmp_path, capsys):
     assert len(json.loads(Path(place[2]).read_text())["cells"]) == 4
     end = tokenizer.encode_single_token("</s>")
     assert end in json.loads(Path(place[1], "final", "config.json").read_text())["eos_token_id"]
+
+
+# ---------------------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_records_are_named_by_their_lines(suffix, tmp_path):
+    file = tmp_path / f"a{suffix}"
+    opened = gzip.open if suffix.endswith("gz") else open
+    with opened(file, "wb") as lines:
+        lines.write(b'{"a": 1}\n\n  \n[2]\n{oops\n')
+    records = data.read_records(file)
+    assert next(records) == (f"{file}, line 1", {"a": 1})
+    assert next(records) == (f"{file}, line 4", [2])
+    with pytest.raises(ValueError, match=f"^{file}, line 5: not valid JSON"):
+        next(records)
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-9], lambda whole: b"no gzip",
+                                    lambda whole: whole[:10] + b"?"])
+def test_a_damaged_gzip_file_of_records_is_named(damage, tmp_path):
+    file = tmp_path / "a.jsonl.gz"
+    file.write_bytes(damage(gzip.compress(b'{"a": 1}\n' * 1000)))
+    with pytest.raises(ValueError, match=f"^{file}: damaged gzip file"):
+        list(data.read_records(file))
 
 
 # ----------------------------------------------------------------------------------------- corpus

@@ -251,8 +251,7 @@ def test_shards_have_one_source_each_and_all_documents_in_order(web, tokenizer, 
             number += 1
     expected = {name: [] for name in names}
     for name in ("a.jsonl", "b.jsonl.gz"):
-        for _, line in data.read_lines(web / name):
-            record = json.loads(line)
+        for _, record in data.read_records(web / name):
             expected[f"slim/{record['meta']['set']['name']}"].append(record["text"])
     assert found == expected
 
