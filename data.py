@@ -63,7 +63,8 @@ PART = 2**19  # characters: longer texts are encoded in parts
 # between two characters, before a space between two words.
 BORDER = re.compile(r"(?<=\S\n)(?=\S)|(?<=[a-z])(?= [a-z])")
 MOST_SPACES = 900_000  # tiktoken panics at a million white spaces in a row: cut before (ids differ)
-SPACES = re.compile(rf"(?<!\s)\s{{{MOST_SPACES}}}")
+# looked for from the first white space of each run only: from all of them it would be quadratic
+LONG_RUN = re.compile(rf"(?<!\s)\s{{{MOST_SPACES},}}")
 
 
 class Tokenizer(tiktoken.Encoding):
@@ -139,11 +140,13 @@ def parts(text: str) -> Iterator[str]:
 
 
 def short_runs(text: str) -> Iterator[str]:
-    """A text, cut where a run of white spaces is too long."""
-    while len(text) > MOST_SPACES and (run := SPACES.search(text)):
-        yield text[:run.end()]
-        text = text[run.end():]
-    yield text
+    """A text, cut after each MOST_SPACES white spaces of a run."""
+    start = 0
+    for run in LONG_RUN.finditer(text):
+        for end in range(run.start() + MOST_SPACES, run.end(), MOST_SPACES):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 def load_tokenizer(path: str | Path,
@@ -209,28 +212,32 @@ def load_tokenizer_json(path: Path) -> Tokenizer | LibraryTokenizer:
     For merges that BPE training found they agree if ids grow along `merges`, and if every longer
     token has a merge: tiktoken would make one without it, too, which tokenizers never does.
     """
-    # 1. Read: added tokens, the others, and the pairs that merge.
     content = read_object(path)
     try:
-        model = content["model"]
-        kind = model.get("type", "BPE")  # not in some old files
-        if kind != "BPE" or model.get("dropout"):  # which draws lots
-            raise ValueError(f"{path}: model.type {kind}, dropout {model.get('dropout')} is not "
-                             "supported, only BPE without dropout")
-        added = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
-        # those that are text, as <think> is for Qwen3, and <|im_end|> is not
-        spelled = [token for token in content["added_tokens"] if not token.get("special", True)]
-        vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-        # "h e" in older files, ["h", "e"] in newer ones
-        pairs = [p.split(" ") if isinstance(p, str) else p for p in model["merges"]]
-        model["merges"] = pairs
-        merged = [vocab.get("".join(pair)) for pair in pairs]  # ids
-    except (KeyError, TypeError, AttributeError) as error:
+        return bpe_tokenizer(path, content)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         kind = type(error).__name__
-        raise ValueError(f"{path}: not a BPE tokenizer.json ({kind}: {error})") from None
+        raise ValueError(f"{path}: not a BPE tokenizer.json ({kind}: {error})") from error
+
+
+def bpe_tokenizer(path: Path, content: dict) -> Tokenizer | LibraryTokenizer:
+    """The tokenizer of a tokenizer.json's content; see load_tokenizer_json."""
+    # 1. Added tokens, the others, and what the merges make.
+    model = content["model"]
+    kind = model.get("type", "BPE")  # not in some old files
+    if kind != "BPE" or model.get("dropout"):  # which draws lots
+        raise ValueError(f"{path}: model.type {kind}, dropout {model.get('dropout')} is not "
+                         "supported, only BPE without dropout")
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    # those that are text, as <think> is for Qwen3, and <|im_end|> is not
+    texts = [token for token in content["added_tokens"] if not token.get("special", True)]
+    spelled = [token["content"] for token in texts]
+    vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+    if len(set(vocab.values())) < len(vocab):
+        raise ValueError(f"{path}: two tokens of model.vocab have the same id")
+    merged = [vocab.get("".join(pair)) for pair in merge_pairs(model)]  # ids
     # 2. By the library.
-    lacking = tiktoken_lacks(content, spelled, vocab, merged)
-    spelled = [token["content"] for token in spelled]
+    lacking = tiktoken_lacks(content, texts, vocab, merged)
     if lacking:
         return LibraryTokenizer(path, content, spelled, lacking)
     # 3. By tiktoken: tokens as the bytes they stand for.
@@ -241,9 +248,14 @@ def load_tokenizer_json(path: Path) -> Tokenizer | LibraryTokenizer:
     return Tokenizer(path.parent.name, pattern, ranks, added, normal_form, path, spelled)
 
 
-def tiktoken_lacks(content: dict, spelled: list[dict], vocab: dict[str, int],
+def merge_pairs(model: dict) -> list[list[str]]:
+    """The merges of a tokenizer.json's model: "h e" in older files, ["h", "e"] in newer ones."""
+    return [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+
+
+def tiktoken_lacks(content: dict, texts: list[dict], vocab: dict[str, int],
                    merged: list[int | None]) -> str:
-    """What of a tokenizer.json tiktoken does not do, or "". spelled: added tokens that are text;
+    """What of a tokenizer.json tiktoken does not do, or "". texts: added tokens that are text;
     vocab: without added tokens; merged: what each merge makes, None if that is not there."""
     # 1. What it does not have.
     splitting = content.get("pre_tokenizer") or {}
@@ -256,7 +268,7 @@ def tiktoken_lacks(content: dict, spelled: list[dict], vocab: dict[str, int],
         if content["model"].get(name):
             return f"model.{name} {content['model'][name]!r}"
     flags = ("lstrip", "rstrip", "single_word", *(["normalized"] if normal_form else []))
-    for token in spelled:
+    for token in texts:
         for flag in flags:
             if token.get(flag):
                 return f"{flag} of the added token {token['content']!r}"
@@ -273,7 +285,7 @@ def tiktoken_lacks(content: dict, spelled: list[dict], vocab: dict[str, int],
 
 class LibraryTokenizer:
     """A tokenizer.json that is beyond tiktoken, by the library that such files are of, an extra:
-    Tokenizer's methods, several times slower.
+    Tokenizer's methods, several times slower. Hints elsewhere that say Tokenizer mean either.
 
     Llama 2's kind, SentencePiece's, writes a space as "▁", puts one before each text, and spells a
     character that it lacks in bytes. A text that goes on after another gets none:
@@ -285,26 +297,17 @@ class LibraryTokenizer:
     """
 
     def __init__(self, path: Path, content: dict, spelled: list[str], lacking: str) -> None:
-        """content: of the file, its merges as lists; spelled: its added tokens that are not
-        special; lacking: what tiktoken does not do."""
-        try:
-            from tokenizers import Tokenizer as Library
-        except ImportError:
-            raise ValueError(f"{path}: {lacking}: not by tiktoken, but by the tokenizers library; "
-                             "pip install -r requirements-dev.txt") from None
+        """content: of the file; spelled: its added tokens that are not special; lacking: what
+        tiktoken does not do."""
         added = {token["content"] for token in content["added_tokens"]}
         special = added.difference(spelled)
         # a special token that a text spells is text: no merge may make it
-        pairs = [pair for pair in content["model"]["merges"] if "".join(pair) not in special]
-        content["model"]["merges"] = pairs
-        content |= {"truncation": None, "padding": None}  # to a model's window
-        try:
-            self.library = Library.from_str(json.dumps(content))
-            self.continued = Library.from_str(json.dumps(content | without_prefix(content)))
-        except Exception as error:  # it raises nothing more precise
-            raise ValueError(f"{path}: the tokenizers library does not read it ({error})") from None
-        for library in (self.library, self.continued):
-            library.encode_special_tokens = True  # as text
+        pairs = [pair for pair in merge_pairs(content["model"]) if "".join(pair) not in special]
+        model = content["model"] | {"merges": pairs}
+        # truncation and padding are to a model's window
+        used = content | {"model": model, "truncation": None, "padding": None}
+        self.library = library_tokenizer(path, used, lacking)
+        self.continued = library_tokenizer(path, used | without_prefix(content), lacking)
 
         self.name = path.parent.name
         self.path = path
@@ -312,22 +315,9 @@ class LibraryTokenizer:
         self.n_vocab = max(vocab.values()) + 1
         self.special_tokens_set = added  # as tiktoken has them: those that `spelled` names too
         self.ordinary = {token.encode(): i for token, i in vocab.items() if token not in special}
-        used = json.dumps(content | {"post_processor": None, "decoder": None})
-        self.rules = hashlib.sha256(used.encode()).hexdigest()
-        # the bytes of each id
-        decoder = json.dumps(content.get("decoder"))
-        byte_of = byte_characters() if '"ByteLevel"' in decoder else {}
-        self.spelling = {}
-        for token, i in vocab.items():
-            if token in added:
-                spelling = token.encode()
-            elif byte_of.keys() >= set(token):
-                spelling = bytes(byte_of[character] for character in token)
-            elif content["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
-                spelling = bytes([int(token[3:5], 16)])
-            else:
-                spelling = token.replace("▁", " ").encode()
-            self.spelling[i] = spelling
+        self.spelling = token_bytes(vocab, content)  # bytes of each id
+        rules = json.dumps(used | {"post_processor": None, "decoder": None})
+        self.rules = hashlib.sha256(rules.encode()).hexdigest()
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.ids(self.library, text)
@@ -352,10 +342,45 @@ class LibraryTokenizer:
         return self.library.decode(list(tokens), skip_special_tokens=False)
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        return b"".join(map(self.decode_single_token_bytes, tokens))
+        return b"".join(self.spelling[token] for token in tokens)
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         return self.spelling[token]
+
+
+def library_tokenizer(path: Path, content: dict, lacking: str):
+    """The `tokenizers` library's Tokenizer of a tokenizer.json's content."""
+    try:
+        from tokenizers import Tokenizer as Library
+    except ImportError:
+        raise ValueError(f"{path}: {lacking}: not by tiktoken, but by the tokenizers library; "
+                         "pip install -r requirements-dev.txt") from None
+    try:
+        library = Library.from_str(json.dumps(content))
+    except Exception as error:  # it raises nothing more precise
+        raise ValueError(f"{path}: the tokenizers library does not read it ({error})") from None
+    library.encode_special_tokens = True  # as text
+    return library
+
+
+def token_bytes(vocab: dict[str, int], content: dict) -> dict[int, bytes]:
+    """What each id of a tokenizer.json stands for in a text; vocab: with the added tokens."""
+    added = {token["content"] for token in content["added_tokens"]}
+    # the characters that the decoder turns back into bytes
+    byte_level = '"ByteLevel"' in json.dumps(content.get("decoder"))
+    byte_of = byte_characters() if byte_level else {}
+    numbered = content["model"].get("byte_fallback")
+    spelling = {}
+    for token, i in vocab.items():
+        if token in added:  # as it stands there
+            spelling[i] = token.encode()
+        elif byte_of.keys() >= set(token):  # "Ġcat"
+            spelling[i] = bytes(byte_of[character] for character in token)
+        elif numbered and re.fullmatch("<0x[0-9A-F]{2}>", token):  # "<0x0A>"
+            spelling[i] = bytes([int(token[3:5], 16)])
+        else:  # "▁cat", as SentencePiece writes it
+            spelling[i] = token.replace("▁", " ").encode()
+    return spelling
 
 
 def without_prefix(content: dict) -> dict:

@@ -83,8 +83,19 @@ def test_llama3_pattern_pieces(tokenizer):
 def test_a_million_spaces_do_not_crash_tiktoken(tokenizer):
     text = "a" + " " * 1_200_000 + "b"
     assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    # nor are shorter runs looked through again from each of their spaces
-    assert list(data.short_runs("a" * 50_000 + " " * 890_000)) == ["a" * 50_000 + " " * 890_000]
+
+
+def test_runs_of_white_space_are_cut_where_too_long_and_looked_through_once():
+    most = data.MOST_SPACES
+    assert list(data.short_runs("a" + " " * (2 * most + 5) + "b")) == [
+        "a" + " " * most, " " * most, " " * 5 + "b"]
+    whole = "a" + " " * most + "b"
+    assert list(data.short_runs(whole)) == [whole]
+    # looked through from each space this takes seconds
+    text = " " * 150_000 + "a" * most
+    start = time.perf_counter()
+    assert list(data.short_runs(text)) == [text]
+    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize("content, message", [
@@ -98,6 +109,12 @@ def test_a_broken_tokenizer_model_is_refused(tmp_path, content, message):
         data.load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match="tokenizer"):
         data.load_tokenizer(tmp_path / "missing")
+
+
+def test_a_blank_first_line_makes_no_sentencepiece_model(tokenizer, tmp_path):
+    content = tokenizer.path.read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(b"\n" + content)
+    assert data.fingerprint(data.load_tokenizer(tmp_path)) == data.fingerprint(tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "qwen2", "gpt2", "smollm2"])
@@ -136,6 +153,10 @@ BEYOND_TIKTOKEN = [
     (lambda t: t.update(truncation={"max_length": 2, "stride": 0, "direction": "Right",
                                     "strategy": "LongestFirst"}, normalizer={"type": "NFKC"}),
      "normalizer NFKC"),
+    (lambda t: t.update(padding={"strategy": {"Fixed": 300}, "direction": "Right",
+                                 "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+                                 "pad_token": "<|endoftext|>"}, normalizer={"type": "NFKC"}),
+     "normalizer NFKC"),
 ]
 
 
@@ -144,14 +165,13 @@ def test_what_tiktoken_cannot_express_is_the_librarys(change, message, tmp_path,
     hugging_face_tokenizer("gpt2", tmp_path)
     library = change_file(tmp_path, change)
     library.no_truncation()
+    library.no_padding()
     ours = data.load_tokenizer(tmp_path)
-    for text in [*SCRIPTS, *random_texts(50), "<|im_end|>", "bad \ud800 text"]:
-        valid = text.encode(errors="replace").decode() if "\ud800" in text else text
-        if valid == text:
-            ids = library.encode(text, add_special_tokens=False).ids
-            assert ours.encode_ordinary(text) == ids
-            assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
-        assert list(ours.encode_parts(text)) == [ours.encode_ordinary(text)]
+    for text in [*SCRIPTS, *random_texts(50), "<|im_end|>"]:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode_ordinary(text) == ids
+        assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
+        assert list(ours.encode_parts(text)) == [ids]
     assert ours.n_vocab == max(library.get_vocab().values()) + 1
     # without the extra it is refused in one line
     monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -164,6 +184,15 @@ def test_what_tiktoken_cannot_express_is_the_librarys(change, message, tmp_path,
     (lambda t: t.update(model={"type": "Unigram", "vocab": []}), "model.type Unigram"),
     (lambda t: t["model"].update(dropout=0.1), "dropout 0.1"),
     (lambda t: t["model"].pop("merges"), "not a BPE tokenizer.json .KeyError: 'merges'"),
+    (lambda t: t["added_tokens"][0].update(id=None), "not a BPE tokenizer.json .TypeError"),
+    (lambda t: t["added_tokens"][0].update(id="0"), "not a BPE tokenizer.json .TypeError"),
+    (lambda t: t["added_tokens"][0].update(id=-1), "not a BPE tokenizer.json .OverflowError"),
+    (lambda t: t.update(added_tokens=["<s>"]), "not a BPE tokenizer.json .TypeError"),
+    (lambda t: t.update(normalizer="NFC"), "not a BPE tokenizer.json .AttributeError"),
+    (lambda t: t.update(pre_tokenizer=["x"]), "not a BPE tokenizer.json .AttributeError"),
+    (lambda t: t.update(model="BPE"), "not a BPE tokenizer.json .AttributeError"),
+    (lambda t: t["model"].update(merges=[3]), "not a BPE tokenizer.json .TypeError"),
+    (lambda t: t["model"]["vocab"].update(a=3), "two tokens of model.vocab have the same id"),
     (lambda t: t.update(normalizer={"type": "Unheard"}), "library does not read it"),
 ])
 def test_a_tokenizer_json_that_is_not_bpe_is_refused_in_one_line(change, message, tmp_path):
@@ -171,8 +200,71 @@ def test_a_tokenizer_json_that_is_not_bpe_is_refused_in_one_line(change, message
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     change(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
+    with pytest.raises(ValueError, match=f"^[^\n]*tokenizer.json: [^\n]*{message}[^\n]*$"):
         data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("change", [None, lambda t: t.update(normalizer={"type": "NFKC"})])
+def test_surrogates_are_read_as_tiktoken_reads_them(change, tmp_path):
+    """JSON can state them: a pair is a character, a lone one none."""
+    hugging_face_tokenizer("gpt2", tmp_path)
+    if change:
+        change_file(tmp_path, change)
+    ours = data.load_tokenizer(tmp_path)
+    assert isinstance(ours, data.Tokenizer) == (change is None)
+    assert ours.encode_ordinary("a \ud800 b\udc00") == ours.encode_ordinary("a \ufffd b\ufffd")
+    assert ours.encode_ordinary("x \ud83d\ude42") == ours.encode_ordinary("x 🙂")
+
+
+def test_bytes_that_the_vocabulary_lacks_are_dropped_from_every_part(tmp_path, monkeypatch):
+    library = hugging_face_tokenizer("smollm2", tmp_path)
+    text = "a\x04b \x06 the\n" * 50
+    ids = library.encode(text).ids
+    assert data.load_tokenizer(tmp_path).encode_ordinary(text) == ids
+
+    def add(content):
+        content["added_tokens"].append({
+            "id": library.get_vocab_size(), "content": "<think>", "single_word": False,
+            "lstrip": False, "rstrip": False, "normalized": False, "special": False})
+
+    change_file(tmp_path, add)
+    ours = data.load_tokenizer(tmp_path)
+    think = ours.encode_single_token("<think>")
+    assert ours.encode_ordinary(text + "<think>" + text) == [*ids, think, *ids]
+    monkeypatch.setattr(data, "PART", 20)
+    parts = list(ours.encode_parts(text))
+    assert len(parts) > 10
+    assert sum(parts, []) == ids
+    assert data.load_tokenizer(tmp_path).encode_ordinary(text) == ids
+
+
+def test_an_added_token_is_special_unless_its_file_denies_it(tmp_path):
+    library = hugging_face_tokenizer("gpt2", tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        del token["special"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    library.encode_special_tokens = True
+    text = "a<|im_end|>b"
+    ids = data.load_tokenizer(tmp_path).encode_ordinary(text)
+    assert ids == library.encode(text).ids
+    assert library.token_to_id("<|im_end|>") not in ids
+
+
+def test_a_text_that_goes_on_gets_no_space_of_byte_levels(tmp_path):
+    plain = hugging_face_tokenizer("gpt2", tmp_path)
+    change_file(tmp_path, lambda t: t["pre_tokenizer"].update(add_prefix_space=True))
+    ours = data.load_tokenizer(tmp_path)
+    assert ours.encode_continued("the cat") == plain.encode("the cat").ids
+    assert ours.encode_ordinary("the cat") == plain.encode(" the cat").ids
+
+
+@pytest.mark.parametrize("fallback, spelling", [(True, b"A"), (False, b"<0x41>")])
+def test_only_byte_fallback_makes_bytes_of_numbers(fallback, spelling, tmp_path):
+    sentencepiece_tokenizer("prepend", tmp_path)
+    change_file(tmp_path, lambda t: t["model"].update(byte_fallback=fallback))
+    ours = data.load_tokenizer(tmp_path)
+    assert ours.decode_single_token_bytes(ours.encode_single_token("<0x41>")) == spelling
 
 
 @pytest.mark.parametrize("kind", ["prepend", "metaspace"])
@@ -205,7 +297,7 @@ def test_llama_2s_special_tokens_are_known_and_no_texts(kind, tmp_path):
     # the separator of the paper is text, though merges of this vocabulary would make the token
     separator = data.separator_tokens("<s>", ours).tolist()
     assert begin not in separator
-    assert ours.decode(separator) == "<s>"
+    assert ours.decode_bytes(separator) == b"<s>"  # no space before it
     assert begin not in ours.encode_ordinary("x<s> <s></s>")
     assert text_of(ours, [begin, *ours.encode_ordinary("Hi"), ours.n_vocab]) == "<s> Hi\ufffd"
     with pytest.raises(KeyError):
@@ -255,6 +347,24 @@ def test_fingerprint_and_rules_tell_tokenizers_of_llama_2s_kind_apart(tmp_path):
     assert same_tokens.rules != first.rules
     sentencepiece_tokenizer("prepend", tmp_path, 450)
     assert data.fingerprint(data.load_tokenizer(tmp_path)) != data.fingerprint(first)
+
+
+def test_the_fingerprint_of_a_tokenizer_that_lacks_bytes_stays():
+    """Corpora on people's disks state it: this is what the version before `tokenizers` wrote."""
+    ranks = {bytes([byte]): byte - 32 for byte in range(32, 127)}
+    ranks |= {b"th": 95, b"the": 96}
+    small = data.Tokenizer("small", data.GPT2, ranks, {"<|endoftext|>": 97})
+    assert data.fingerprint(small) == "b85fc2fbddcefe15"
+
+
+def test_rules_tell_apart_what_is_spelled_in_plain_text():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    added = {"<think>": 256}
+    special = data.Tokenizer("x", data.GPT2, ranks, added)
+    spelled = data.Tokenizer("x", data.GPT2, ranks, added, spelled=["<think>"])
+    assert special.encode_ordinary("<think>") != spelled.encode_ordinary("<think>")
+    assert data.fingerprint(special) == data.fingerprint(spelled)
+    assert special.rules != spelled.rules
 
 
 ADDED = ["<think>", "<tool_call>", "<think>\n", "  "]
