@@ -13,7 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import fork_context
-from texts import CONVERSATION, TRAINING_TEXT
+from texts import (
+    CONVERSATION,
+    TRAINING_TEXT,
+    hugging_face_tokenizer,
+    sentencepiece_tokenizer,
+)
 
 import data
 from tools import prepare
@@ -385,6 +390,44 @@ def test_a_bad_line_keeps_the_shards_that_are_done(web, tokenizer, tmp_path):
                                processes=2)
     assert len(list((tmp_path / "out" / "parts").glob("*.json"))) > 3
     assert not data.is_corpus(tmp_path / "out")
+
+
+def test_a_stopped_run_goes_on_with_its_own_tokenizer_only(web, tmp_path):
+    """A token more that is spelled in plain text changes no id of the vocabulary, but documents."""
+    bad = tmp_path / "z.jsonl"
+    bad.write_text('{"txt": 1}')
+    tokenizers = {}
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        hugging_face_tokenizer("qwen2", tmp_path / name)
+        path = tmp_path / name / "tokenizer.json"
+        if name == "after":
+            content = json.loads(path.read_text())
+            entry = content["added_tokens"][0] | {"content": "12", "id": 500, "special": False}
+            content["added_tokens"].append(entry)
+            path.write_text(json.dumps(content))
+        tokenizers[name] = data.load_tokenizer(path)
+    assert data.fingerprint(tokenizers["before"]) == data.fingerprint(tokenizers["after"])
+    with pytest.raises(ValueError, match="z.jsonl"):
+        prepare.prepare_corpus([("slim", web), ("bad", bad)], tokenizers["before"],
+                               tmp_path / "out", **SMALL)
+    prepared(web, tokenizers["after"], tmp_path / "out")
+    prepared(web, tokenizers["after"], tmp_path / "anew")
+    assert content_of_shards(tmp_path / "out") == content_of_shards(tmp_path / "anew")
+
+
+def content_of_shards(directory):
+    return {name: part for name, part in content(directory).items() if name != "meta.json"}
+
+
+def test_a_completion_goes_on_after_its_prompt(tmp_path):
+    """Llama 2's kind puts a space before a text, and none within one."""
+    sentencepiece_tokenizer("metaspace", tmp_path)
+    tokenizer = data.load_tokenizer(tmp_path)
+    document = {"prompt": "the cat", "completion": "the dog"}
+    tokens, mask = prepare.encode_document(document, tokenizer)
+    assert tokenizer.decode_bytes(tokens.tolist()) == b" the catthe dog"
+    assert tokenizer.decode_bytes(tokens[mask].tolist()) == b"the dog"
 
 
 WORKERS = """
