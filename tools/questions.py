@@ -246,15 +246,16 @@ def words(text: str) -> list[str]:
     """Lower case, without punctuation and articles (SQuAD's normalisation, arXiv 1606.05250); but
     not where nothing would be left: the letter "A." is ["a"]."""
     plain = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    said = plain.split() or text.split()
-    return [word for word in said if word not in ("a", "an", "the")] or said
+    without_articles = re.sub(r"\b(a|an|the)\b", " ", plain)  # of "dog–an", too
+    return without_articles.split() or plain.split() or text.split()
 
 
 def shared_words(text: str, answer: str) -> float:
     """F1 of the words that prediction and answer share (arXiv 1606.05250)."""
-    said = Counter(words(text))
+    prediction = Counter(words(text))
     right = Counter(words(answer))
-    return 2 * (said & right).total() / max(1, said.total() + right.total())
+    total = prediction.total() + right.total()
+    return 2 * (prediction & right).total() / max(1, total)
 
 
 def share_of_answers(text: str, answers: list[str]) -> float:
@@ -279,25 +280,26 @@ def stated_choice(text: str, answers: list[str]) -> float:
     """LongBench v2's rule (pred.py of THUDM/LongBench): the letter after "The correct answer is",
     in brackets if any is, asterisks left out; without these words an answer is wrong."""
     plain = text.replace("*", "")
-    found = (re.search(r"The correct answer is \(([A-D])\)", plain)
+    match = (re.search(r"The correct answer is \(([A-D])\)", plain)
              or re.search(r"The correct answer is ([A-D])", plain))
-    return float(found is not None and found[1] in answers)
+    return float(match is not None and match[1] in answers)
 
 
 def chosen_option(text: str, answers: list[str]) -> float:
     """InfiniteBench's rule of En.MC (src/compute_scores.py). What counts is, of these, the first
     that is there: a letter at the very beginning; the option or letter as the whole text; what
-    follows "answer is" and the like; a letter that stands alone."""
+    follows "answer is" and the like, one character later; a letter that stands alone."""
     if text[:1] in tuple(LETTERS):
         return float(text[0] in answers)
     if text in answers:
         return 1.0
-    plain = " ".join(re.sub(r"[\n\"'.,?!{}]", " ", text).split())
+    plain = re.sub(r"[\n\"'.,?!{}]", " ", text)
+    plain = re.sub(" +", " ", plain)  # other white space stays
     for lead in ("answer is:", "answer:", "answer is", "option is"):
-        _, found, rest = plain.partition(lead)
-        if found:
+        _, separator, rest = plain.partition(lead)
+        if separator:
             return float(rest[1:].startswith(tuple(answers)))
-    letters = [word for word in plain.split() if word in LETTERS]
+    letters = [word for word in plain.split() if word in LETTERS]  # so is "AB", as published
     return float(bool(letters) and letters[0] in answers)
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tools.questions import METRICS, Question, printable, read_questions
+from tools.questions import METRICS, Question, printable, read_questions, words
 
 
 @pytest.fixture
@@ -55,6 +55,8 @@ def read(tmp_path):
     ("exact", "...", ["..."], 1.0),
     ("exact", "", ["..."], 0.0),
     ("f1", "a cat", ["A"], 0.0),
+    ("exact", "dog–an", ["dog–"], 1.0),
+    ("f1", "“The” cat", ["cat"], 0.5),  # of three words and one
     # LongBench v2, pred.py's extract_answer
     ("choice", "The correct answer is (B)", ["B"], 1.0),
     ("choice", "The correct answer is B.", ["B"], 1.0),
@@ -85,9 +87,51 @@ def read(tmp_path):
     ("option", "It must be B, or C", ["Snowfield", "C"], 0.0),
     ("option", "It must be that", ["Snowfield", "C"], 0.0),
     ("option", "", ["Snowfield", "C"], 0.0),
+    # one character after the words is passed over, whatever it is
+    ("option", "The answer is(C", ["Snowfield", "C"], 1.0),
+    ("option", "The answer:C", ["Snowfield", "C"], 0.0),
+    ("option", "The answer is: : C", ["Snowfield", "C"], 0.0),
+    ("option", "The answer is,. C", ["Snowfield", "C"], 1.0),  # each a space, and spaces are one
+    ("option", "The answer is\xa0C", ["Snowfield", "C"], 1.0),
+    ("option", "The answer is \xa0C", ["Snowfield", "C"], 0.0),  # other white space is not
+    ("option", "The answer\xa0is B. Or C", ["Snowfield", "C"], 0.0),
+    ("option", "The answer\u3000is C. Or B", ["Snowfield", "C"], 1.0),
+    ("option", "The answer is Snow\u3000field", ["Snow\u3000field", "C"], 1.0),
+    ("option", "It must be {C}", ["Snowfield", "C"], 1.0),
+    ("option", "The answer is {C}", ["Snowfield", "C"], 1.0),
+    ("option", "It must be AB, or C", ["Snowfield", "C"], 0.0),  # a part of "ABCD" is a letter
+    ("option", "It must be AC, or C", ["Snowfield", "C"], 1.0),
+    ("option", "The option is Snowfield, the answer is B", ["Snowfield", "C"], 0.0),
+    ("option", "The answer is here. So the answer is: C", ["Snowfield", "C"], 1.0),
 ])
 def test_scores_of_texts(metric, prediction, answers, score):
     assert METRICS[metric](printable(prediction), answers) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("text, expected", [
+    # evaluate-v1.1.py: lower case, then no punctuation, then no articles, then words
+    ("The Cat", ["cat"]),
+    ("a cat, an owl and the dog", ["cat", "owl", "and", "dog"]),
+    ("theatre another banana", ["theatre", "another", "banana"]),
+    ("U.S.A.", ["usa"]),
+    ("cat-the-dog", ["catthedog"]),  # ASCII's hyphen is punctuation, so no border is left
+    ("t.h.e cat", ["cat"]),
+    ("the_cat", ["thecat"]),
+    # a border is where a letter or digit ends; a dash and such quotes are no punctuation
+    ("dog–an", ["dog–"]),
+    ("dog – the cat", ["dog", "–", "cat"]),
+    ("“The” cat", ["“", "”", "cat"]),
+    ("l’a dit", ["l’", "dit"]),
+    ("the\xa0cat\u3000a\nb", ["cat", "b"]),
+    ("thé à la", ["thé", "à", "la"]),
+    # ours: SQuAD's rule leaves nothing here, and so no answer would be right
+    ("A.", ["a"]),
+    ("The an", ["the", "an"]),
+    ("...", ["..."]),
+    ("", []),
+])
+def test_words_are_those_of_squads_rule(text, expected):
+    assert words(text) == expected
 
 
 def ruler_rules(prediction, references):
