@@ -137,17 +137,10 @@ def parse_question(record: dict, task: str) -> Question:
     task = str(record.get("task", record.get("dataset", task)))
     text = prompt_text(record)
     answers_key, answers = right_answers(record)
-    kind = None
-    if any(key in record for key in CHOICES):
-        kind = "choice"
-        choices = [record.get(key) for key in CHOICES]
-    elif record.get("options") or record.get("choices"):  # InfiniteBench has empty ones, too
-        kind = "option"
-        choices = record.get("options") or record["choices"]
-        if type(record[answers_key]) is int:  # MMLU: which of them, from 0
-            answers = choices[record[answers_key]:][:1] or answers
+    kind, choices = choices_of(record)
     if kind:
-        text, answers = add_choices(text, choices, kind, answers)
+        answers = right_choice(kind, choices, answers, record[answers_key])
+        text = with_choices(text, choices, kind)
     room = 128
     if RULER_TASK.fullmatch(task):
         room = MAX_NEW_TOKENS[task.partition("_")[0]]
@@ -210,23 +203,49 @@ def right_answers(record: dict) -> tuple[str, list[str]]:
     return key, list(map(str, answers))
 
 
-def add_choices(text: str, choices: object, kind: str, answers: list[str]) -> tuple[str, list[str]]:
-    """(the prompt with its choices, what may be said for the right one).
-
-    LongBench v2 states the letter. InfiniteBench states the text, at times its letter after it, and
-    takes either (src/eval_utils.py).
-    """
+def choices_of(record: dict) -> tuple[str | None, list[str]]:
+    """(the metric that they have, the choices) of a record, or (None, [])."""
+    if any(key in record for key in CHOICES):
+        kind = "choice"
+        choices = [record.get(key) for key in CHOICES]
+    elif record.get("options") or record.get("choices"):  # InfiniteBench has empty ones, too
+        kind = "option"
+        choices = record.get("options") or record["choices"]
+    else:
+        return None, []
     are_texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     if not are_texts or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"needs 2 to {len(LETTERS)} choices, all text")
-    letter_of = dict(zip(choices, LETTERS, strict=False))
-    letter = letter_of.get(answers[-1], answers[-1])
-    if letter not in letter_of.values():
-        raise ValueError(f"the answer {letter[:40]!r} is none of the choices")
+    return kind, choices
+
+
+def right_choice(kind: str, choices: list[str], answers: list[str], stated: object) -> list[str]:
+    """What may be said for the right choice; `stated` is the record's answer as it is."""
+    letters = list(LETTERS[:len(choices)])
+    most = 2 if kind == "option" else 1
+    last = answers[-1]
+    place = None
+    if kind == "option" and type(stated) is int and 0 <= stated < len(choices):
+        place = stated  # MMLU: which one, from 0
+    elif kind == "option" and len(answers) == 1 and last in choices:
+        place = choices.index(last)  # InfiniteBench
+    elif last in letters and len(answers) <= most:
+        place = letters.index(last)  # LongBench v2, whatever its choices say; InfiniteBench, too
+    if place is None:
+        answer = ", ".join(answers)[:40]
+        raise ValueError(f"the answer {answer!r} is none of the choices")
+    if kind == "choice":
+        return [letters[place]]
+    if len(answers) == 2:  # text and letter: as they are (InfiniteBench's get_answer)
+        return answers
+    return [choices[place], letters[place]]
+
+
+def with_choices(text: str, choices: list[str], kind: str) -> str:
+    """The prompt, then its choices and how to say which is right."""
     line, instruction = CHOOSING[kind]
     lines = map(line.format, LETTERS, choices)
-    right = [letter] if kind == "choice" else [choices[LETTERS.index(letter)], letter]
-    return "\n".join([text, "", *lines, "", instruction]), right
+    return "\n".join([text, "", *lines, "", instruction])
 
 
 def column(record: dict) -> str:

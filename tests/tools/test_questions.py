@@ -204,8 +204,24 @@ Which one is right? Say "The correct answer is (X)" with its letter."""
     assert question.task == "LongBench-v2"
 
 
-@pytest.mark.parametrize("answer", [["Hall Farm"], ["Hall Farm", "B"], ["the farm", "B"],
-                                    "Hall Farm", ["B"]])
+def test_the_letter_of_longbench_v2_is_no_text_of_a_choice(read):
+    swapped = LONGBENCH_2 | {"choice_A": "B", "choice_B": "A", "answer": "A"}
+    alike = LONGBENCH_2 | {"choice_A": "Four factors"}
+    in_a_list = LONGBENCH_2 | {"answer": ["C"]}
+    questions = read(swapped, alike, in_a_list)
+    assert [question.answers for question in questions] == [["A"], ["D"], ["C"]]
+
+
+@pytest.mark.parametrize("answer, right", [
+    # get_answer of InfiniteBench's src/eval_utils.py
+    ("A", ["A", "B"]), (["A"], ["A", "B"]), ("same", ["same", "C"]), ("D", ["same", "D"]),
+    (["same", "D"], ["same", "D"]), (["other words", "A"], ["other words", "A"])])
+def test_an_answer_of_infinitebench_is_a_text_before_it_is_a_letter(read, answer, right):
+    record = {"input": "Q?", "answer": answer, "options": ["B", "A", "same", "same"]}
+    assert read(record)[0].answers == right
+
+
+@pytest.mark.parametrize("answer", [["Hall Farm"], ["Hall Farm", "B"], "Hall Farm", ["B"]])
 def test_a_prompt_of_infinitebench_has_all_options(read, answer):
     record = {"id": 0, "context": "A book.", "input": "Where is it?", "answer": answer,
               "options": ["Snowfield", "Hall Farm", "The Mill", "Stoniton"]}
@@ -349,14 +365,23 @@ GOOD = {"input": "x", "outputs": ["y"]}
     (GOOD | {"task": "math_calc"}, "math_calc is scored by a rule of its own"),
     (GOOD | {"task": "code_run"}, "code_run is scored by a rule of its own"),
     ({"question": "x", "choices": ["a", "b"], "answer": 2}, "answer .2. is none"),
+    ({"question": "x", "choices": ["a", "b"], "answer": -1}, "answer .-1. is none"),
+    ({"question": "x", "choices": {"text": ["a", "b"]}, "answer": 1}, "needs 2 to 4 choices"),
     (LONGBENCH_2 | {"choice_E": "Five"}, "not known here: choice_E; rename .*--ignore the rest"),
     (LONGBENCH_2 | {"choice_B": None}, "needs 2 to 4 choices, all text"),
     (LONGBENCH_2 | {"answer": "E"}, "the answer 'E' is none of the choices"),
+    (LONGBENCH_2 | {"answer": "AB"}, "the answer 'AB' is none of the choices"),
+    (LONGBENCH_2 | {"answer": "One factor"}, "the answer 'One factor' is none of the choices"),
+    (LONGBENCH_2 | {"answer": ["A", "B"]}, "the answer 'A, B' is none of the choices"),
     (LONGBENCH_2 | {"question": ""}, "asks nothing"),
     ({"input": "x", "answer": "y", "options": ["y"]}, "needs 2 to 4 choices"),
     ({"input": "x", "answer": "y", "options": ["y", 2]}, "needs 2 to 4 choices, all text"),
     ({"input": "x", "answer": "y", "options": list("abcdy")}, "needs 2 to 4 choices"),
     ({"input": "x", "answer": "y", "options": ["a", "b"]}, "the answer 'y' is none"),
+    ({"input": "x", "answer": "C", "options": ["a", "b"]}, "the answer 'C' is none"),
+    ({"input": "x", "answer": ["s", "t"], "options": ["s", "t"]}, "the answer 's, t' is none"),
+    ({"input": "x", "answer": ["A", "s"], "options": ["s", "t"]}, "the answer 'A, s' is none"),
+    ({"input": "x", "answer": ["s", "s", "A"], "options": ["s", "t"]}, "'s, s, A' is none"),
     ({"input": "x", "instructions": ["a"], "outputs": []}, "lists of one length"),
     ({"input": "x", "instructions": "a", "outputs": "b"}, "lists of one length"),
     ({"instructions": ["", ""], "input": "x", "outputs": ["a", "b"]}, "asks nothing"),
