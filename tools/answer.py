@@ -307,7 +307,7 @@ def choose_prompt(prompt: str | None, system: str | None, questions: list[Questi
     """(template, system message): where they are not given, what the prompts were made for.
     ValueError if they contradict, or if a template would go around another."""
     made_for = {question.made_for for question in questions} - {(None, None)}
-    if len(made_for) == 1 and prompt is None:
+    if len(made_for) == 1 and prompt is None and system is None:
         [(prompt, system)] = made_for
     if not prompt:
         prompt = "chat" if chat_template(tokenizer) else "plain"

@@ -8,6 +8,7 @@ it in their programs, so their published numbers are not quite comparable.
 """
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections import Counter
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.records import read_records
+from tools.records import RECORDS, TEXT, bare_suffix, read_records, suffix_of
 
 # -------------------------------------------------------------------------------------- questions
 
@@ -77,8 +78,7 @@ def read_questions(files: list[Path], metric: str | None = None, max_new_tokens:
     questions = []
     for file in files:
         before = len(questions)
-        names = [file.name.partition(".")[0], *(folder.name for folder in file.resolve().parents)]
-        task = next(name for name in names if not NO_TASK.fullmatch(name))
+        task = task_of(file)
         for place, record in read_records(file):
             try:
                 for one in one_by_one(known_part(record, ignore)):
@@ -90,6 +90,16 @@ def read_questions(files: list[Path], metric: str | None = None, max_new_tokens:
         if len(questions) == before:
             raise ValueError(f"--jsonl {file}: holds no prompt")
     return questions
+
+
+def task_of(file: Path) -> str:
+    """The first of a file's own name and its folders' that says what is asked."""
+    name = file.name
+    if bare_suffix(file) in RECORDS + TEXT:  # not ".5_a" of qwen2.5_a
+        name = name[:-len(suffix_of(file))]
+    # where it is named, not where a link leads: a cache of Hugging Face's has links to blobs
+    folders = [folder.name for folder in Path(os.path.abspath(file)).parents]
+    return next(name for name in [name, *folders] if not NO_TASK.fullmatch(name))
 
 
 def known_part(record: object, ignore: Iterable[str]) -> dict:
@@ -111,6 +121,10 @@ def one_by_one(record: dict) -> list[dict]:
     """L-Eval's `instructions` all ask something of one document, `input`: a record for each."""
     if "instructions" not in record:
         return [record]
+    own = [key for key in ("context", "question") if key in record]
+    if own:
+        raise ValueError(f"has instructions and {' and '.join(own)}: --ignore what is not to be "
+                         "read")
     rest = dict(record)
     instructions = rest.pop("instructions")
     outputs = rest.pop("outputs", None)
@@ -133,7 +147,6 @@ def parse_question(record: dict, task: str) -> Question:
 
     Raises ValueError that says what is wrong.
     """
-    # 1. What is asked: RULER's tasks have their own room for an answer.
     task = str(record.get("task", record.get("dataset", task)))
     text = prompt_text(record)
     answers_key, answers = right_answers(record)
@@ -142,36 +155,53 @@ def parse_question(record: dict, task: str) -> Question:
         answers = right_choice(kind, choices, answers, record[answers_key])
         text = with_choices(text, choices, kind)
     room = 128
-    if RULER_TASK.fullmatch(task):
+    if RULER_TASK.fullmatch(task):  # they have their own room for an answer
         room = MAX_NEW_TOKENS[task.partition("_")[0]]
-
-    # 2. What scores it: the record says so, or its task or form do.
-    metric = record.get("metric", record.get("evaluation"))
-    if metric is None and (task in OWN_RULES or any("\n####" in answer for answer in answers)):
-        raise ValueError(f"{task} is scored by a rule of its own, not known here; choose --metric "
-                         f"{', '.join(METRICS)}, and write GSM8K's answers without the solution")
-    if metric is None and task in ("qa_1", "qa_2"):  # RULER's other tasks ask for all of `outputs`
-        metric = "any"
-    if metric is None:
-        metric = kind or ANSWERS[answers_key]
-
     question = Question(
         text=text,
         answer_prefix=record.get("answer_prefix", ""),
         answers=answers,
-        metric=metric,
+        metric=metric_of(record, task, answers, kind or ANSWERS[answers_key]),
         max_new_tokens=record.get("max_new_tokens", room),
         task=task,
         length=column(record),
-        made_for=(record.get("template"), record.get("system")))
-    if metric not in list(METRICS):  # L-Eval's evaluation: exam, rouge, LLM or human, but for f1
-        raise ValueError(f"metric or evaluation {metric!r} is not known here; choose --metric "
-                         f"{', '.join(METRICS)}")
+        made_for=template_of(record))
     if not isinstance(question.answer_prefix, str):
         raise ValueError("answer_prefix must be text")
     if not isinstance(question.max_new_tokens, int) or question.max_new_tokens < 1:
         raise ValueError("max_new_tokens must be a whole number, 1 or more")
     return question
+
+
+def metric_of(record: dict, task: str, answers: list[str], usual: str) -> str:
+    """What scores an answer: the record says so, or its task does, else it is the `usual` one."""
+    metric = record.get("metric", record.get("evaluation"))
+    known = ", ".join(METRICS)
+    if metric is None and (task in OWN_RULES or any("\n####" in answer for answer in answers)):
+        raise ValueError(f"{task} is scored by a rule of its own, not known here; choose --metric "
+                         f"{known}, and write GSM8K's answers without the solution")
+    if metric is None and task in ("qa_1", "qa_2"):  # RULER's other tasks ask for all of `outputs`
+        metric = "any"
+    if metric is None:
+        metric = usual
+    if metric not in list(METRICS):  # L-Eval's evaluation: exam, rouge, LLM or human, but for f1
+        raise ValueError(f"metric or evaluation {metric!r} is not known here; choose --metric "
+                         f"{known}")
+    return metric
+
+
+def template_of(record: dict) -> tuple[str | None, str | None]:
+    """(template, system message) of a record that states them."""
+    template = record.get("template")
+    system = record.get("system")
+    if template not in (None, "plain", "chat"):
+        raise ValueError("template must be plain or chat")
+    if system is not None and not isinstance(system, str):
+        raise ValueError("system must be text")
+    if system is not None and template != "chat":
+        raise ValueError("system: only a chat prompt has a system message; write template: chat "
+                         "beside it, or --ignore system and give --system")
+    return template, system
 
 
 def prompt_text(record: dict) -> str:
@@ -253,7 +283,7 @@ def column(record: dict) -> str:
     two. RULER's own are a little below one; LongBench's and LV-Eval's, in words, are all different.
     """
     length = record.get("length", "all")
-    if isinstance(length, int) and "template" not in record:
+    if isinstance(length, int) and length > 0 and "template" not in record:
         length = 1 << (length - 1).bit_length()
     return str(length)
 

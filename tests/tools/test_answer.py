@@ -131,7 +131,7 @@ def test_prompts_of_stated_length_are_read_as_they_were_made(model_directory, tm
     made = prompt_tokens(tokenizer, "x y", chat=True, system="Be brief.")
     assert answers_of(out)[0]["read"] == len(made)
     for more in (["--prompt", "plain"], ["--prompt", "chat"],
-                 ["--prompt", "chat", "--system", "Be long."]):
+                 ["--prompt", "chat", "--system", "Be long."], ["--system", "Be long."]):
         with pytest.raises(SystemExit, match="made for --prompt chat and --system 'Be brief.'"):
             answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path), *more])
 

@@ -1,8 +1,10 @@
 """tools.questions: each benchmark's records become whole prompts, or are refused; scores are those
 of the published rules."""
+import gzip
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -297,12 +299,42 @@ def test_rulers_own_files_say_their_task_by_their_folder(read, task, metric, roo
 
 
 @pytest.mark.parametrize("name, task", [
-    ("qasper.jsonl", "qasper"), ("qasper.v2.jsonl", "qasper"), ("qasper/test.jsonl", "qasper"),
+    ("qasper.jsonl", "qasper"), ("qasper.JSONL.gz", "qasper"), ("qasper/test.jsonl", "qasper"),
     ("qasper/data/test.jsonl", "qasper"), ("qasper/train-00000-of-00001.jsonl", "qasper"),
-    ("qasper/contest.jsonl", "contest")])
-def test_a_name_that_says_nothing_gives_way_to_its_folders(read, name, task):
-    [question] = read({"prompt": "P", "answer": "x"}, name=name)
+    ("qasper/contest.jsonl", "contest"), ("qasper/test.txt", "qasper"),
+    ("qwen2.5_a.jsonl", "qwen2.5_a"), ("qwen2.5_b.jsonl", "qwen2.5_b"), ("qwen2.5_a", "qwen2.5_a"),
+    ("qasper/sub/../test.jsonl", "qasper")])
+def test_a_name_that_says_nothing_gives_way_to_its_folders(tmp_path, name, task):
+    (tmp_path / "qasper/sub").mkdir(parents=True)
+    path = tmp_path / name
+    record = json.dumps({"prompt": "P", "answer": "x"}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(record) if path.suffix == ".gz" else record)
+    [question] = read_questions([path])
     assert question.task == task
+
+
+def test_a_link_has_the_task_of_its_own_place(tmp_path, monkeypatch):
+    """A cache of Hugging Face's: each file is a link to one whose name says nothing."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/0abc").write_text(json.dumps({"prompt": "P", "answer": "x"}))
+    link = tmp_path / "snapshots/niah_single_1/validation.jsonl"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("../../blobs/0abc")
+    monkeypatch.chdir(link.parent)
+    for path in (link, Path(link.name)):
+        assert read_questions([path])[0].task == "niah_single_1"
+
+
+@pytest.mark.parametrize("length, column", [
+    (-5, "-5"), (0, "0"), (1, "1"), (2, "2"), (3, "4"), (4097, "8192"), ("4097", "4097")])
+def test_a_length_is_rounded_up_to_a_power_of_two_if_it_has_one(read, length, column):
+    assert read({"input": "I", "outputs": ["1"], "length": length})[0].length == column
+
+
+def test_all_parts_of_a_prompt_are_asked_in_one_order(read):
+    [question] = read({"question": "Q", "input": "I", "context": "C", "answer": "x"})
+    assert question.text == "C\n\nI\n\nQ"
 
 
 def test_lengths_that_tools_ruler_made_stay_as_they_are(read):
@@ -384,6 +416,15 @@ GOOD = {"input": "x", "outputs": ["y"]}
     ({"input": "x", "answer": ["s", "s", "A"], "options": ["s", "t"]}, "'s, s, A' is none"),
     ({"input": "x", "instructions": ["a"], "outputs": []}, "lists of one length"),
     ({"input": "x", "instructions": "a", "outputs": "b"}, "lists of one length"),
+    ({"instructions": ["a"], "input": "x", "outputs": ["b"], "context": "c"},
+     "has instructions and context: --ignore what is not to be read"),
+    ({"instructions": ["a"], "outputs": ["b"], "question": "q", "context": "c"},
+     "has instructions and context and question"),
+    (GOOD | {"template": "llama3"}, "template must be plain or chat"),
+    (GOOD | {"template": ["chat"]}, "template must be plain or chat"),
+    (GOOD | {"template": "chat", "system": ["Be brief."]}, "system must be text"),
+    (GOOD | {"template": "plain", "system": "Be brief."}, "system: only a chat prompt has"),
+    (GOOD | {"system": "Be brief."}, "system: only a chat .* write template: chat .* --ignore sys"),
     ({"instructions": ["", ""], "input": "x", "outputs": ["a", "b"]}, "asks nothing"),
 ])
 def test_a_record_that_cannot_be_read_whole_is_named(tmp_path, line, message):
