@@ -177,6 +177,29 @@ def files_stamp(files: list[Path]) -> str:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
 
+def questions_stamp(questions: list[Question]) -> str:
+    """Identifies what is asked and how it is scored: another version may read a file otherwise."""
+    content = hashlib.sha256()
+    for question in questions:
+        rules = (question.answer_prefix, question.answers, question.metric, question.max_new_tokens)
+        content.update(json.dumps([question.text, *rules]).encode())
+    return content.hexdigest()[:16]
+
+
+# keys of an answer, a line of the file
+NUMBERS = ("index", "prompt_tokens", "read", "score")
+OTHERS = ("task", "length", "prediction", "answers", "metric")
+
+
+def is_answer(line: object, count: int) -> bool:
+    """Whether a line is an answer to one of `count` questions."""
+    if not isinstance(line, dict) or not line.keys() >= {*NUMBERS, *OTHERS}:
+        return False
+    if not all(type(line[key]) in (int, float) for key in NUMBERS):
+        return False
+    return type(line["index"]) is int and 0 <= line["index"] < count
+
+
 def read_answers(path: Path, settings: dict, questions: list[Question]) -> dict[int, dict]:
     """Answers that an earlier run wrote, by index; a line that a killed run left half-written is
     left out.
@@ -185,29 +208,32 @@ def read_answers(path: Path, settings: dict, questions: list[Question]) -> dict[
     """
     if not path.exists():
         return {}
+    holds_none = f"--out {path}: exists and holds no answers of --jsonl; choose another file"
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     try:
         first, *lines = map(json.loads, whole.splitlines() or [b"{}"])
         earlier = {name: first["settings"].get(name) for name in settings}
-        answers = {line["index"]: line for line in lines}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"--out {path}: exists and holds no answers of --jsonl; choose another "
-                         "file") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(holds_none) from None
     for name, now in settings.items():
         before = earlier[name]
         if before == now:
             continue
+        if name == "questions":
+            raise ValueError(f"--out {path}: has answers to prompts or by rules that are not "
+                             "those of now, as of an earlier version; choose another file")
         if isinstance(before, dict) and isinstance(now, dict):  # a model's: only what differs
             now = {key: value for key, value in now.items() if before.get(key) != value}
             before = {key: before.get(key) for key in now}
         raise ValueError(f"--out {path}: was made with {name} {before!r}, not {now!r}; choose "
                          "another file")
-    for index, line in answers.items():
-        for name in ("task", "length", "answers", "metric"):  # as another version read the file
-            now = getattr(questions[index], name)
-            if line[name] != now:
-                raise ValueError(f"--out {path}: has an answer with {name} {line[name]!r}, not "
-                                 f"{now!r}; choose another file")
+    answers = {}
+    for line in lines:
+        if not is_answer(line, len(questions)):
+            raise ValueError(holds_none)
+        # its row and column are those of now: a file may have another name
+        question = questions[line["index"]]
+        answers[line["index"]] = line | {"task": question.task, "length": question.length}
     return answers
 
 
@@ -412,6 +438,7 @@ def main(argv: list[str] | None = None) -> None:
             "jsonl": files_stamp(files),
             "ignore": sorted(a.ignore) or None,
             "question": a.question,
+            "questions": questions_stamp(questions),
             "model": config.to_hf(),
             "weights": weights_stamp(a.model),
         }

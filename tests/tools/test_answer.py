@@ -1,4 +1,5 @@
 """tools.answer: batches and stops change no answer, a folder of RULER's makes one table."""
+import dataclasses
 import json
 import os
 import random
@@ -276,25 +277,96 @@ def test_other_prompts_of_one_file_are_no_more_of_the_same(
         answer.main([*command, *more])
 
 
-def test_answers_of_an_earlier_version_are_kept_if_it_read_the_same(
-        model_directory, questions, tmp_path, capsys):
+@pytest.fixture
+def answered(model_directory, questions, tmp_path):
+    """(a command that has run, its file of answers, and what each of its lines holds)."""
     out = tmp_path / "a"
     command = [str(model_directory), *ON_CPU, "--jsonl", str(questions), "--max-length", "1000",
                "--out", str(out)]
     answer.main(command)
-    first, *lines = map(json.loads, out.read_text().splitlines())
-    assert first["settings"].pop("ignore") is None
-    assert first["settings"].pop("question") is None
-    assert first["settings"]["jsonl"] == data.digest(questions)
-    out.write_text("".join(json.dumps(line) + "\n" for line in (first, *lines[:7])))
-    answer.main(command)
-    assert "has 7 of 12 answers: the others follow" in capsys.readouterr().out
-    assert list(answers_of(out).values()) == lines
-    for name, other in (("metric", "any"), ("answers", ["e"]), ("task", "set"), ("length", "200")):
-        changed = [line | {name: other} for line in lines]
-        out.write_text("".join(json.dumps(line) + "\n" for line in (first, *changed)))
-        with pytest.raises(SystemExit, match=f"has an answer with {name} .*; choose another file"):
+    return command, out, list(map(json.loads, out.read_text().splitlines()))
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_answers_of_a_version_that_did_not_say_what_it_asked_are_refused(answered):
+    command, out, (first, *lines) = answered
+    del first["settings"]["questions"]
+    write_lines(out, [first, *lines[:7]])
+    before = out.read_bytes()
+    with pytest.raises(SystemExit, match=f"--out {out}: has answers to prompts or by rules that "
+                                         "are not those of now, .*; choose another file$"):
+        answer.main(command)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("changes", [
+    {"text": "x"}, {"answer_prefix": " Say:"}, {"answers": ["e"]}, {"metric": "any"},
+    {"max_new_tokens": 5}])
+def test_a_file_that_is_read_otherwise_is_not_gone_on_with(answered, monkeypatch, changes):
+    """As another version may read it: of one question, one thing differs."""
+    def read_otherwise(*arguments):
+        first, *others = read_questions(*arguments)
+        return [dataclasses.replace(first, **changes), *others]
+
+    command, out, lines = answered
+    write_lines(out, lines[:5])
+    before = out.read_bytes()
+    monkeypatch.setattr(answer, "read_questions", read_otherwise)
+    with pytest.raises(SystemExit, match=f"--out {out}: has answers to prompts or by rules"):
+        answer.main(command)
+    assert out.read_bytes() == before
+
+
+def test_questions_in_another_order_are_others(questions):
+    one, two, *others = read_questions([questions])
+    assert answer.questions_stamp([one, two]) != answer.questions_stamp([two, one])
+    assert answer.questions_stamp([one]) != answer.questions_stamp([one, one])
+
+
+def test_answers_to_a_file_of_another_name_stand_in_its_row(model_directory, tmp_path, capsys):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    record = {"input": "x y", "outputs": ["z"], "max_new_tokens": 2}
+    write_lines(one, [record, record])
+    command = [str(model_directory), *ON_CPU, "--out", str(tmp_path / "a"), "--jsonl"]
+    answer.main([*command, str(one)])
+    lines = (tmp_path / "a").read_text().splitlines(keepends=True)
+    (tmp_path / "a").write_text("".join(lines[:2]))
+    one.rename(two)
+    capsys.readouterr()
+    answer.main([*command, str(two)])
+    assert {line["task"] for line in answers_of(tmp_path / "a").values()} == {"two"}
+    assert "\none " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [
+    {"index": 12}, {"index": -1}, {"index": "0"}, {"index": [0]}, {"index": 0.0}, {"index": True},
+    {"index": None}, {"score": None}, {"score": "1"}, {"read": None}, {"prompt_tokens": [7]}])
+def test_lines_that_are_no_answers_are_refused_in_one_line(answered, changes):
+    command, out, (first, line, *_) = answered
+    write_lines(out, [first, line | changes])
+    before = out.read_bytes()
+    with pytest.raises(SystemExit, match=f"--out {out}: exists and holds no answers of --jsonl; "
+                                         "choose another file$"):
+        answer.main(command)
+    assert out.read_bytes() == before
+
+
+def test_lines_without_a_key_are_refused_in_one_line(answered):
+    command, out, (first, line, *_) = answered
+    others = [[], "x", None, 5, {}]
+    for key in line:
+        others.append({name: value for name, value in line.items() if name != key})
+    assert len(others) == 14
+    for other in others:
+        write_lines(out, [first, other])
+        with pytest.raises(SystemExit, match="holds no answers of --jsonl; choose another file$"):
             answer.main(command)
+    out.write_text(json.dumps(first) + "\n" + "[" * 100_000 + "\n")
+    with pytest.raises(SystemExit, match="holds no answers of --jsonl; choose another file$"):
+        answer.main(command)
 
 
 @pytest.mark.parametrize("begin", [
