@@ -372,14 +372,15 @@ def prompt_files(paths: list[Path], out: Path | None) -> list[Path]:
     for path in paths:
         # .json in a folder may be anything, so such a file is to be named itself
         inside = list_files(path, (".jsonl", ".ndjson", ".parquet"), passed_over)
-        if path.is_dir():
-            inside = [file for file in inside if file != out]
+        if path.is_dir() and out:
+            inside = [file for file in inside if file.resolve() != out.resolve()]
         if not inside:
             raise ValueError(f"--jsonl {path}: has no .jsonl or .parquet file")
         files += inside
     for line in passed_over.lines():
         print_once(f"passed over, {line}")
-    return list(dict.fromkeys(files))
+    # one that is named twice, in whatever spelling, is read once
+    return list({file.resolve(): file for file in files}.values())
 
 
 def parser() -> Parser:

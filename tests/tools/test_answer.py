@@ -1,15 +1,18 @@
 """tools.answer: batches and stops change no answer, a folder of RULER's makes one table."""
 import dataclasses
+import itertools
 import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from texts import TEXT
+from texts import TEXT, sentencepiece_tokenizer
 
 import data
+from eval_niah import begin_of_text
 from model import Llama
 from tools import answer, chat
 from tools.answer import prompt_tokens
@@ -137,6 +140,18 @@ def test_prompts_of_stated_length_are_read_as_they_were_made(model_directory, tm
             answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path), *more])
 
 
+@pytest.mark.parametrize("prefix", [" So: it", "So: it"])
+def test_an_answers_beginning_goes_on_after_its_prompt(tmp_path, prefix):
+    """Llama 2's kind puts a space before each text: there is none that the record does not have."""
+    sentencepiece_tokenizer("prepend", tmp_path)
+    tokenizer = data.load_tokenizer(tmp_path)
+    text = "the cat"
+    chatted = prompt_tokens(tokenizer, text, prefix, chat=True)
+    assert tokenizer.decode(chatted).endswith(f"<|im_start|>assistant\n{prefix}")
+    plain = prompt_tokens(tokenizer, text, prefix)
+    assert plain == begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + prefix)
+
+
 def test_answers_end_where_the_model_says(model_directory, tmp_path, capsys):
     """At generation_config.json's eos_token_id, for files of prompts and raw ones too: here the
     sixth token that the model says."""
@@ -215,6 +230,16 @@ def test_the_effective_length_is_the_longest_that_no_failure_precedes(scores, ef
     lengths = ("4096", "8192", "16384")
     rows = [("vt", length, score) for length, score in zip(lengths, scores, strict=True)]
     assert answer.score_table(score_lines(*rows)).endswith(f"threshold of 85.6: {effective}")
+
+
+@pytest.mark.parametrize("rows", [
+    [("vt", "4096", 1.0), ("book", "4096", 1.0)],
+    [("vt", "4096", 1.0), ("vt", "short", 1.0)],
+    [("book", "4096", 1.0)],
+])
+def test_only_rulers_tasks_alone_have_an_effective_length(rows):
+    assert "effective" in answer.score_table(score_lines(("vt", "4096", 1.0)))
+    assert "effective" not in answer.score_table(score_lines(*rows))
 
 
 def test_other_sets_have_no_effective_length_and_longbench_v2_is_ordered():
@@ -375,7 +400,7 @@ def test_lines_without_a_key_are_refused_in_one_line(answered):
 def test_a_chat_template_never_goes_around_another(model_directory, tmp_path, capsys, begin):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"input": f"{begin}Who?", "outputs": ["Ann"], "max_new_tokens": 2}))
-    for more in ([], ["--prompt", "chat"]):
+    for more in ([], ["--prompt", "chat"], ["--system", "Be brief."]):
         with pytest.raises(SystemExit, match="in a chat template already .*: --prompt plain"):
             answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path), *more])
     answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path), "--prompt", "plain"])
@@ -395,3 +420,33 @@ def test_paths_without_prompts_are_named(model_directory, tmp_path):
                           (tmp_path / "a.jsonl", "must be a file or directory that exists")):
         with pytest.raises(SystemExit, match=f"--jsonl {path}.* {message}"):
             answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path)])
+
+
+def test_a_folder_gives_its_prompts_and_neither_json_nor_the_file_of_answers(
+        questions, tmp_path, monkeypatch, capsys):
+    """However folder and file are spelled."""
+    for name in ("answers.jsonl", "info.json", "other.txt"):
+        (tmp_path / name).write_text(questions.read_text())
+    linked = tmp_path.parent / "linked"
+    linked.symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    folders = (Path("."), tmp_path, linked)
+    for folder, other in itertools.product(folders, folders):
+        files = answer.prompt_files([folder], other / "answers.jsonl")
+        assert [file.name for file in files] == ["set.jsonl"]
+        told = capsys.readouterr().out
+        assert told == ("passed over, suffix not known: 1 .json, 1 .txt (the first: "
+                        f"{folder / 'info.json'})\n")
+    [file] = answer.prompt_files([tmp_path / "info.json"], None)  # as it is named
+    assert file.name == "info.json"
+    linked.unlink()
+
+
+def test_a_file_that_is_named_twice_is_read_once(questions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for others in ([questions], [Path(questions.name)], [tmp_path], [Path("."), questions]):
+        files = answer.prompt_files([questions, *others], None)
+        assert [file.name for file in files] == ["set.jsonl"]
+    second = tmp_path / "second.jsonl"
+    shutil.copy(questions, second)
+    assert answer.prompt_files([second, questions, second], None) == [second, questions]
