@@ -94,17 +94,17 @@ def answer_questions(reader: Reader, tokenizer: data.Tokenizer, questions: list[
     own_batches = batches(own, questions, encode, batch_tokens)
     while True:
         # 2. A few of them are answered.
-        said = []  # index, length of the prompt, how much of it is read, answer
+        rows = []  # index, length of the prompt, how much of it is read, answer
         for batch in itertools.islice(own_batches, 1 if grid.dp == 1 else ROUND):
-            indices, rows, lengths = batch
-            prompts = torch.tensor(rows, device=device)  # (B, S)
+            indices, inputs, lengths = batch
+            prompts = torch.tensor(inputs, device=device)  # (B, S)
             most = questions[indices[0]].max_new_tokens
             answers = generate(reader, prompts, most, stops)
             for index, length, answer in zip(indices, lengths, answers, strict=True):
-                said.append([index, length, prompts.shape[1], *answer])
+                rows.append([index, length, prompts.shape[1], *answer])
         # 3. Replicas meet, until none has said anything.
         grid.restart_timer(ROUND)  # another replica may be at its first batch
-        everything = gather_rows(said, grid, device)
+        everything = gather_rows(rows, grid, device)
         if not everything:
             return
         for index, length, read, *answer in everything:
@@ -238,7 +238,7 @@ def read_answers(path: Path, settings: dict, questions: list[Question]) -> dict[
 
 
 def write_answers(out: Path | None, settings: dict, answers: dict[int, dict],
-                  questions: list[Question], said: Iterable[tuple[int, int, int, str]]) -> None:
+                  questions: list[Question], texts: Iterable[tuple[int, int, int, str]]) -> None:
     """Add what answer_questions yields to `answers`, scored, and each at once to the file `out`."""
     with ExitStack() as files:
         if out:
@@ -246,7 +246,7 @@ def write_answers(out: Path | None, settings: dict, answers: dict[int, dict],
             lines = [json.dumps({"settings": settings}), *map(json.dumps, answers.values())]
             data.write_complete(out, "".join(line + "\n" for line in lines).encode())
             file = files.enter_context(open(out, "a"))
-        for index, length, read, text in said:
+        for index, length, read, text in texts:
             question = questions[index]
             answers[index] = {
                 "index": index,
@@ -449,11 +449,11 @@ def main(argv: list[str] | None = None) -> None:
             print_once(f"{a.out} has {len(answers)} of {len(questions)} answers: the others follow")
         if pending:
             reader = Reader(load_model(a, grid), least)
-            said = answer_questions(reader, tokenizer, questions, pending, limit, prompt == "chat",
-                                    system, a.batch_tokens)
+            texts = answer_questions(reader, tokenizer, questions, pending, limit,
+                                     prompt == "chat", system, a.batch_tokens)
             hidden = None if grid.is_first else True  # None: where there is no terminal
-            said = tqdm(said, total=len(pending), unit="prompt", disable=hidden)
-            write_answers(a.out if grid.is_first else None, settings, answers, questions, said)
+            texts = tqdm(texts, total=len(pending), unit="prompt", disable=hidden)
+            write_answers(a.out if grid.is_first else None, settings, answers, questions, texts)
 
         print_once(score_table(answers))
         cut = sum(answer["read"] < answer["prompt_tokens"] for answer in answers.values())

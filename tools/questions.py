@@ -25,7 +25,7 @@ from tools.records import RECORDS, TEXT, bare_suffix, read_records, suffix_of
 PARTS = ("prompt", "context", "input", "question")  # of the prompt, in this order
 CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")  # LongBench v2; InfiniteBench: `options`
 ANSWERS = {"outputs": "all", "answers": "any", "answer": "any"}  # and the metric of each
-STATED = ("options", "choices", "instructions", "answer_prefix", "max_new_tokens", "metric",
+DETAILS = ("options", "choices", "instructions", "answer_prefix", "max_new_tokens", "metric",
           "evaluation", "task", "dataset", "length", "template", "system")
 NO_PART = (
     "_id", "id", "index", "source",
@@ -33,7 +33,7 @@ NO_PART = (
     "domain", "sub_domain", "difficulty",  # LongBench v2
     "subject",  # MMLU
     "language", "all_classes", "answer_keywords", "confusing_facts")  # LongBench, LV-Eval
-KEYS = {*PARTS, *CHOICES, *ANSWERS, *STATED, *NO_PART}
+KEYS = {*PARTS, *CHOICES, *ANSWERS, *DETAILS, *NO_PART}
 
 LETTERS = "ABCD"
 # how choices are shown, and what is said after them, for the metric of that name
@@ -66,15 +66,15 @@ class Question:
 
 
 def read_questions(files: list[Path], metric: str | None = None, max_new_tokens: int | None = None,
-                   ignore: Iterable[str] = (), asked: str | None = None) -> list[Question]:
+                   ignore: Iterable[str] = (), question: str | None = None) -> list[Question]:
     """The questions of files, one after the other.
 
     A record may state its own task, metric and max_new_tokens; the arguments win over them. Keys to
-    `ignore` are as if absent; `asked` is the question of a context without one. Raises ValueError
-    that says where and what is wrong.
+    `ignore` are as if absent; `question` is that of a context without one. Raises ValueError that
+    says where and what is wrong.
     """
-    given = {"metric": metric, "max_new_tokens": max_new_tokens}
-    given = {key: value for key, value in given.items() if value is not None}
+    arguments = {"metric": metric, "max_new_tokens": max_new_tokens}
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     questions = []
     for file in files:
         before = len(questions)
@@ -82,9 +82,9 @@ def read_questions(files: list[Path], metric: str | None = None, max_new_tokens:
         for place, record in read_records(file):
             try:
                 for one in one_by_one(known_part(record, ignore)):
-                    if asks_nothing(one) and asked:
-                        one["question"] = asked
-                    questions.append(parse_question(one | given, task))
+                    if asks_nothing(one) and question:
+                        one["question"] = question
+                    questions.append(parse_question(one | arguments, task))
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
         if len(questions) == before:
@@ -106,15 +106,15 @@ def known_part(record: object, ignore: Iterable[str]) -> dict:
     """A record without keys to ignore, and without empty fields of a table (null)."""
     if not isinstance(record, dict):
         raise ValueError("needs a JSON object")
-    kept = {}
+    part = {}
     for key, value in record.items():
         if value is not None and key not in ignore:
-            kept[key] = value
-    unknown = " ".join(key for key in kept if key not in KEYS)
+            part[key] = value
+    unknown = " ".join(key for key in part if key not in KEYS)
     if unknown:
         raise ValueError(f"not known here: {unknown}; rename what is part of the question "
                          "(context, input, question) or of its answer (answers), --ignore the rest")
-    return kept
+    return part
 
 
 def one_by_one(record: dict) -> list[dict]:
@@ -249,14 +249,14 @@ def choices_of(record: dict) -> tuple[str | None, list[str]]:
     return kind, choices
 
 
-def right_choice(kind: str, choices: list[str], answers: list[str], stated: object) -> list[str]:
-    """What may be said for the right choice; `stated` is the record's answer as it is."""
+def right_choice(kind: str, choices: list[str], answers: list[str], original: object) -> list[str]:
+    """What may be said for the right choice; `original` is the record's answer as it is."""
     letters = list(LETTERS[:len(choices)])
     most = 2 if kind == "option" else 1
     last = answers[-1]
     place = None
-    if kind == "option" and type(stated) is int and 0 <= stated < len(choices):
-        place = stated  # MMLU: which one, from 0
+    if kind == "option" and type(original) is int and 0 <= original < len(choices):
+        place = original  # MMLU: which one, from 0
     elif kind == "option" and len(answers) == 1 and last in choices:
         place = choices.index(last)  # InfiniteBench
     elif last in letters and len(answers) <= most:

@@ -55,9 +55,9 @@ def test_answers_are_what_each_prompt_alone_gives_whatever_the_batch(
     answers = answers_of(tmp_path / "one")
     assert answers == answers_of(tmp_path / "many")
     assert len(answers) == 12
-    shown = capsys.readouterr().out
-    assert shown.count("task 0") == 2
-    assert "shared" in shown
+    output = capsys.readouterr().out
+    assert output.count("task 0") == 2
+    assert "shared" in output
 
     model = Llama.from_pretrained(model_directory)
     tokenizer = data.load_tokenizer(model_directory)
@@ -65,12 +65,12 @@ def test_answers_are_what_each_prompt_alone_gives_whatever_the_batch(
     for index, question in enumerate(read_questions([questions])):
         prompt = prompt_tokens(tokenizer, question.text, " So:", chat == "chat")
         whole = model.generate(torch.tensor([prompt]), 6 + index % 2, stop_tokens=stops)
-        said = whole[0, len(prompt):].tolist()
-        text = tokenizer.decode([token for token in said if token not in stops])
+        ids = whole[0, len(prompt):].tolist()
+        text = tokenizer.decode([token for token in ids if token not in stops])
         assert answers[index]["prediction"] == printable(text)
         assert answers[index]["prompt_tokens"] == len(prompt)
-        found = [part in printable(text).lower() for part in ("e", "th")]
-        assert answers[index]["score"] == sum(found) / 2
+        parts = [part in printable(text).lower() for part in ("e", "th")]
+        assert answers[index]["score"] == sum(parts) / 2
 
 
 def test_a_stopped_run_of_questions_goes_on_and_never_mixes_settings(
@@ -82,21 +82,21 @@ def test_a_stopped_run_of_questions_goes_on_and_never_mixes_settings(
                "--max-length", "1000"]
     answer.main(command)
 
-    def shown():
+    def read_output():
         """The table, and all lines."""
         lines = capsys.readouterr().out.splitlines()
         [start] = [i for i, line in enumerate(lines) if line.startswith("task  ")]
         return lines[start:start + 4], lines
 
     whole = answers_of(out)
-    table, _ = shown()
+    table, _ = read_output()
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:5]) + lines[5][:20])  # killed while it wrote the fifth answer
     answer.main(command)
-    again, said = shown()
+    again, output = read_output()
     assert answers_of(out) == whole
     assert again == table
-    assert f"{out} has 4 of 12 answers: the others follow" in said
+    assert f"{out} has 4 of 12 answers: the others follow" in output
 
     weights = next(model.glob("*.safetensors"))
     stamp = weights.stat().st_mtime_ns
@@ -104,7 +104,7 @@ def test_a_stopped_run_of_questions_goes_on_and_never_mixes_settings(
     weights.write_bytes(b"\0" * size)
     os.utime(weights, ns=(0, stamp))
     answer.main(command)  # nothing is left to do: the model is not even loaded
-    assert shown()[0] == table
+    assert read_output()[0] == table
     assert answers_of(out) == whole
 
     os.utime(weights, ns=(0, stamp + 1))
@@ -132,8 +132,8 @@ def test_prompts_of_stated_length_are_read_as_they_were_made(model_directory, tm
     tokenizer = data.load_tokenizer(model_directory)
     out = tmp_path / "a"
     answer.main([str(model_directory), *ON_CPU, "--jsonl", str(path), "--out", str(out)])
-    made = prompt_tokens(tokenizer, "x y", chat=True, system="Be brief.")
-    assert answers_of(out)[0]["read"] == len(made)
+    prompt = prompt_tokens(tokenizer, "x y", chat=True, system="Be brief.")
+    assert answers_of(out)[0]["read"] == len(prompt)
     for more in (["--prompt", "plain"], ["--prompt", "chat"],
                  ["--prompt", "chat", "--system", "Be long."], ["--system", "Be long."]):
         with pytest.raises(SystemExit, match="made for --prompt chat and --system 'Be brief.'"):
@@ -146,8 +146,8 @@ def test_an_answers_beginning_goes_on_after_its_prompt(tmp_path, prefix):
     sentencepiece_tokenizer("prepend", tmp_path)
     tokenizer = data.load_tokenizer(tmp_path)
     text = "the cat"
-    chatted = prompt_tokens(tokenizer, text, prefix, chat=True)
-    assert tokenizer.decode(chatted).endswith(f"<|im_start|>assistant\n{prefix}")
+    ids = prompt_tokens(tokenizer, text, prefix, chat=True)
+    assert tokenizer.decode(ids).endswith(f"<|im_start|>assistant\n{prefix}")
     plain = prompt_tokens(tokenizer, text, prefix)
     assert plain == begin_of_text(tokenizer) + tokenizer.encode_ordinary(text + prefix)
 
@@ -160,7 +160,7 @@ def test_answers_end_where_the_model_says(model_directory, tmp_path, capsys):
     tokenizer = data.load_tokenizer(model)
     text = "Anna quickly went"
 
-    def said(prompt):
+    def speak(prompt):
         """What it says in twelve tokens, and before it first says the sixth, which then stops
         it."""
         whole = Llama.from_pretrained(model).generate(torch.tensor([prompt]), 12)
@@ -169,12 +169,12 @@ def test_answers_end_where_the_model_says(model_directory, tmp_path, capsys):
         (model / "generation_config.json").write_text(json.dumps(stated))
         return tokenizer.decode(tokens), tokenizer.decode(tokens[:tokens.index(tokens[5])])
 
-    whole, until = said(tokenizer.encode_ordinary(text))
+    whole, until = speak(tokenizer.encode_ordinary(text))
     assert len(until) < len(whole)
     chat.main([str(model), *ON_CPU, "--prompt", text, "--max-new-tokens", "12", "--raw"])
     assert capsys.readouterr().out.endswith(f"\n{until}\n")
 
-    whole, until = said(prompt_tokens(tokenizer, text))
+    whole, until = speak(prompt_tokens(tokenizer, text))
     assert len(until) < len(whole)
     (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": text, "answers": ["x"]}))
     answer.main([str(model), *ON_CPU, "--jsonl", str(tmp_path / "one.jsonl"), "--prompt", "plain",
@@ -194,8 +194,8 @@ def test_prompts_beyond_the_window_lose_their_middle(model_directory, questions,
     question = read_questions([questions])[0]
     tokens = prompt_tokens(tokenizer, question.text, question.answer_prefix)
     ends = torch.tensor([tokens[:47] + tokens[-47:]])
-    said = model.generate(ends, 6)[0, 94:].tolist()
-    assert answers[0]["prediction"] == printable(tokenizer.decode(said))
+    ids = model.generate(ends, 6)[0, 94:].tolist()
+    assert answers[0]["prediction"] == printable(tokenizer.decode(ids))
 
 
 def score_lines(*rows):
@@ -269,11 +269,11 @@ def test_rulers_own_folders_make_one_table(model_directory, ruler_folders, capsy
     command = [str(model_directory), *ON_CPU, "--max-length", "1000", "--out",
                str(ruler_folders / "answers.jsonl"), "--jsonl"]
     answer.main([*command, str(ruler_folders)])
-    shown = capsys.readouterr().out
-    assert "task      64     128  prompts\n" in shown
+    output = capsys.readouterr().out
+    assert "task      64     128  prompts\n" in output
     for line in ("vt", "qa_1", "mean"):
-        assert f"\n{line} " in shown
-    assert "effective length, by 2 of RULER's 13 tasks" in shown
+        assert f"\n{line} " in output
+    assert "effective length, by 2 of RULER's 13 tasks" in output
     answers = answers_of(ruler_folders / "answers.jsonl")
     assert {(line["task"], line["length"], line["metric"]) for line in answers.values()} == {
         ("vt", "64", "all"), ("vt", "128", "all"), ("qa_1", "64", "any"), ("qa_1", "128", "any")}
@@ -303,7 +303,7 @@ def test_other_prompts_of_one_file_are_no_more_of_the_same(
 
 
 @pytest.fixture
-def answered(model_directory, questions, tmp_path):
+def first_run(model_directory, questions, tmp_path):
     """(a command that has run, its file of answers, and what each of its lines holds)."""
     out = tmp_path / "a"
     command = [str(model_directory), *ON_CPU, "--jsonl", str(questions), "--max-length", "1000",
@@ -316,8 +316,8 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_answers_of_a_version_that_did_not_say_what_it_asked_are_refused(answered):
-    command, out, (first, *lines) = answered
+def test_answers_of_a_version_that_did_not_say_what_it_asked_are_refused(first_run):
+    command, out, (first, *lines) = first_run
     del first["settings"]["questions"]
     write_lines(out, [first, *lines[:7]])
     before = out.read_bytes()
@@ -330,13 +330,13 @@ def test_answers_of_a_version_that_did_not_say_what_it_asked_are_refused(answere
 @pytest.mark.parametrize("changes", [
     {"text": "x"}, {"answer_prefix": " Say:"}, {"answers": ["e"]}, {"metric": "any"},
     {"max_new_tokens": 5}])
-def test_a_file_that_is_read_otherwise_is_not_gone_on_with(answered, monkeypatch, changes):
+def test_a_file_that_is_read_otherwise_is_not_gone_on_with(first_run, monkeypatch, changes):
     """As another version may read it: of one question, one thing differs."""
     def read_otherwise(*arguments):
         first, *others = read_questions(*arguments)
         return [dataclasses.replace(first, **changes), *others]
 
-    command, out, lines = answered
+    command, out, lines = first_run
     write_lines(out, lines[:5])
     before = out.read_bytes()
     monkeypatch.setattr(answer, "read_questions", read_otherwise)
@@ -369,8 +369,8 @@ def test_answers_to_a_file_of_another_name_stand_in_its_row(model_directory, tmp
 @pytest.mark.parametrize("changes", [
     {"index": 12}, {"index": -1}, {"index": "0"}, {"index": [0]}, {"index": 0.0}, {"index": True},
     {"index": None}, {"score": None}, {"score": "1"}, {"read": None}, {"prompt_tokens": [7]}])
-def test_lines_that_are_no_answers_are_refused_in_one_line(answered, changes):
-    command, out, (first, line, *_) = answered
+def test_lines_that_are_no_answers_are_refused_in_one_line(first_run, changes):
+    command, out, (first, line, *_) = first_run
     write_lines(out, [first, line | changes])
     before = out.read_bytes()
     with pytest.raises(SystemExit, match=f"--out {out}: exists and holds no answers of --jsonl; "
@@ -379,8 +379,8 @@ def test_lines_that_are_no_answers_are_refused_in_one_line(answered, changes):
     assert out.read_bytes() == before
 
 
-def test_lines_without_a_key_are_refused_in_one_line(answered):
-    command, out, (first, line, *_) = answered
+def test_lines_without_a_key_are_refused_in_one_line(first_run):
+    command, out, (first, line, *_) = first_run
     others = [[], "x", None, 5, {}]
     for key in line:
         others.append({name: value for name, value in line.items() if name != key})
@@ -427,19 +427,19 @@ def test_a_folder_gives_its_prompts_and_neither_json_nor_the_file_of_answers(
     """However folder and file are spelled."""
     for name in ("answers.jsonl", "info.json", "other.txt"):
         (tmp_path / name).write_text(questions.read_text())
-    linked = tmp_path.parent / "linked"
-    linked.symlink_to(tmp_path)
+    link = tmp_path.parent / "link"
+    link.symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
-    folders = (Path("."), tmp_path, linked)
+    folders = (Path("."), tmp_path, link)
     for folder, other in itertools.product(folders, folders):
         files = answer.prompt_files([folder], other / "answers.jsonl")
         assert [file.name for file in files] == ["set.jsonl"]
-        told = capsys.readouterr().out
-        assert told == ("passed over, suffix not known: 1 .json, 1 .txt (the first: "
-                        f"{folder / 'info.json'})\n")
+        output = capsys.readouterr().out
+        first = folder / "info.json"
+        assert output == f"passed over, suffix not known: 1 .json, 1 .txt (the first: {first})\n"
     [file] = answer.prompt_files([tmp_path / "info.json"], None)  # as it is named
     assert file.name == "info.json"
-    linked.unlink()
+    link.unlink()
 
 
 def test_a_file_that_is_named_twice_is_read_once(questions, tmp_path, monkeypatch):

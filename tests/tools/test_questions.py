@@ -207,10 +207,10 @@ Which one is right? Say "The correct answer is (X)" with its letter."""
 
 
 def test_the_letter_of_longbench_v2_is_no_text_of_a_choice(read):
-    swapped = LONGBENCH_2 | {"choice_A": "B", "choice_B": "A", "answer": "A"}
-    alike = LONGBENCH_2 | {"choice_A": "Four factors"}
-    in_a_list = LONGBENCH_2 | {"answer": ["C"]}
-    questions = read(swapped, alike, in_a_list)
+    questions = read(
+        LONGBENCH_2 | {"choice_A": "B", "choice_B": "A", "answer": "A"},
+        LONGBENCH_2 | {"choice_A": "Four factors"},  # as D is
+        LONGBENCH_2 | {"answer": ["C"]})
     assert [question.answers for question in questions] == [["A"], ["D"], ["C"]]
 
 
@@ -338,8 +338,8 @@ def test_all_parts_of_a_prompt_are_asked_in_one_order(read):
 
 
 def test_lengths_that_tools_ruler_made_stay_as_they_are(read):
-    made = {"input": "I", "outputs": ["1"], "length": 5000, "template": "plain", "system": None}
-    [question] = read(made)
+    record = {"input": "I", "outputs": ["1"], "length": 5000, "template": "plain", "system": None}
+    [question] = read(record)
     assert question.length == "5000"
     assert question.made_for == ("plain", None)
 
@@ -431,9 +431,9 @@ def test_a_record_that_cannot_be_read_whole_is_named(tmp_path, line, message):
     path = tmp_path / "set.jsonl"
     line = line if isinstance(line, str) else json.dumps(line)
     path.write_text(json.dumps(GOOD) + "\n" + line)
-    with pytest.raises(ValueError, match=f"^{path}, line 2: .*{message}") as refused:
+    with pytest.raises(ValueError, match=f"^{path}, line 2: .*{message}") as error:
         read_questions([path])
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 def test_mmlus_answer_is_the_number_of_a_choice(read):
@@ -455,6 +455,6 @@ def test_keys_to_ignore_are_as_if_absent(read):
 def test_what_is_asked_of_a_context_alone_can_be_said(read):
     """LongBench's gov_report: its instruction is in LongBench's program."""
     report = LONGBENCH | {"input": "", "dataset": "gov_report"}
-    asked, other = read(report, LONGBENCH, asked="Summarise it.")
-    assert asked.text == "Passage 1: ...\n\nSummarise it."
+    summary, other = read(report, LONGBENCH, question="Summarise it.")
+    assert summary.text == "Passage 1: ...\n\nSummarise it."
     assert other.text == "Passage 1: ...\n\nWho is it?"
