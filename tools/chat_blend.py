@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import Tokenizer, complete_or_absent, load_tokenizer
 from parallel import one_line_errors
 from sft import encode_chat, end_of_turn
-from tools.conversations import to_messages
+from tools.conversations import NotUsed, to_messages
 from tools.prepare import window_hashes
 from tools.records import RECORDS, PassedOver, list_files, read_records, read_text, reader_of
 from train import Parser, nonnegative, option, positive
@@ -100,13 +100,14 @@ def read_samples(source: Source, system: str | None, ignored: list[str],
     for path in source.files:
         records = progress(read_records(path), f"read {path.name}")
         for number, (place, record) in enumerate(records, 1):
-            messages = to_messages(record, system, ignored, cut_off)
-            sample = Sample(source, path, number, messages)
-            if isinstance(messages, str):
-                sample.drop(messages)
-                keys = list(record) if isinstance(record, dict) else []
-                unusable.setdefault(messages, f"{place}, keys: {' '.join(keys) or 'none'}")
+            sample = Sample(source, path, number, [])
             samples.append(sample)
+            try:
+                sample.messages = to_messages(record, system, ignored, cut_off)
+            except NotUsed as error:
+                sample.drop(str(error))
+                keys = list(record) if isinstance(record, dict) else []
+                unusable.setdefault(str(error), f"{place}, keys: {' '.join(keys) or 'none'}")
     if not remaining(samples):
         reasons = Counter(sample.dropped["reason"] for sample in samples)
         parts = [f"{n:,} {reason} ({unusable[reason]})" for reason, n in reasons.most_common(3)]

@@ -63,145 +63,172 @@ SAYS_NOTHING = frozenset(
     "original_question answer expected_answer is_correct".split())
 
 
+class NotUsed(ValueError):
+    """Something of a record is not understood, or there is nothing to learn from it; says what."""
+
+
 def to_messages(record: object, system: str | None, ignored: Iterable[str],
-                cut_off: Counter) -> list[dict] | str:
-    """Messages: a system's if there is one, then user and assistant by turns; or why not.
+                cut_off: Counter) -> list[dict]:
+    """Messages: a system's if there is one, then user and assistant by turns. Raises NotUsed.
 
     `system` is for a record that has no system message; `ignored`: more keys that say nothing;
-    `cut_off` counts turns, see alternate.
+    `cut_off` counts turns, see alternating.
     """
-    # 1. Where the record has its turns, and which keys are then used.
+    # 1. Where the record has its turns, and which keys are then read.
     if not isinstance(record, dict):
-        return "not a chat record"
+        raise NotUsed("not a chat record")
     lists = [key for key in TURNS if record.get(key) is not None]
     pairs = [pair for pair in PAIRS if record.keys() >= set(pair)]
     if lists:
-        turns = record[lists[0]]
-        known = {lists[0], *BESIDE_TURNS, *repeated(record, turns)}
+        turns = list_of_turns(record, lists[0])
+        read = {lists[0], *BESIDE_TURNS, *repeated(record, turns)}
     elif pairs:
-        turns = turns_of(record, *pairs[0])
-        known = {*pairs[0], *PASSAGES, "history"}
+        turns = turns_of_pair(record, *pairs[0])
+        read = {*pairs[0], *PASSAGES, "history"}
         if pairs[0][0] == "instruction":
-            known.add("text")  # Alpaca's whole prompt; beside a question it might be a passage
+            read.add("text")  # Alpaca's whole prompt; beside a question it might be a passage
     else:
-        return "not a chat record"
+        raise NotUsed("not a chat record")
     # 2. Nothing else may be said there.
-    unknown = not_understood(record, {*known, *SYSTEM, *SAYS_NOTHING, *ignored})
-    if unknown:
-        return unknown
+    check_keys(record, {*read, *SYSTEM, *SAYS_NOTHING, *ignored})
     if record.get("is_correct") in (False, 0):
-        return "marked as not correct"
-    # 3. The turns, one by one.
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return "turns that cannot be read"
+        raise NotUsed("marked as not correct")
+    # 3. The turns, one by one, and the system message.
     messages = []
     for turn in turns:
-        message = not_understood(turn, {*TURN_KEYS, *ignored}) or read_turn(turn)
-        if isinstance(message, str):
-            return message
-        messages.append(message)
-    if lists and messages and messages[-1]["role"] == "user":
-        answer = record.get("answer")
-        if isinstance(answer, str):
-            messages.append({"role": "assistant", "content": answer})
-    # 4. The system message: one.
-    systems = [record[key] for key in SYSTEM if says_something(record.get(key))]
-    if messages and messages[0]["role"] == "system":
-        systems.append(messages.pop(0)["content"])
-    if not all(isinstance(own, str) for own in systems):
-        return "content is not text"
-    systems = {own for own in systems if own.strip()}
-    if len(systems) > 1:
-        return "two system messages"
-    return alternate(messages, systems.pop() if systems else system, cut_off)
+        check_keys(turn, {*TURN_KEYS, *ignored})
+        messages.append(read_turn(turn))
+    own = system_message(record, messages)
+    return alternating(messages, own or system, cut_off)
 
 
 def says_something(value: object) -> bool:
-    is_number_missing = value != value  # NaN, of a table
-    return not is_number_missing and value not in NOTHING
+    """Whether a key with this value says anything; NaN, of a table, does not equal itself."""
+    return value == value and value not in NOTHING
 
 
-def not_understood(content: dict, known: set[str]) -> str | None:
-    """Names the keys that say something, and not known what; None if there are none."""
-    keys = [key for key, value in content.items() if key not in known and says_something(value)]
-    return f"not understood: {' '.join(keys)}" if keys else None
+def check_keys(content: dict, known: set[str]) -> None:
+    """NotUsed if a key says something, and it is not known what."""
+    unknown = [key for key in content if key not in known and says_something(content[key])]
+    if unknown:
+        raise NotUsed(f"not understood: {' '.join(unknown)}")
 
 
-def repeated(record: dict, turns: object) -> set[str]:
-    """The keys of pairs, and text, that only say once more what the turns beside them say: one of
-    them, or (a text in a chat template) all of them."""
-    contents = []
-    for turn in turns if isinstance(turns, list) else []:
-        content = value_of(turn, "content", "value") if isinstance(turn, dict) else None
-        contents.append(content.strip() if isinstance(content, str) else None)
-    keys = set()
-    for key in {*itertools.chain(*PAIRS), "text"} & record.keys():
-        value = record[key]
-        if isinstance(value, str) and contents and None not in contents:
-            one = value.strip() in contents
-            if one or all(content in value for content in contents):
-                keys.add(key)
-    return keys
+# ------------------------------------------------------------------------------------------- turns
 
 
-def value_of(turn: dict, first: str, second: str) -> object:
-    """What a turn has at one of two keys."""
-    return turn.get(second) if turn.get(first) is None else turn[first]
+def list_of_turns(record: dict, key: str) -> list[dict]:
+    """The turns in a list; if the user has the last one, `answer` is the next (AceMath)."""
+    turns = record[key]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise NotUsed("turns that cannot be read")
+    answer = record.get("answer")
+    if turns and isinstance(answer, str) and role_of(turns[-1]) == "user":
+        turns = [*turns, {"role": "assistant", "content": answer}]
+    return turns
 
 
-def turns_of(record: dict, question: str, answer: str) -> list[dict] | None:
-    """The turns of a record with question and answer; None if its history has no pairs."""
+def turns_of_pair(record: dict, question: str, answer: str) -> list[dict]:
+    """The turns of a question and its answer, after those of the history."""
     asked = [record[question]]
     asked += [record[key] for key in PASSAGES if says_something(record.get(key))]
-    if all(isinstance(text, str) for text in asked):
-        asked = "\n\n".join(asked)
+    if not all(isinstance(text, str) for text in asked):
+        raise NotUsed("content is not text")
     history = record.get("history") or []
     if not isinstance(history, list):
-        return None
+        raise NotUsed("turns that cannot be read")
     turns = []
-    for pair in [*history, [asked, record[answer]]]:
+    for pair in [*history, ["\n\n".join(asked), record[answer]]]:
         if not isinstance(pair, list) or len(pair) != 2:
-            return None
+            raise NotUsed("turns that cannot be read")
         turns.append({"role": "user", "content": pair[0]})
         turns.append({"role": "assistant", "content": pair[1]})
     return turns
 
 
-def read_turn(turn: dict) -> dict | str:
-    """{role, content}, with weight 0 where an answer carries no loss; or why not."""
-    for first, second in (("role", "from"), ("content", "value")):
-        values = [turn[key] for key in (first, second) if turn.get(key) is not None]
-        if len(values) == 2 and values[0] != values[1]:
-            return f"{first} and {second} differ"
-    stated = value_of(turn, "role", "from")
-    role = ROLES.get(stated.lower()) if isinstance(stated, str) else None
-    if role is None:
-        return f"unknown role {stated!r}"
-    content = value_of(turn, "content", "value")
-    if isinstance(content, list):  # OpenAI's parts
-        parts = []
-        for part in content:
-            is_text = isinstance(part, dict) and part.get("type") == "text"
-            if is_text and not not_understood(part, {"type", "text"}):
-                parts.append(part.get("text"))
-            else:
-                parts.append(None)
-        content = "\n".join(parts) if parts and all(isinstance(p, str) for p in parts) else None
-    if not isinstance(content, str):
-        return "content is not text"
-    message = {"role": role, "content": content}
+def repeated(record: dict, turns: list[dict]) -> set[str]:
+    """The keys of pairs, and text, that only say once more what the turns beside them say: one of
+    them, or (a text in a chat template) all of them."""
+    contents = [either(turn, "content", "value") for turn in turns]
+    if not all(isinstance(content, str) for content in contents):
+        return set()
+    contents = [content.strip() for content in contents]
+    keys = set()
+    for key in {*itertools.chain(*PAIRS), "text"} & record.keys():
+        value = str(record[key])
+        is_one = value.strip() in contents
+        has_all = all(content in value for content in contents)
+        if is_one or has_all:
+            keys.add(key)
+    return keys
+
+
+def read_turn(turn: dict) -> dict:
+    """{role, content}, with weight 0 where an answer carries no loss."""
+    message = {"role": role_of(turn), "content": content_of(turn)}
     for key in ("weight", "train"):
-        if turn.get(key) not in (None, 0, 1):
-            return f"{key} is neither 0 nor 1"
-        if role != "assistant" and turn.get(key):
-            return f"loss on what the {role} says"
-        if role == "assistant" and turn.get(key) == 0:
+        weight = turn.get(key)
+        if weight not in (None, 0, 1):
+            raise NotUsed(f"{key} is neither 0 nor 1")
+        if weight and message["role"] != "assistant":
+            raise NotUsed(f"loss on what the {message['role']} says")
+        if weight == 0 and message["role"] == "assistant":
             message["weight"] = 0
     return message
 
 
-def alternate(messages: list[dict], system: str | None, cut_off: Counter) -> list[dict] | str:
-    """The system message, then user and assistant by turns; or why they are not so.
+def role_of(turn: dict) -> str:
+    """system, user or assistant."""
+    stated = either(turn, "role", "from")
+    role = ROLES.get(stated.lower()) if isinstance(stated, str) else None
+    if role is None:
+        raise NotUsed(f"unknown role {stated!r}")
+    return role
+
+
+def content_of(turn: dict) -> str:
+    """What is said; of OpenAI's parts all texts, a line each."""
+    content = either(turn, "content", "value")
+    if isinstance(content, list) and content:
+        parts = []
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise NotUsed("content is not text")
+            check_keys(part, {"type", "text"})
+            parts.append(part.get("text"))
+    else:
+        parts = [content]
+    if not all(isinstance(part, str) for part in parts):
+        raise NotUsed("content is not text")
+    return "\n".join(parts)
+
+
+def either(turn: dict, first: str, second: str) -> object:
+    """What a turn has at one of two keys, None without both."""
+    values = [turn[key] for key in (first, second) if turn.get(key) is not None]
+    if len(values) == 2 and values[0] != values[1]:
+        raise NotUsed(f"{first} and {second} differ")
+    return values[0] if values else None
+
+
+# ---------------------------------------------------------------------------------------- messages
+
+
+def system_message(record: dict, messages: list[dict]) -> str | None:
+    """What the system says in the record or, taken out, in the first message."""
+    texts = [record[key] for key in SYSTEM if says_something(record.get(key))]
+    if messages and messages[0]["role"] == "system":
+        texts.append(messages.pop(0)["content"])
+    if not all(isinstance(text, str) for text in texts):
+        raise NotUsed("content is not text")
+    texts = {text for text in texts if text.strip()}
+    if len(texts) > 1:
+        raise NotUsed("two system messages")
+    return texts.pop() if texts else None
+
+
+def alternating(messages: list[dict], system: str | None, cut_off: Counter) -> list[dict]:
+    """The system message, then user and assistant by turns.
 
     Assistant turns before the first user's answer nothing (ShareGPT has conversations cut in two),
     and user turns after the last answer have none: both are cut off, and counted in `cut_off`.
@@ -211,16 +238,14 @@ def alternate(messages: list[dict], system: str | None, cut_off: Counter) -> lis
         messages.pop(0)
     while messages and messages[-1]["role"] == "user":
         messages.pop()
-    cut_off["turns"] += whole - len(messages)
     if not messages:
-        return "no answer to a user"
+        raise NotUsed("no answer to a user")
     if not all(message["content"].strip() for message in messages):
-        return "empty turn"
+        raise NotUsed("empty turn")
     for i, message in enumerate(messages):
         if message["role"] != ("user", "assistant")[i % 2]:
-            return "roles do not alternate"
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
+            raise NotUsed("roles do not alternate")
     if not any(map(carries_loss, messages)):
-        return "no answer to learn"
-    return messages
+        raise NotUsed("no answer to learn")
+    cut_off["turns"] += whole - len(messages)
+    return [{"role": "system", "content": system}, *messages] if system else messages

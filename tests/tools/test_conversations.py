@@ -11,7 +11,11 @@ from tools.conversations import PAIRS, SAYS_NOTHING, TURNS
 
 
 def to_messages(record, system=None, ignored=()):
-    return conversations.to_messages(record, system, ignored, Counter())
+    """The messages, or why there are none."""
+    try:
+        return conversations.to_messages(record, system, ignored, Counter())
+    except conversations.NotUsed as error:
+        return str(error)
 
 
 def said(messages):
@@ -106,7 +110,7 @@ IMAGE = [{"type": "image_url", "image_url": "u"}]
     ({"messages": [Q, turn("assistant", "a", answer="b")]}, "not understood: answer"),
     ({"messages": [Q, turn("assistant", "a", score=-1)]}, "not understood: score"),
     ({"messages": [turn("user", [{"type": "text", "text": "q", "image": "u"}]), A]},
-     "content is not text"),
+     "not understood: image"),
     ({"task": "Translate", "question": "q", "answer": "a"}, "not understood: task"),
     ({"instruction": "do", "output": "a", "language": "German"}, "not understood: language"),
     ({"messages": [Q, A], "task": "chat", "language": "en"}, "u:q a:a"),
@@ -201,6 +205,9 @@ def test_turns_that_are_cut_off_are_counted():
     for turns in ([Q, A], [A, A, Q, A], [Q, A, Q], [A, Q, A, Q, Q]):
         assert said(conversations.to_messages({"messages": turns}, None, (), cut_off)) == "u:q a:a"
     assert cut_off.total() == 0 + 2 + 1 + 3
+    with pytest.raises(conversations.NotUsed):
+        conversations.to_messages({"messages": [A, Q]}, None, (), cut_off)
+    assert cut_off.total() == 6  # none of a record that is not used
 
 
 def test_a_system_message_is_for_records_without_one_and_ignored_keys_say_nothing():
