@@ -242,7 +242,9 @@ def bpe_tokenizer(path: Path, content: dict) -> Tokenizer | LibraryTokenizer:
         return LibraryTokenizer(path, content, spelled, lacking)
     # 3. By tiktoken: tokens as the bytes they stand for.
     byte_of = byte_characters()
-    ranks = {bytes(byte_of[character] for character in token): i for token, i in vocab.items()}
+    ranks = {}
+    for token, i in vocab.items():
+        ranks[bytes(byte_of[character] for character in token)] = i
     pattern = split_pattern(content["pre_tokenizer"])
     normal_form = (content.get("normalizer") or {}).get("type")
     return Tokenizer(path.parent.name, pattern, ranks, added, normal_form, path, spelled)

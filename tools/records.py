@@ -117,7 +117,7 @@ def unpacked(path: Path) -> Iterator[io.BufferedReader]:
         try:
             if head[:2] == b"\x1f\x8b":
                 yield io.BufferedReader(gzip.GzipFile(fileobj=file), CHUNK)
-            elif head == b"\x28\xb5\x2f\xfd" or head[1:] == b"\x2a\x4d\x18":  # or what it skips
+            elif head == b"\x28\xb5\x2f\xfd" or head[1:] == b"\x2a\x4d\x18":  # a frame to skip
                 yield io.BufferedReader(ZstdFile(file), CHUNK)
             else:
                 yield file
@@ -146,18 +146,14 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[tuple[str, object]]]:
             return read_rows
         if suffix in NOT_READ:
             raise Unreadable(path, NOT_READ[suffix])
-        begins = head.removeprefix(MARK).lstrip()[:1]
-        if begins == b"[" and suffix in JSON:  # its first line may be all of it: not read twice
+        first = head.removeprefix(MARK).lstrip()[:1]
+        if first == b"[" and suffix in JSON:  # its first line may be all of it: not read twice
             return read_values
-        lines = []
-        if begins in (b"{", b"["):
-            # a text may begin with a line of JSON, so of its lines the first two count
-            count = 1 if suffix in JSON else 2
-            lines = list(itertools.islice(filter(is_filled, stream), count))
-    is_list = begins == b"["
-    if lines and all(map(is_json, lines)):
-        return read_values if is_list else read_lines
-    return read_values if suffix in JSON else read_text
+        # a text may begin with a line of JSON: of what is not called JSON the first two lines count
+        lines = itertools.islice(filter(is_filled, stream), 1 if suffix in JSON else 2)
+        if first not in (b"{", b"[") or not all(map(is_json, lines)):
+            return read_values if suffix in JSON else read_text
+    return read_values if first == b"[" else read_lines
 
 
 def is_filled(line: bytes) -> bool:
