@@ -534,7 +534,7 @@ def load_haystack(path: Path, tokenizer: Tokenizer, needed: int) -> np.ndarray:
             text = path.read_bytes().decode("utf-8-sig")  # without a byte-order mark
         except (IsADirectoryError, UnicodeDecodeError):
             text = None
-        is_json = text is not None and re.match(r'\s*(\[\s*[\[{"]|\{\s*")', text)  # no prose
+        is_json = text is not None and re.match(r'\s*(\[\s*[{"]|\{\s*")', text)  # no prose
         if text is None or "\0" in text or is_json:
             raise ValueError(f"--haystack {path}: neither a corpus nor one file of UTF-8 text; "
                              "prepare a corpus from it (python -m tools.prepare)")

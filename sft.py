@@ -64,7 +64,8 @@ def carries_loss(message: dict) -> bool:
 
 def unread(record: dict) -> str | None:
     """Names a key of a record that means something and is not read here; None without one."""
-    for key in ("tools", "functions", "images", "videos", "audios", "system"):
+    for key in ("tools", "functions", "images", "videos", "audios", "system", "system_prompt",
+                "input", "context", "passage", "history"):
         if record.get(key):
             return f"has {key!r}, which is not read here"
     return None
@@ -83,7 +84,7 @@ def fault_in(record: dict) -> str | None:
         role = message.get("role")
         weight = message.get("weight")
         for key, value in message.items():
-            if key not in ("role", "content", "weight") and value:
+            if key not in ("role", "content", "weight") and value not in (None, "", [], {}):
                 return f"a message has {key!r}, which is not understood"
         if role not in ("system", "user", "assistant"):
             return f"a message has role {role!r}, not system, user or assistant"

@@ -108,6 +108,8 @@ def test_special_tokens_in_messages_stay_text(tokenizer):
     ([{"role": "user", "content": "x", "weight": 1}], "of role user has weight 1"),
     ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "has 'tool_calls'"),
     ([{"role": "assistant", "content": "x", "name": "Ann"}], "has 'name'"),
+    ([{"role": "assistant", "content": "x", "train": False}], "has 'train'"),
+    ([{"role": "system", "content": "x", "weight": 1}], "of role system has weight 1"),
 ])
 def test_bad_messages_are_refused_and_chat_blend_is_named(tmp_path, messages, message):
     assert re.search(message, fault_in({"messages": messages}))
@@ -117,7 +119,8 @@ def test_bad_messages_are_refused_and_chat_blend_is_named(tmp_path, messages, me
         list(read_conversations(path))
 
 
-@pytest.mark.parametrize("key", ["tools", "images", "system"])
+@pytest.mark.parametrize("key", ["tools", "functions", "images", "videos", "audios", "system",
+                                 "system_prompt", "input", "context", "passage", "history"])
 def test_what_stands_beside_messages_and_means_something_is_refused(tmp_path, key):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": CONVERSATION, key: [], "id": "1"}))

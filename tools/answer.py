@@ -300,20 +300,21 @@ def score_table(answers: dict[int, dict]) -> str:
     for length in lengths:
         title += f"{short_length(int(length)) if length.isdecimal() else length:>8}"
     lines = [f"{title}{'prompts':>9}"]
-    columns = {length: [] for length in lengths}
+    rows = {}
     for task, row in scores.items():
-        line = f"{task:<{width}}"
-        for length in lengths:
-            if length in row:
-                columns[length].append(np.mean(row[length]))
-                line += f"{columns[length][-1]:8.1f}"
-            else:
-                line += f"{'-':>8}"
-        lines.append(f"{line}{sum(map(len, row.values())):>9}")
-    means = {length: np.mean(column) for length, column in columns.items()}
+        rows[task] = {length: np.mean(column) for length, column in row.items()}
+    # a mean of fewer tasks than the others are of would say something else
+    means = {}
+    for length in lengths:
+        column = [row[length] for row in rows.values() if length in row]
+        if len(column) == len(rows):
+            means[length] = np.mean(column)
     if len(scores) > 1:
-        row = "".join(f"{mean:8.1f}" for mean in means.values())
-        lines.append(f"{'mean':<{width}}{row}{len(answers):>9}")
+        rows["mean"] = means
+    for name, row in rows.items():
+        cells = [f"{row[length]:8.1f}" if length in row else f"{'-':>8}" for length in lengths]
+        count = sum(map(len, scores[name].values())) if name in scores else len(answers)
+        lines.append(f"{name:<{width}}{''.join(cells)}{count:>9}")
     if all(map(RULER_TASK.fullmatch, scores)) and all(map(str.isdecimal, lengths)):
         lines.append(f"effective length, by {len(scores)} of RULER's 13 tasks and its threshold of "
                      f"{THRESHOLD}: {effective_length(means)}")
@@ -337,6 +338,9 @@ def choose_prompt(prompt: str | None, system: str | None, questions: list[Questi
         [(prompt, system)] = made_for
     if not prompt:
         prompt = "chat" if chat_template(tokenizer) else "plain"
+    if system is not None and prompt == "plain":
+        raise ValueError("--system: only a chat prompt has a system message; use --prompt chat "
+                         "(with a tokenizer that has chat tokens)")
     for template, other in made_for - {(prompt, system)}:
         raise ValueError(f"--jsonl has prompts made for --prompt {template} and --system "
                          f"{other!r}, not for {prompt} and {system!r}: their lengths would be "
@@ -379,8 +383,11 @@ def prompt_files(paths: list[Path], out: Path | None) -> list[Path]:
         files += inside
     for line in passed_over.lines():
         print_once(f"passed over, {line}")
-    # one that is named twice, in whatever spelling, is read once
-    return list({file.resolve(): file for file in files}.values())
+    # one that is named twice, in whatever spelling, is read once, as it is named first
+    first = {}
+    for file in files:
+        first.setdefault(file.resolve(), file)
+    return list(first.values())
 
 
 def parser() -> Parser:
@@ -413,8 +420,6 @@ def main(argv: list[str] | None = None) -> None:
     """Answer what `--out` does not hold yet, write a line an answer, and print mean scores."""
     with one_line_errors():
         a = parser().parse_args(argv)
-        if a.system is not None and a.prompt == "plain":
-            raise ValueError("--system: only a chat prompt has a system message; use --prompt chat")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         config, tokenizer = read_checkpoint(a, grid)
         note_lengths(config, a.max_length or 0)

@@ -41,8 +41,6 @@ ROLES = {"system": "system", "developer": "system", "human": "user", "user": "us
 TURN_KEYS = frozenset(  # the first six are read, the others say nothing
     "role from content value weight train id language timestamp created model toxic redacted "
     "country state hashed_ip header turn_identifier markdown".split())
-# beside turns they are about them; beside a pair they may be part of what is asked
-BESIDE_TURNS = ("prompt", "language", "task", "topic", "subject")
 NOTHING = (None, "", "<noinput>", "[]", "{}", [], {})  # values of a key that is not used
 
 # Keys that say where a record comes from or what it is worth, or say again what it says.
@@ -51,14 +49,14 @@ SAYS_NOTHING = frozenset(
     "file parent_id id _id idx index raw_index uuid hash prompt_id question_id conversation_id "
     "conversation_hash "
     # from where
-    "source data_source dataset origin resource problem_source seed url license "
+    "source data_source dataset origin resource problem_source url license "
     "model model_name generator openai_fingerprint timestamp created date version "
     # of what kind
     "category type problem_type question_type domain split subset lang "
     # how large, how good, what was taken out
     "turn num_turns length token_count num_tokens difficulty level score rating markdown "
     "openai_moderation detoxify_moderation toxic redacted state country hashed_ip header "
-    "turn_identifier views skip_prompt_formatting custom_instruction avatarUrl "
+    "turn_identifier views skip_prompt_formatting avatarUrl "
     # said again: the question before it was reworded, the answer that grades
     "original_question answer expected_answer is_correct".split())
 
@@ -77,20 +75,25 @@ def to_messages(record: object, system: str | None, ignored: Iterable[str],
     # 1. Where the record has its turns, and which keys are then read.
     if not isinstance(record, dict):
         raise NotUsed("not a chat record")
+    record = {key: value for key, value in record.items() if key not in ignored}
     lists = [key for key in TURNS if record.get(key) is not None]
     pairs = [pair for pair in PAIRS if record.keys() >= set(pair)]
     if lists:
         turns = list_of_turns(record, lists[0])
-        read = {lists[0], *BESIDE_TURNS, *repeated(record, turns)}
+        read = {lists[0], "language", *repeated(record, turns)}
+        if "prompt_id" in record:
+            read.add("prompt")  # UltraChat's: the first turn
     elif pairs:
         turns = turns_of_pair(record, *pairs[0])
         read = {*pairs[0], *PASSAGES, "history"}
         if pairs[0][0] == "instruction":
             read.add("text")  # Alpaca's whole prompt; beside a question it might be a passage
+        if pairs[0][0] == "problem":
+            read.add("seed")  # Magicoder's: the code that the problem was made of
     else:
         raise NotUsed("not a chat record")
     # 2. Nothing else may be said there.
-    check_keys(record, {*read, *SYSTEM, *SAYS_NOTHING, *ignored})
+    check_keys(record, {*read, *SYSTEM, *SAYS_NOTHING})
     if record.get("is_correct") in (False, 0):
         raise NotUsed("marked as not correct")
     # 3. The turns, one by one, and the system message.
@@ -147,20 +150,10 @@ def turns_of_pair(record: dict, question: str, answer: str) -> list[dict]:
 
 
 def repeated(record: dict, turns: list[dict]) -> set[str]:
-    """The keys of pairs, and text, that only say once more what the turns beside them say: one of
-    them, or (a text in a chat template) all of them."""
-    contents = [either(turn, "content", "value") for turn in turns]
-    if not all(isinstance(content, str) for content in contents):
-        return set()
-    contents = [content.strip() for content in contents]
-    keys = set()
-    for key in {*itertools.chain(*PAIRS), "text"} & record.keys():
-        value = str(record[key])
-        is_one = value.strip() in contents
-        has_all = all(content in value for content in contents)
-        if is_one or has_all:
-            keys.add(key)
-    return keys
+    """The keys of pairs that only say once more what one of the turns beside them says."""
+    contents = [str(either(turn, "content", "value")).strip() for turn in turns]
+    keys = {*itertools.chain(*PAIRS)} & record.keys()
+    return {key for key in keys if str(record[key]).strip() in contents}
 
 
 def read_turn(turn: dict) -> dict:

@@ -161,29 +161,36 @@ def parse_question(record: dict, task: str) -> Question:
         text=text,
         answer_prefix=record.get("answer_prefix", ""),
         answers=answers,
-        metric=metric_of(record, task, answers, kind or ANSWERS[answers_key]),
+        metric=metric_of(record, task, answers, kind, ANSWERS[answers_key]),
         max_new_tokens=record.get("max_new_tokens", room),
         task=task,
         length=column(record),
         made_for=template_of(record))
     if not isinstance(question.answer_prefix, str):
         raise ValueError("answer_prefix must be text")
-    if not isinstance(question.max_new_tokens, int) or question.max_new_tokens < 1:
+    if type(question.max_new_tokens) is not int or question.max_new_tokens < 1:
         raise ValueError("max_new_tokens must be a whole number, 1 or more")
     return question
 
 
-def metric_of(record: dict, task: str, answers: list[str], usual: str) -> str:
-    """What scores an answer: the record says so, or its task does, else it is the `usual` one."""
+def metric_of(record: dict, task: str, answers: list[str], kind: str | None, usual: str) -> str:
+    """What scores an answer: the record says so, or its choices (`kind`) or its task do, else it is
+    the `usual` one."""
     metric = record.get("metric", record.get("evaluation"))
     known = ", ".join(METRICS)
-    if metric is None and (task in OWN_RULES or any("\n####" in answer for answer in answers)):
-        raise ValueError(f"{task} is scored by a rule of its own, not known here; choose --metric "
-                         f"{known}, and write GSM8K's answers without the solution")
+    if kind and metric not in (None, "choice", "option"):
+        raise ValueError(f"has choices, of which {metric} says nothing; leave --metric out, or "
+                         "choose choice or option")
+    if metric is None and any("####" in answer for answer in answers):
+        raise ValueError("the answer is a whole solution (GSM8K's, after ####); write the result "
+                         "alone")
+    if metric is None and task in OWN_RULES:
+        raise ValueError(f"{task} is scored by a rule of its own, not known here; leave it out, or "
+                         f"ask it in a run of its own with --metric {known}")
     if metric is None and task in ("qa_1", "qa_2"):  # RULER's other tasks ask for all of `outputs`
         metric = "any"
     if metric is None:
-        metric = usual
+        metric = kind or usual
     if metric not in list(METRICS):  # L-Eval's evaluation: exam, rouge, LLM or human, but for f1
         raise ValueError(f"metric or evaluation {metric!r} is not known here; choose --metric "
                          f"{known}")
@@ -226,11 +233,12 @@ def right_answers(record: dict) -> tuple[str, list[str]]:
                          "rename the right answers' key, or --ignore one")
     [key] = keys
     answers = record[key] if isinstance(record[key], list) else [record[key]]
-    if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):
+    if not answers or not all(type(answer) in (str, int, float) for answer in answers):
         raise ValueError(f"{key} must be text or numbers")
-    if "" in answers:
+    answers = list(map(str, answers))
+    if not all(answer.strip() for answer in answers) or "nan" in answers:
         raise ValueError(f"{key} has an empty text")
-    return key, list(map(str, answers))
+    return key, answers
 
 
 def choices_of(record: dict) -> tuple[str | None, list[str]]:
@@ -266,8 +274,8 @@ def right_choice(kind: str, choices: list[str], answers: list[str], original: ob
         raise ValueError(f"the answer {answer!r} is none of the choices")
     if kind == "choice":
         return [letters[place]]
-    if len(answers) == 2:  # text and letter: as they are (InfiniteBench's get_answer)
-        return answers
+    if answers[0] not in (choices[place], letters[place]) and place != original:
+        raise ValueError(f"the answers {answers[0][:40]!r} and {last!r} are two choices")
     return [choices[place], letters[place]]
 
 
@@ -280,10 +288,12 @@ def with_choices(text: str, choices: list[str], kind: str) -> str:
 
 def column(record: dict) -> str:
     """The table's column: a length as it is if tools.ruler made it, else rounded up to a power of
-    two. RULER's own are a little below one; LongBench's and LV-Eval's, in words, are all different.
+    two. RULER's own are a little below one; LongBench's and LV-Eval's are numbers of words.
     """
     length = record.get("length", "all")
-    if isinstance(length, int) and length > 0 and "template" not in record:
+    if isinstance(length, float) and length.is_integer():  # of a table
+        length = int(length)
+    if type(length) is int and length > 0 and "template" not in record:
         length = 1 << (length - 1).bit_length()
     return str(length)
 
@@ -304,7 +314,7 @@ def shared_words(text: str, answer: str) -> float:
     prediction = Counter(words(text))
     right = Counter(words(answer))
     total = prediction.total() + right.total()
-    return 2 * (prediction & right).total() / max(1, total)
+    return 2 * (prediction & right).total() / total
 
 
 def share_of_answers(text: str, answers: list[str]) -> float:

@@ -151,7 +151,7 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[tuple[str, object]]]:
             return read_values
         # a text may begin with a line of JSON: of what is not called JSON the first two lines count
         lines = itertools.islice(filter(is_filled, stream), 1 if suffix in JSON else 2)
-        if first not in (b"{", b"[") or not all(map(is_json, lines)):
+        if first not in (b"{", b"[") or not all(map(has_records, lines)):
             return read_values if suffix in JSON else read_text
     return read_values if first == b"[" else read_lines
 
@@ -161,12 +161,14 @@ def is_filled(line: bytes) -> bool:
     return bool(line.removeprefix(MARK).strip())
 
 
-def is_json(line: bytes) -> bool:
+def has_records(line: bytes) -> bool:
+    """Whether a line is a JSON object, or a list of objects."""
     try:
-        parse_json(line, "")
+        value = parse_json(line, "")
     except ValueError:
         return False
-    return True
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(value, dict) and value for value in values)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, object]]:
@@ -350,6 +352,7 @@ def parse_document(record: object, text_field: str | None = None) -> dict | str:
     if text_field is None and record.get("messages") is not None:
         return fault_in(record) or {"messages": record["messages"]}
     fields = [text_field] if text_field else [name for name in TEXT_FIELDS if name in record]
+    fields.sort(key=lambda name: field_of(record, name) is None)  # null is as if absent
     if fields:
         document = {"text": field_of(record, fields[0])}
     elif unread(record):

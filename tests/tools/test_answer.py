@@ -242,6 +242,15 @@ def test_only_rulers_tasks_alone_have_an_effective_length(rows):
     assert "effective" not in answer.score_table(score_lines(*rows))
 
 
+def test_a_length_that_not_all_tasks_have_is_neither_mean_nor_effective():
+    """All tasks at 4K and one alone at 128K: no effective length of 128K."""
+    rows = [("niah_single_1", "4096", 1.0), ("vt", "4096", 1.0), ("niah_single_1", "131072", 1.0)]
+    table = answer.score_table(score_lines(*rows))
+    assert table.endswith("by 2 of RULER's 13 tasks and its threshold of 85.6: 4K")
+    mean = next(line for line in table.splitlines() if line.startswith("mean"))
+    assert mean.split() == ["mean", "100.0", "-", "3"]
+
+
 def test_other_sets_have_no_effective_length_and_longbench_v2_is_ordered():
     table = answer.score_table(score_lines(
         ("v2", "long", 0.0), ("v2", "short", 1.0), ("v2", "medium", 0.5), ("v2", "4096", 1.0)))

@@ -100,7 +100,7 @@ IMAGE = [{"type": "image_url", "image_url": "u"}]
     ({"messages": [Q, A], "tools": [{"name": "f"}]}, "not understood: tools"),
     ({"messages": [Q, A], "tools": "[]"}, "u:q a:a"),
     ({"messages": [Q, A], "context": "a text"}, "not understood: context"),
-    ({"messages": [Q, A], "problem": "q", "solution": " a ", "text": "<u>q<a>a"}, "u:q a:a"),
+    ({"messages": [turn("user", " q\n"), A], "problem": "q", "solution": " a "}, "u: q\n a:a"),
     ({"messages": [Q, A], "problem": "other"}, "not understood: problem"),
     ({"messages": [Q, A], "text": "a long passage"}, "not understood: text"),
     ({"messages": [Q, A, Q], "completion": "a2"}, "not understood: completion"),
@@ -113,9 +113,14 @@ IMAGE = [{"type": "image_url", "image_url": "u"}]
      "not understood: image"),
     ({"task": "Translate", "question": "q", "answer": "a"}, "not understood: task"),
     ({"instruction": "do", "output": "a", "language": "German"}, "not understood: language"),
-    ({"messages": [Q, A], "task": "chat", "language": "en"}, "u:q a:a"),
+    ({"messages": [Q, A], "language": "en"}, "u:q a:a"),
     ({"instruction": "do", "output": "a", "title": "T"}, "not understood: title"),
-    ({"conversations": SHARE, "custom_instruction": True, "views": 3}, "u:q a:a"),  # OpenHermes
+    ({"conversations": SHARE, "skip_prompt_formatting": True, "views": 3}, "u:q a:a"),
+    ({"messages": [Q, A], "task": "Translate into German"}, "not understood: task"),
+    ({"messages": [Q, A], "prompt": "q"}, "u:q a:a"),
+    ({"messages": [Q, A], "prompt": "other"}, "not understood: prompt"),
+    ({"question": "q", "answer": "a", "seed": "a passage?"}, "not understood: seed"),
+    ({"problem": "q", "solution": "a", "seed": "code"}, "u:q a:a"),  # Magicoder
     ({"messages": [Q, A], "conversations": SHARE}, "not understood: conversations"),
     ({"instruction": "do", "output": "a", "response": "b"}, "not understood: response"),
     ({"question": "q", "answer": "a", "text": "a passage?"}, "not understood: text"),
@@ -214,6 +219,8 @@ def test_a_system_message_is_for_records_without_one_and_ignored_keys_say_nothin
     assert said(to_messages({"messages": [Q, A]}, "Be brief.")) == "s:Be brief. u:q a:a"
     own = {"messages": [turn("system", "own"), Q, A]}
     assert said(to_messages(own, "Be brief.")) == "s:own u:q a:a"
+    record = {"instruction": "q", "input": "i", "system": "s", "output": "a"}
+    assert said(to_messages(record, ignored=["input", "system"])) == "u:q a:a"
     record = {"messages": [Q, turn("assistant", "a", mood="glad")], "quality": 3}
     assert to_messages(record) == "not understood: quality"
     assert to_messages(record, ignored=["quality"]) == "not understood: mood"

@@ -217,7 +217,7 @@ def test_the_letter_of_longbench_v2_is_no_text_of_a_choice(read):
 @pytest.mark.parametrize("answer, right", [
     # get_answer of InfiniteBench's src/eval_utils.py
     ("A", ["A", "B"]), (["A"], ["A", "B"]), ("same", ["same", "C"]), ("D", ["same", "D"]),
-    (["same", "D"], ["same", "D"]), (["other words", "A"], ["other words", "A"])])
+    (["same", "D"], ["same", "D"]), (["B", "A"], ["B", "A"])])
 def test_an_answer_of_infinitebench_is_a_text_before_it_is_a_letter(read, answer, right):
     record = {"input": "Q?", "answer": answer, "options": ["B", "A", "same", "same"]}
     assert read(record)[0].answers == right
@@ -393,7 +393,15 @@ GOOD = {"input": "x", "outputs": ["y"]}
     (GOOD | {"max_new_tokens": 0}, "max_new_tokens must be a whole number, 1 or more"),
     (GOOD | {"max_new_tokens": "9"}, "max_new_tokens must be a whole number, 1 or more"),
     (GOOD | {"target": ["y", "z"], "level": 3}, "not known here: target level; rename .* --ignore"),
-    ({"question": "x", "answer": "18 in all.\n#### 18"}, "a rule of its own, .*GSM8K"),
+    ({"question": "x", "answer": "18 in all.\n#### 18"}, "a whole solution .GSM8K's"),
+    ({"question": "x", "answer": "#### 18"}, "a whole solution .GSM8K's"),
+    ({"question": "x", "answer": " "}, "answer has an empty text"),
+    ({"question": "x", "answer": True}, "answer must be text or numbers"),
+    ({"question": "x", "answer": float("nan")}, "answer has an empty text"),
+    (GOOD | {"max_new_tokens": True}, "max_new_tokens must be a whole number"),
+    (LONGBENCH_2 | {"metric": "any"}, "has choices, of which any says nothing; leave --metric out"),
+    ({"input": "x", "answer": ["t", "A"], "options": ["s", "t"]}, "'t' and 'A' are two choices"),
+    ({"input": "x", "answer": ["u", "A"], "options": ["s", "t"]}, "'u' and 'A' are two choices"),
     (GOOD | {"task": "math_calc"}, "math_calc is scored by a rule of its own"),
     (GOOD | {"task": "code_run"}, "code_run is scored by a rule of its own"),
     ({"question": "x", "choices": ["a", "b"], "answer": 2}, "answer .2. is none"),
@@ -434,6 +442,12 @@ def test_a_record_that_cannot_be_read_whole_is_named(tmp_path, line, message):
     with pytest.raises(ValueError, match=f"^{path}, line 2: .*{message}") as error:
         read_questions([path])
     assert "\n" not in str(error.value)
+
+
+def test_lengths_of_a_table_are_whole_numbers(read):
+    """A column with a null in it has floats."""
+    assert read(GOOD | {"length": 4050.0})[0].length == "4096"
+    assert read(GOOD | {"length": "8k+"})[0].length == "8k+"
 
 
 def test_mmlus_answer_is_the_number_of_a_choice(read):

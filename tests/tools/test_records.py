@@ -54,6 +54,7 @@ def values(path):
     ("list.txt", LIST + b"\n"),
     ("spaces.txt", MARK + b" \n " + LINES),
     ("skippable.jsonl.zst", b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstandard.compress(LINES)),
+    ("blank.json", b"\n " + LIST),
     ("blank_lines.jsonl", b"\n" + LINES.replace(b"\n", b"\n\n")),
     ("mark.jsonl", MARK + LINES),
     ("mark.json", MARK + LIST),
@@ -73,8 +74,8 @@ def test_rows_of_parquet(tmp_path):
 
 def test_one_object_is_one_record_and_other_text_is_text(tmp_path):
     assert values(write(tmp_path / "a.json", b'{\n  "text": "x"\n}\n')) == [{"text": "x"}]
-    for name in ("a.txt", "b.md"):
-        content = b'{"a": 1}\nis how JSON looks.\n'
+    for name, content in [("a.txt", b'{"a": 1}\nis how JSON looks.\n'), ("b.md", b"[1]\n[2]\nNote"),
+                          ("c.txt", b"{}\n{}\nprose")]:
         assert values(write(tmp_path / name, content)) == [{"text": content.decode()}]
     for name in ("a.txt", "[a].md", "b"):
         content = b"{ not json }\n[link](there)\r\n"
@@ -241,6 +242,7 @@ def test_a_path_that_gives_nothing_is_an_error_that_says_why(tmp_path):
     ("b.json", LIST[:-1], "record 4: not valid JSON, or cut short"),
     ("b.jsonl", LINES[:-3], "line 3: not valid JSON"),
     ("b.jsonl", LINES[5:], "record 1: not valid JSON"),
+    ("b.ndjson", LINES[5:], "record 1: not valid JSON"),
     ("b.jsonl", b"\xff" + LINES, "not UTF-8"),
     ("b.parquet", b"<!DOCTYPE html>", "cannot be read as Parquet"),
     ("b.parquet", b"", "cannot be read as Parquet"),
@@ -306,6 +308,8 @@ def test_a_pipe_is_refused_not_read_from_its_middle(tmp_path):
     ({"text": "a"}, None, {"text": "a"}),
     ({"content": "a", "id": 1}, None, {"text": "a"}),
     ({"raw_content": "a", "url": "u"}, None, {"text": "a"}),
+    ({"text": None, "content": "b"}, None, {"text": "b"}),
+    ({"prompt": "", "completion": "c"}, None, {"prompt": "", "completion": "c"}),
     ({"text": "a", "content": "b"}, None, {"text": "a"}),
     ({"text": "a", "content": "b"}, "content", {"text": "b"}),
     ({"code": {"body": "a"}}, "code.body", {"text": "a"}),
