@@ -288,6 +288,12 @@ def list_files(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -
     return files
 
 
+def identity(file: Path) -> tuple[int, int]:
+    """The same for all links to a file."""
+    status = file.stat()
+    return status.st_dev, status.st_ino
+
+
 def walk(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> Iterator[Path]:
     """The files of a directory, see list_files. OSError for a folder that cannot be read."""
     def fail(error: OSError) -> None:
@@ -316,10 +322,10 @@ def walk(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> Iter
                 reason = "suffix not known"
             elif not file.is_file():
                 reason = "no file (a pipe, or a link to nothing)"
-            elif file.resolve() in seen:
+            elif identity(file) in seen:
                 reason = "link to a file that is read already"
             else:
-                seen.add(file.resolve())
+                seen.add(identity(file))
                 yield file
                 continue
             passed_over.add(reason, suffix_of(file), file)
