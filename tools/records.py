@@ -421,6 +421,7 @@ class Documents:
                             place += f", of keys {', '.join(itertools.islice(record, 6))}"
                         self.passed_over.add(document, f"of {kind}", place)
                     else:
+                        self.files_used[kind] += self.count == earlier
                         self.count += 1
                         yield self.source_of(record), document
             except Unreadable as error:
@@ -431,7 +432,6 @@ class Documents:
             else:
                 if not records:
                     self.passed_over.add("without a record", kind, file)
-            self.files_used[kind] += self.count > earlier
         self.check(self.count, "document")
 
     def source_of(self, record: dict) -> str | None:
@@ -446,7 +446,7 @@ class Documents:
     def report(self, name: str) -> str:
         """Lines on what was read so far, and what was passed over."""
         used = self.files_used.most_common()
-        files = ", ".join(f"{count:,} {kind}" for kind, count in used if count)
+        files = ", ".join(f"{count:,} {kind}" for kind, count in used)
         lines = [f"{name}: {self.count:,} documents of {files}"]
         if self.without_source:
             lines.append(f"  {self.without_source:,} of them without {self.source_field}")

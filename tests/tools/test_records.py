@@ -335,6 +335,13 @@ def test_a_document_or_the_reason_why_there_is_none(record, field, document):
     assert records.parse_document(record, field) == document
 
 
+def test_a_report_before_the_end_names_the_file_that_is_being_read(tmp_path):
+    """tools.train_tokenizer stops at --max-bytes, often within its only file."""
+    documents = Documents(write(tmp_path / "a.jsonl", LINES))
+    next(iter(documents))
+    assert documents.report("up to here") == "up to here: 1 documents of 1 .jsonl"
+
+
 def test_records_without_the_source_field_are_counted(tmp_path):
     lines = [{"text": "a", "meta": {"set": "x"}}, {"text": "b"}, {"text": "c", "meta": {"set": ""}}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
