@@ -240,11 +240,11 @@ def strings(value: object) -> Iterator[str]:
 
 def read_items(path: Path) -> Iterator[object]:
     """The records of a benchmark's file; of a plain text its lines."""
-    if reader_of(path) is read_text:
-        for _, record in read_text(path):
+    reader = reader_of(path)
+    for _, record in reader(path):
+        if reader is read_text:
             yield from record["text"].splitlines()
-    else:
-        for _, record in read_records(path):
+        else:
             yield record
 
 
@@ -507,11 +507,11 @@ def chat_files(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -
         raise argparse.ArgumentTypeError(f"{path}: no such file or directory")
     try:
         files = list_files(path, suffixes, passed_over)
-    except ValueError as error:  # a package is missing
+    except ValueError as error:  # a pipe, or a package is missing
         raise argparse.ArgumentTypeError(str(error)) from None
     if not files:
-        because = "; ".join(["", *passed_over.lines()])
-        raise argparse.ArgumentTypeError(f"{path}: holds no {', '.join(suffixes)} file{because}")
+        raise argparse.ArgumentTypeError(f"{path}: holds no {', '.join(suffixes)} file"
+                                         f"{passed_over.because()}")
     return files
 
 

@@ -69,43 +69,50 @@ def extra(name: str, use: str):
         raise ValueError(f"{use} needs {package}: pip install {package}") from None
 
 
-class ZstdFile(io.RawIOBase):
-    """The content of an open .zst file. An EOFError if it was cut short, as for gzip: zstandard's
-    own reader takes what is there for the whole."""
+def zstd_pieces(file: io.BufferedReader) -> Iterator[bytes]:
+    """The content of an open .zst file, piece by piece. An EOFError if it was cut short, as for
+    gzip: zstandard's own reader takes what is there for the whole."""
+    zstandard = extra("zstandard", "a .zst file")
+    unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None  # the one that is begun: a file may have several, one after the other
+    packed = b""
+    while True:
+        packed = packed or file.read(2**8)  # little: it may hold thousands of times as much
+        if not packed:
+            break
+        frame = frame or unpacker.decompressobj()
+        try:
+            piece = frame.decompress(packed)
+        except zstandard.ZstdError as error:
+            raise EOFError(str(error)) from None
+        yield piece
+        packed = b""
+        if frame.eof:
+            packed = frame.unused_data
+            frame = None
+    if frame:
+        raise EOFError("it ends within a frame")
 
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        zstandard = extra("zstandard", "a .zst file")
-        self.file = file
-        self.fault = zstandard.ZstdError
-        self.new_frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
-        self.frame = self.new_frame()  # a file may have several, one after the other
-        self.begun = False  # whether something of the frame was read
-        self.content = memoryview(b"")
+
+class Pieces(io.RawIOBase):
+    """A file to read, of the pieces that are its content."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.pieces = pieces
+        self.rest = memoryview(b"")  # of the piece that is being read
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        while not self.content:
-            packed = b""
-            if self.frame.eof:
-                packed = self.frame.unused_data
-                self.frame = self.new_frame()
-                self.begun = False
-            if not packed:
-                packed = self.file.read(2**8)  # little: it may hold thousands of times as much
-            if not packed and self.begun:
-                raise EOFError("it ends within a frame")
-            if not packed:
+        while not self.rest:
+            piece = next(self.pieces, None)
+            if piece is None:
                 return 0
-            try:
-                self.content = memoryview(self.frame.decompress(packed))
-            except self.fault as error:
-                raise EOFError(str(error)) from None
-            self.begun = True
-        count = min(len(buffer), len(self.content))
-        buffer[:count] = self.content[:count]
-        self.content = self.content[count:]
+            self.rest = memoryview(piece)
+        count = min(len(buffer), len(self.rest))
+        buffer[:count] = self.rest[:count]
+        self.rest = self.rest[count:]
         return count
 
 
@@ -118,7 +125,7 @@ def unpacked(path: Path) -> Iterator[io.BufferedReader]:
             if head[:2] == b"\x1f\x8b":
                 yield io.BufferedReader(gzip.GzipFile(fileobj=file), CHUNK)
             elif head == b"\x28\xb5\x2f\xfd" or head[1:] == b"\x2a\x4d\x18":  # a frame to skip
-                yield io.BufferedReader(ZstdFile(file), CHUNK)
+                yield io.BufferedReader(Pieces(zstd_pieces(file)), CHUNK)
             else:
                 yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -254,6 +261,10 @@ class PassedOver:
             lines.append(f"{reason}: {', '.join(counts)} (the first: {self.first[reason]})")
         return lines
 
+    def because(self) -> str:
+        """The lines as the end of a message."""
+        return "; ".join(["", *self.lines()])
+
 
 def suffix_of(path: Path) -> str:
     """In lower case; of a packed file with the one before it: ".json.gz"."""
@@ -288,18 +299,21 @@ def list_files(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -
     return files
 
 
-def identity(file: Path) -> tuple[int, int]:
-    """The same for all links to a file."""
-    status = file.stat()
-    return status.st_dev, status.st_ino
-
-
 def walk(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> Iterator[Path]:
     """The files of a directory, see list_files. OSError for a folder that cannot be read."""
     def fail(error: OSError) -> None:
         raise error
 
-    seen = set()  # a cache of Hugging Face's has links to the same file in each snapshot
+    seen = set()  # files; a cache of Hugging Face's has links to the same one in each snapshot
+
+    def is_seen(file: Path) -> bool:
+        status = file.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            return True
+        seen.add(identity)
+        return False
+
     for place, folders, names in os.walk(path, onerror=fail):
         folders.sort()
         for name in list(folders):
@@ -322,10 +336,9 @@ def walk(path: Path, suffixes: tuple[str, ...], passed_over: PassedOver) -> Iter
                 reason = "suffix not known"
             elif not file.is_file():
                 reason = "no file (a pipe, or a link to nothing)"
-            elif identity(file) in seen:
+            elif is_seen(file):
                 reason = "link to a file that is read already"
             else:
-                seen.add(identity(file))
                 yield file
                 continue
             passed_over.add(reason, suffix_of(file), file)
@@ -357,23 +370,26 @@ def parse_document(record: object, text_field: str | None = None) -> dict | str:
         return "no JSON object"
     if text_field is None and record.get("messages") is not None:
         return fault_in(record) or {"messages": record["messages"]}
-    fields = [text_field] if text_field else [name for name in TEXT_FIELDS if name in record]
-    fields.sort(key=lambda name: field_of(record, name) is None)  # null is as if absent
-    if fields:
-        document = {"text": field_of(record, fields[0])}
+    # where in the record each part of the document stands
+    names = [name for name in TEXT_FIELDS if name in record]
+    names.sort(key=lambda name: record[name] is None)  # null is as if absent
+    if text_field:
+        fields = {"text": text_field}
+    elif names:
+        fields = {"text": names[0]}
     elif unread(record):
         return unread(record)
     elif "prompt" in record and "completion" in record:
-        document = {"prompt": record["prompt"], "completion": record["completion"]}
+        fields = {"prompt": "prompt", "completion": "completion"}
     elif "messages" in record:
         return "messages is null"
     else:
         known = ", ".join(TEXT_FIELDS)
         return f"no {known}, prompt and completion, or messages (tools.prepare: --text-field)"
-    for name, text in document.items():
+    document = {part: field_of(record, name) for part, name in fields.items()}
+    for part, text in document.items():
         if not isinstance(text, str):
-            name = fields[0] if fields else name
-            return f"{name} is {'null or absent' if text is None else 'not a string'}"
+            return f"{fields[part]} is {'null or absent' if text is None else 'not a string'}"
     return document if any(document.values()) else "empty"
 
 
@@ -401,8 +417,7 @@ class Documents:
 
     def check(self, things: object, what: str) -> None:
         if not things:
-            because = "; ".join(["", *self.passed_over.lines()])
-            raise ValueError(f"{self.path}: holds no {what}{because}")
+            raise ValueError(f"{self.path}: holds no {what}{self.passed_over.because()}")
 
     def __iter__(self) -> Iterator[tuple[str | None, dict]]:
         for file in self.files:
@@ -421,7 +436,8 @@ class Documents:
                             place += f", of keys {', '.join(itertools.islice(record, 6))}"
                         self.passed_over.add(document, f"of {kind}", place)
                     else:
-                        self.files_used[kind] += self.count == earlier
+                        if self.count == earlier:  # the file's first
+                            self.files_used[kind] += 1
                         self.count += 1
                         yield self.source_of(record), document
             except Unreadable as error:
