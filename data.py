@@ -474,14 +474,19 @@ def stated_stops(contents: dict[Path, dict]) -> list[int]:
     return sorted(stops - {None})
 
 
+def json_lines(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, object]]:
+    """(place, JSON value) of each of a file's lines that is not blank."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield place, parse_json(line, place)
+
+
 def read_records(path: Path) -> Iterator[tuple[str, object]]:
-    """(place, JSON value) of each line that is not blank, of a .jsonl or .jsonl.gz file."""
+    """json_lines of a .jsonl or .jsonl.gz file."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    place = f"{path}, line {number}"
-                    yield place, parse_json(line, place)
+            yield from json_lines(lines, path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
 

@@ -75,8 +75,9 @@ def fault_in(record: dict) -> str | None:
     """Why a record is no conversation to train on, or None: its messages are a list of {role,
     content} with strings, an assistant's perhaps with a weight of 0 or 1, and an answer to learn
     is among them."""
-    if unread(record):
-        return unread(record)
+    other = unread(record)
+    if other:
+        return other
     messages = record["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return "messages must be a list of objects with role and content"

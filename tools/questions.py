@@ -26,7 +26,7 @@ PARTS = ("prompt", "context", "input", "question")  # of the prompt, in this ord
 CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")  # LongBench v2; InfiniteBench: `options`
 ANSWERS = {"outputs": "all", "answers": "any", "answer": "any"}  # and the metric of each
 DETAILS = ("options", "choices", "instructions", "answer_prefix", "max_new_tokens", "metric",
-          "evaluation", "task", "dataset", "length", "template", "system")
+           "evaluation", "task", "dataset", "length", "template", "system")
 NO_PART = (
     "_id", "id", "index", "source",
     "sample", "depths", "length_w_model_temp", "token_position_answer",  # tools.ruler, RULER
@@ -260,21 +260,21 @@ def choices_of(record: dict) -> tuple[str | None, list[str]]:
 def right_choice(kind: str, choices: list[str], answers: list[str], original: object) -> list[str]:
     """What may be said for the right choice; `original` is the record's answer as it is."""
     letters = list(LETTERS[:len(choices)])
-    most = 2 if kind == "option" else 1
     last = answers[-1]
-    place = None
-    if kind == "option" and type(original) is int and 0 <= original < len(choices):
+    fault = ValueError(f"the answer {', '.join(answers)[:40]!r} is none of the choices")
+    if kind == "choice":  # LongBench v2: a letter, whatever the choices say
+        if len(answers) > 1 or last not in letters:
+            raise fault
+        return [last]
+    if type(original) is int and 0 <= original < len(choices):
         place = original  # MMLU: which one, from 0
-    elif kind == "option" and len(answers) == 1 and last in choices:
-        place = choices.index(last)  # InfiniteBench
-    elif last in letters and len(answers) <= most:
-        place = letters.index(last)  # LongBench v2, whatever its choices say; InfiniteBench, too
-    if place is None:
-        answer = ", ".join(answers)[:40]
-        raise ValueError(f"the answer {answer!r} is none of the choices")
-    if kind == "choice":
-        return [letters[place]]
-    if answers[0] not in (choices[place], letters[place]) and place != original:
+    elif len(answers) == 1 and last in choices:
+        place = choices.index(last)  # InfiniteBench: the text,
+    elif len(answers) <= 2 and last in letters:
+        place = letters.index(last)  # ... the letter, or both
+    else:
+        raise fault
+    if len(answers) == 2 and answers[0] not in (choices[place], letters[place]):
         raise ValueError(f"the answers {answers[0][:40]!r} and {last!r} are two choices")
     return [choices[place], letters[place]]
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data import is_corpus, parse_json
+from data import is_corpus, json_lines, parse_json
 from sft import fault_in, unread
 
 JSON = (".json", ".jsonl", ".ndjson")
@@ -180,10 +180,9 @@ def has_records(line: bytes) -> bool:
 
 def read_lines(path: Path) -> Iterator[tuple[str, object]]:
     with unpacked(path) as stream:
-        for number, line in enumerate(stream, 1):
-            if is_filled(line):
-                place = f"{path}, line {number}"
-                yield place, parse_json(line, place)
+        # a byte-order mark may be all of the first line
+        first = stream.readline().removeprefix(MARK)
+        yield from json_lines(itertools.chain([first], stream), path)
 
 
 def read_values(path: Path) -> Iterator[tuple[str, object]]:
