@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -48,6 +48,7 @@ GROUPS = {
     "cp_tp": ("cp", "tp"), "dp_cp": ("dp", "cp"), "all": AXES,
 }
 Segments = list[list[int]]  # of each row of a batch: where its documents begin and end, [0, ..., S]
+Block = tuple[slice, slice, slice]  # of attention: rows of the batch, local queries, local keys
 CUDNN_MULTIPLE = 128  # cuDNN is given blocks whose lengths are multiples of it
 aten = torch.ops.aten
 
@@ -518,9 +519,23 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
     A hop moves 2 B Hkv (S / cp) D elements of K V. In backward it also moves as many of dK dV, in
     float32 once there is a sum. S = 1M, cp = 4, Hkv = 2, D = 128, bfloat16: 256 and 256 + 512 MiB.
 
-    `segments` (from `document_segments`) is the cross-document mask of the ablation: each document
-    attends to itself only, a causal block each, so no S x S mask is ever built. It works on a ring
-    of one rank. The recipe itself leaves it out (arXiv 2504.06214, section 3.1).
+    `segments` masks documents apart: for each row of the batch the borders of its documents (from
+    `document_segments`), the same on every rank. Each document then sees itself only, and there is
+    no mask tensor, for nothing is left to mask within a block. A document is contiguous and a rank
+    holds its positions in order: what it has of a document is one slice. At hop 0 that is a causal
+    block for each document. Later keys at hand come before all queries that see them, so a block is
+    a plain rectangle, the first of these queries x the last of these keys; and one a row at most,
+    since into a later chunk reaches only the document that covers all between. The same ring with
+    documents A, B and C, whose borders halve chunks 2 and 5 (2' 2" and 5' 5"):
+
+        rank  its chunks   hop 0: own K V               hop 1          hop 2        hop 3
+         0      0, 7       A: 0    C: 7                 -              C: 7 x 5"    C: 7 x 6
+         1      1, 6       A: 1    C: 6                 A: 1 x 0       -            C: 6 x 5"
+         2      2, 5       A: 2'   B: (2", 5')  C: 5"   A: 2' x 1      A: 2' x 0    B: 5' x (3, 4)
+         3      3, 4       B: (3, 4)                    B: (3, 4) x 2" -            -
+
+    Ranks are no longer equal: they wait for the one with most to do. The recipe has no such mask
+    (arXiv 2504.06214, section 3.1).
     """
     return RingAttention.apply(q, k, v, grid, segments)
 
@@ -548,8 +563,6 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
 
     The log-sum-exp (lse) of a row is log sum exp(its scores), over the whole sequence at the end.
     """
-    if segments is not None:
-        return by_document(ring_forward, segments, grid, q, k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
     for hop in range(grid.cp):
         source = (grid.cp_rank - hop) % grid.cp  # the rank whose K V are at hand
@@ -559,19 +572,23 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
             next_keys_values = grid.send_around(k, v)
         # 2. compute, while they travel: out and lse of the queries over these keys alone. (The
         # slices have no names: a view that lives on would keep this hop's K V in memory.)
-        q_rows, k_rows = zigzag_block(grid.cp_rank, source, q.shape[2])
-        part, part_lse = block_forward(
-            q[:, :, q_rows],
-            k[:, :, k_rows],
-            v[:, :, k_rows],
-            causal=hop == 0,  # only our own block has keys that come after a query
-            kernel=grid.kernel)
+        blocks = visible_blocks(grid, source, q.shape[2], segments)
+        parts = []
+        for row, q_rows, k_rows in blocks:
+            part = block_forward(
+                q[row, :, q_rows],
+                k[row, :, k_rows],
+                v[row, :, k_rows],
+                causal=hop == 0,  # only our own blocks have keys that come after a query
+                kernel=grid.kernel)
+            parts.append(part)
         # 3. merge into the float32 result
-        if hop == 0:  # it has all our queries
-            out, lse = part, part_lse
+        if hop == 0:  # each of our queries is in one of them
+            out, lse = put_together(parts, len(q))
         else:
             out = out.to(wide)  # a copy at the first merge only
-            merge(out[:, :, q_rows], lse[:, :, q_rows], part, part_lse)
+            for (row, q_rows, _), part in zip(blocks, parts, strict=True):
+                merge(out[row, :, q_rows], lse[row, :, q_rows], *part)
         # 4. wait for the K V posted in step 1
         if not is_last:
             k, v = next_keys_values.wait()
@@ -590,8 +607,6 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
         their place   rank 0 ---> rank 1 -----> rank 2 -----> rank 3 -----> home, rank 0
         their sum     from 0      + from 1      + from 2      + from 3
     """
-    if segments is not None:
-        return by_document(ring_backward, segments, grid, d_out, q, k, v, out, lse)
     wide = torch.promote_types(q.dtype, torch.float32)
     next_gradients = None  # dK dV on their way here, of the K V that arrive with them
     for hop in range(grid.cp):
@@ -600,27 +615,31 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
         # 1. post the K V at hand
         if not is_last:
             next_keys_values = grid.send_around(k, v)
-        # 2. compute this block's parts of the gradients
-        q_rows, k_rows = zigzag_block(grid.cp_rank, source, q.shape[2])
-        d_q, d_k, d_v = block_backward(
-            d_out[:, :, q_rows],
-            q[:, :, q_rows],
-            k[:, :, k_rows],
-            v[:, :, k_rows],
-            out[:, :, q_rows],
-            lse[:, :, q_rows],
-            causal=hop == 0,
-            kernel=grid.kernel)
+        # 2. compute these blocks' parts of the gradients
+        blocks = visible_blocks(grid, source, q.shape[2], segments)
+        parts = []
+        for row, q_rows, k_rows in blocks:
+            part = block_backward(
+                d_out[row, :, q_rows],
+                q[row, :, q_rows],
+                k[row, :, k_rows],
+                v[row, :, k_rows],
+                out[row, :, q_rows],
+                lse[row, :, q_rows],
+                causal=hop == 0,
+                kernel=grid.kernel)
+            parts.append(part)
         # 3. add them: to our own dQ, and to the dK dV that the ranks before us have summed
         if hop == 0:
-            dq, dk, dv = d_q, d_k, d_v
+            dq, dk, dv = put_together(parts, len(q))
         else:
             dq = dq.to(wide)
-            dq[:, :, q_rows] += d_q
             dk, dv = next_gradients.wait()
             dk, dv = dk.to(wide), dv.to(wide)
-            dk[:, :, k_rows] += d_k
-            dv[:, :, k_rows] += d_v
+            for (row, q_rows, k_rows), (d_q, d_k, d_v) in zip(blocks, parts, strict=True):
+                dq[row, :, q_rows] += d_q
+                dk[row, :, k_rows] += d_k
+                dv[row, :, k_rows] += d_v
         # 4. post dK dV to the rank that has their K V next; on the last hop, home
         next_gradients = grid.send_around(dk, dv, tag=1)
         # 5. wait for the K V posted in step 1
@@ -630,19 +649,53 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-def by_document(attention: Callable, segments: Segments, grid: Grid,
-                *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`attention(..., grid)` of each document alone: inputs and results are (B, H, S, ...)."""
-    assert grid.cp == 1, f"the document mask works on whole sequences, not on a ring of {grid.cp}"
-    rows = []
+def visible_blocks(grid: Grid, source: int, length: int,
+                   segments: Segments | None = None) -> list[Block]:
+    """What this rank computes with the K V of `source`: (row of the batch, queries, keys) each.
+
+    `length` is S / cp, queries and keys are slices of it. Without documents one block, of all rows;
+    else one for each document of which this rank has queries and `source` keys that they see.
+    """
+    q_rows, k_rows = zigzag_block(grid.cp_rank, source, length)
+    if segments is None:
+        return [(slice(None), q_rows, k_rows)]
+    blocks = []
     for row, borders in enumerate(segments):
-        documents = []
-        for start, end in itertools.pairwise(borders):
-            document = [x[row:row + 1, :, start:end] for x in inputs]
-            documents.append(attention(*document, grid))
-        # the first result of all documents, the second of all, ...: (1, H, S, ...) each
-        rows.append([torch.cat(parts, dim=2) for parts in zip(*documents, strict=True)])
-    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+        q_shares = shares(borders, grid.cp_rank, grid.cp, length, q_rows)
+        k_shares = shares(borders, source, grid.cp, length, k_rows)
+        for q_share, k_share in zip(q_shares, k_shares, strict=True):
+            if q_share.start < q_share.stop and k_share.start < k_share.stop:
+                blocks.append((slice(row, row + 1), q_share, k_share))
+    return blocks
+
+
+def shares(borders: list[int], rank: int, cp: int, length: int, within: slice) -> list[slice]:
+    """What a rank has of each document, in its `length` local positions, `within` a part of them.
+
+    S = 16, cp = 4: rank 1 has positions 2 3 12 13. Of documents 0 ... 2, 3 ... 12 and 13 ... 15
+    (borders 0, 3, 13, 16) it has the first one, the next two and the last: slices 0:1, 1:3, 3:4.
+    """
+    half = length // 2
+    places = []
+    for border in borders:
+        # how many of its early and of its late positions come before the border
+        early = min(max(border - rank * half, 0), half)
+        late = min(max(border - (2 * cp - 1 - rank) * half, 0), length - half)
+        places.append(min(max(early + late, within.start), within.stop))
+    return [slice(start, end) for start, end in itertools.pairwise(places)]
+
+
+def put_together(parts: list[tuple[Tensor, ...]], batch: int) -> tuple[Tensor, ...]:
+    """Hop 0's results of all documents, in order: (1, h, s, ...) -> (B, h, S / cp, ...) each."""
+    if len(parts) == 1:  # one block had everything: nothing is copied
+        return parts[0]
+    results = []
+    for of_documents in zip(*parts, strict=True):  # the first result of all, the second, ...
+        # heads side by side in memory, as a model has them: (1, B S / cp, h, ...), row after row
+        x = torch.cat([part.transpose(1, 2) for part in of_documents], dim=1)
+        x = x.unflatten(1, (batch, -1))[0]  # (B, S / cp, h, ...)
+        results.append(x.transpose(1, 2))
+    return tuple(results)
 
 
 def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:

@@ -227,9 +227,6 @@ def check_run(options: Namespace, grid: Grid, config: ModelConfig) -> None:
         good = grid.cudnn_multiple if length > grid.cudnn_multiple else multiple
         raise ValueError(f"--sequence-length {length} is not a multiple of {multiple} "
                          f"(2 x cp x tp); {multiple_near(length, good)} is")
-    if options.document_mask and grid.cp > 1:
-        raise ValueError("--cross-document-mask (and sft.py --pack) works on whole sequences: use "
-                         "--cp 1 (and --tp)")
     if options.batch_size % grid.dp:
         near = multiple_near(options.batch_size, grid.dp)
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of the {grid.dp} "

@@ -33,6 +33,12 @@ def build(dtype=torch.float64, recompute="none", offload=False, tile=None, **cha
     return model
 
 
+def exact_rotary_tables(positions: torch.Tensor, inv_freq: torch.Tensor, factor: float):
+    """`rope_yarn.rotary_tables` in float64, where a document's place changes nothing."""
+    angles = positions.double()[:, None] * inv_freq
+    return angles.cos() * factor, angles.sin() * factor
+
+
 def batch(rows: int, length: int, vocab_size: int = 512) -> Batch:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(vocab_size, (rows, length + 1), generator=generator)

@@ -141,6 +141,28 @@ def test_the_plan_is_what_the_real_step_takes_on_every_grid(plan):
     compare(plan)
 
 
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_documents_masked_apart_take_no_more_memory_than_one(cp):
+    """And send as much: so what is planned, one document, suffices for all."""
+    length = 2**16
+
+    def attention(segments: list[list[int]] | None) -> tuple[int, int]:
+        """Peak bytes and bytes sent of one forward and backward pass of the last rank."""
+        with fake_rank("flash", cp=cp, rank=cp - 1) as (grid, meter):
+            q, d_out = (torch.empty(1, length // cp, 8, 128, device="cuda:0", dtype=torch.bfloat16)
+                        .transpose(1, 2) for _ in range(2))
+            k, v = (torch.empty(1, length // cp, 2, 128, device="cuda:0", dtype=torch.bfloat16)
+                    .transpose(1, 2) for _ in range(2))
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            out = parallel.ring_attention(*leaves, grid, segments)
+            torch.autograd.grad(out, leaves, d_out)
+            return meter.peak["cuda"], grid.sent["cp"]
+
+    peak, sent = attention(None)
+    for borders in ([0, length], [0, 7000, length], list(range(0, length + 1, 2**12))):
+        assert attention([borders]) <= (peak, sent)
+
+
 # ------------------------------------------------------------------------------ planted mix-ups
 
 MODULES = ("rope_yarn", "parallel", "data", "model", "train")
@@ -270,7 +292,8 @@ def test_a_row_that_ends_early_is_computed_by_the_same_kernel(tp, cp, length):
 
 def test_packed_samples_of_stage_2(monkeypatch):
     """--pack: the host reads borders from document ids of the device (where fake ones have none, so
-    these are made up), and each sample is a block of its own."""
+    these are made up). This rank has positions 16 ... 47: a block for each sample there, and one
+    for the row whose sample began before them."""
     borders = [[0, 16, 64], [0, 40, 64]]
     lengths = []
 
@@ -280,19 +303,19 @@ def test_packed_samples_of_stage_2(monkeypatch):
         return borders
 
     def block_forward(q, *more, **others):
-        lengths.append(q.shape[2])
+        lengths.append(tuple(q.shape[:3:2]))
         return computed(q, *more, **others)
 
     computed = parallel.block_forward
     monkeypatch.setattr(model_py, "document_segments", document_segments)
     monkeypatch.setattr(parallel, "block_forward", block_forward)
     rows = torch.zeros(2, 64, dtype=torch.int64)
-    with fake_rank("flash", tp=2, dp=2, rank=3) as (grid, meter):
+    with fake_rank("flash", tp=2, cp=2, rank=3) as (grid, meter):
         model = on_the_gpu(Llama, ModelConfig.from_hf(SHAPE | {"num_hidden_layers": 1}), grid)
         optimizer = ShardedAdamW(model, grid)
         training_step(model, optimizer, Batch(rows, rows, document_ids=rows), 2)
         optimizer.step(1e-4, 1.0)
-    assert lengths == [16, 48, 40, 24]
+    assert lengths == [(1, 32), (1, 24), (1, 8), (1, 24)]
     assert meter.kernels == {"flash"}
 
 

@@ -1,4 +1,6 @@
 """The grid of one process, attention, and the sharded optimizer."""
+from bisect import bisect_right
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,9 @@ from parallel import (
     merge,
     one_line_errors,
     ring_attention,
+    visible_blocks,
     zigzag_block,
+    zigzag_positions,
     zigzag_shard,
 )
 from train import attention_kernel
@@ -51,6 +55,80 @@ def test_attention_equals_the_formula_with_grouped_heads(kv_heads):
     future = torch.ones(17, 17, dtype=torch.bool).triu(1)
     expected = scores.masked_fill(future, float("-inf")).softmax(-1) @ values
     torch.testing.assert_close(ring_attention(q, k, v, Grid()), expected)
+
+
+def pairs_seen(cp: int, segments: list[list[int]] | None, rows: int, length: int) -> torch.Tensor:
+    """How often each query is computed with each key, over all ranks and hops: (rows, S, S)."""
+    seen = torch.zeros(rows, length, length, dtype=torch.int64)
+    for rank in range(cp):
+        own = zigzag_positions(length, Grid(cp=cp, rank=rank))
+        for source in range(cp):
+            keys = zigzag_positions(length, Grid(cp=cp, rank=source))
+            blocks = visible_blocks(Grid(cp=cp, rank=rank), source, length // cp, segments)
+            for row, q_rows, k_rows in blocks:
+                block = torch.ones(len(own[q_rows]), len(keys[k_rows]), dtype=torch.int64)
+                if source == rank:  # under the causal mask
+                    assert q_rows == k_rows
+                    block = block.tril()
+                seen[row, own[q_rows, None], keys[k_rows]] += block
+            if segments and source != rank:
+                assert len(blocks) == len({row.start for row, _, _ in blocks})  # one a row
+    return seen
+
+
+@pytest.mark.parametrize("cp, length", [(1, 1), (1, 23), (2, 24), (3, 24), (4, 24), (8, 32)])
+def test_every_query_meets_the_keys_before_it_in_its_document_once(cp, length):
+    """All that can go wrong with borders, without attention: the blocks of all ranks and hops,
+    counted, are the causal mask block by block. 200 random layouts of 1 to 10 documents, and one
+    document, and a document a token."""
+    causal = torch.ones(length, length, dtype=torch.int64).tril()
+    assert pairs_seen(cp, None, 1, length)[0].equal(causal)
+    generator = torch.Generator().manual_seed(cp)
+    layouts = [[0, length], list(range(length + 1))]
+    for _ in range(200):
+        count = int(torch.randint(10, (), generator=generator))
+        inner = torch.randint(1, length + 1, (count,), generator=generator).tolist()
+        layouts.append(sorted({0, *inner, length}))
+    expected = []
+    for borders in layouts:
+        ids = torch.bucketize(torch.arange(length), torch.tensor(borders), right=True)
+        expected.append(causal * (ids[:, None] == ids))
+    assert pairs_seen(cp, layouts, len(layouts), length).equal(torch.stack(expected))
+
+
+def chunks(positions: torch.Tensor) -> str:
+    """Names of chunks of two positions: (3, 4) of 6 7 8 9; of halves: 2' of 4, 2" of 5."""
+    names = []
+    for number in sorted({place // 2 for place in positions.tolist()}):
+        here = [place % 2 for place in positions.tolist() if place // 2 == number]
+        half = {(0,): "'", (1,): '"'}.get(tuple(here), "")
+        names.append(f"{number}{half}")
+    return names[0] if len(names) == 1 else f"({', '.join(names)})"
+
+
+@pytest.mark.parametrize("segments", [None, [[0, 5, 11, 16]]])
+def test_the_tables_of_the_docstring_are_what_is_computed(segments):
+    """cp 4, without documents, and with three whose borders halve chunks 2 and 5."""
+    lines = [" ".join(line.split()) for line in ring_attention.__doc__.splitlines()]
+    for rank in range(4):
+        own = zigzag_positions(16, Grid(cp=4, rank=rank))
+        words = [f"{rank} {chunks(own).strip('()')}"]
+        for hop in range(4):
+            source = (rank - hop) % 4
+            theirs = zigzag_positions(16, Grid(cp=4, rank=source))
+            blocks = visible_blocks(Grid(cp=4, rank=rank), source, 4, segments)
+            for _, q_rows, k_rows in blocks:
+                queries, keys = own[q_rows], theirs[k_rows]
+                name = str(source)
+                if segments:
+                    name = "ABC"[bisect_right(segments[0], int(queries[0])) - 1]
+                what = f"{chunks(queries)} x {chunks(keys)}"
+                if hop == 0:
+                    what = chunks(queries) if segments else "causal"
+                words.append(f"{name}: {what}")
+            if not blocks:
+                words.append("-")
+        assert " ".join(words) in lines
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -194,7 +194,6 @@ class Plan:
     tile: int | None = None  # positions, see Llama
     cuda: bool = True
     kernel: str = "flash"  # of attention, see parallel.block_forward
-    document_mask: bool = False  # which takes whole sequences
 
     @property
     def processes(self) -> int:
@@ -526,7 +525,7 @@ def grids(plan: Plan, processes: int, kernel_on: KernelOn) -> Iterator[Plan]:
             if processes % (cp * tp) or plan.length % grid.sequence_multiple:
                 continue
             dp = processes // (tp * cp)
-            if plan.batch % dp or (plan.document_mask and cp > 1):
+            if plan.batch % dp:
                 continue
             try:
                 kernel = kernel_on(grid)
@@ -751,7 +750,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = a.micro_batch_size or a.batch_size // grid.dp
         plan = Plan(config, a.sequence_length, a.batch_size, rows, a.tp, a.cp, grid.dp,
                     dtype.itemsize, a.recompute, a.offload, a.offload_optimizer, a.tile,
-                    cuda=where != "cpu", kernel=kernel, document_mask=a.document_mask)
+                    cuda=where != "cpu", kernel=kernel)
         print_plan(plan, a.on, device, why)
         if problem:
             print(f"note: {problem}")

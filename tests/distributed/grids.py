@@ -34,6 +34,7 @@ CONFIG = {
 MODELS = {  # what differs; qwen3 and smollm3 on three of the grids, see main
     "untied": {},
     "tied": {"tie_word_embeddings": True},
+    "masked": {},  # documents do not see each other
     "qwen3": {"model_type": "qwen3", "attention_bias": False},
     # without biases: where nothing is turned, that of the keys adds the same to all scores of a
     # query, and its gradient is zero but for noise
@@ -60,9 +61,10 @@ def make_model(kind: str, dtype: torch.dtype, grid: Grid) -> Llama:
     return model.to(dtype)
 
 
-def make_batch(step: int, grid: Grid) -> Batch:
+def make_batch(step: int, grid: Grid, has_documents: bool) -> Batch:
     """Random tokens; a third of the targets masked, rows of very different weight, and in the first
-    step all targets of the last replica and all at the places of the ring's rank 0."""
+    step all targets of the last replica and all at the places of the ring's rank 0. Of documents
+    every row has other ones, about six; the first row is one."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(96, (ROWS, SEQUENCE + 1), generator=generator)
     targets = tokens[:, 1:].clone()
@@ -72,7 +74,12 @@ def make_batch(step: int, grid: Grid) -> Batch:
         targets[ROWS - ROWS // grid.dp:] = -100
     if grid.cp > 1 and step == 0:
         targets[:, zigzag_positions(SEQUENCE, Grid(cp=grid.cp))] = -100
-    return Batch(tokens[:, :-1].contiguous(), targets)
+    document_ids = None
+    if has_documents:
+        is_border = torch.rand(targets.shape, generator=generator) < 0.1
+        is_border[0] = False
+        document_ids = is_border.cumsum(1)
+    return Batch(tokens[:, :-1].contiguous(), targets, document_ids)
 
 
 def rows(batch: Batch, grid: Grid) -> Batch:
@@ -118,7 +125,7 @@ def run(grid: Grid, kind: str, dtype: torch.dtype, micro_batch: int) -> dict[str
         errors[what] = max(errors[what], float("inf") if error.isnan() else error.item())
 
     for step in range(STEPS):
-        batch = make_batch(step, grid)
+        batch = make_batch(step, grid, kind == "masked")
         losses = []
         parts = (rows(batch, grid), batch)
         for model, optimizer, part in zip(models, optimizers, parts, strict=True):
@@ -154,7 +161,7 @@ if __name__ == "__main__":
         grids.append(grid)
         for dtype in (torch.float32, torch.float64):
             every = (grid.tp, grid.cp, grid.dp) in EVERY_MODEL
-            for kind in MODELS if every else ("untied", "tied"):
+            for kind in MODELS if every else ("untied", "tied", "masked"):
                 # gradients add up over two micro-batches
                 parts = 2 if kind == "tied" and dtype == torch.float64 else 1
                 errors = run(grid, kind, dtype, micro_batch=ROWS // grid.dp // parts)

@@ -140,13 +140,22 @@ def test_checkpoint_of_one_grid_continues_on_every_other(
         assert records(out, key) == pytest.approx(expected, rel=tolerance)
 
 
-def test_cross_document_mask_on_tensor_and_data_parallel_ranks(place, tmp_path):
-    more = ("--steps", 3, "--cross-document-mask")
-    train.main(list(map(str, options(place, tmp_path / "one", *more))))
-    done = launch(4, "train.py", *options(place, tmp_path / "four", *more, "--tp", 2))
+@pytest.mark.parametrize("tp, cp", [(2, 1), (1, 2), (1, 4)])
+def test_cross_document_mask_on_several_ranks(place, tmp_path, tp, cp):
+    """Documents of 40 to 400 tokens in rows of 64 and chunks of 8, two micro-batches; and what a
+    run without the mask learns is something else."""
+    more = ("--steps", 3, "--micro-batch-size", 1)
+    masked = (*more, "--cross-document-mask", "--recompute", "mlp")
+    train.main(list(map(str, options(place, tmp_path / "one", *masked))))
+    done = launch(4, "train.py",
+                  *options(place, tmp_path / "four", *masked, "--tp", tp, "--cp", cp))
     assert done.returncode == 0, done.stderr
-    assert "dp 2 x cp 1 x tp 2" in done.stdout, done.stderr
-    assert records(tmp_path / "four") == pytest.approx(records(tmp_path / "one"), rel=1e-6)
+    assert f"dp {4 // (tp * cp)} x cp {cp} x tp {tp}" in done.stdout, done.stderr
+    train.main(list(map(str, options(place, tmp_path / "unmasked", *more))))
+    for key in ("loss", "validation_loss"):
+        expected = records(tmp_path / "one", key)
+        assert records(tmp_path / "four", key) == pytest.approx(expected, rel=1e-6)
+        assert records(tmp_path / "unmasked", key) != pytest.approx(expected, rel=1e-4)
 
 
 def test_needle_evaluation_gives_identical_answers_on_1_2_and_4_ranks(place, tmp_path):
@@ -372,12 +381,14 @@ def test_usage_errors_are_one_line_however_many_ranks_there_are(place):
     assert done.stdout.count("usage: ") == 1
 
 
-@pytest.mark.parametrize("dtype, tolerance, tp, cp", [
-    ("float32", 1e-6, 2, 1),
-    ("bfloat16", 3e-3, 1, 2),
+@pytest.mark.parametrize("dtype, tolerance, tp, cp, pack", [
+    ("float32", 1e-6, 2, 1, ()),
+    ("bfloat16", 3e-3, 1, 2, ()),
+    ("float32", 1e-6, 1, 2, ("--pack",)),
+    ("float32", 1e-6, 2, 2, ("--pack",)),
 ])
 def test_chat_tuning_on_several_ranks_gives_one_process_losses(
-        place, tmp_path, dtype, tolerance, tp, cp):
+        place, tmp_path, dtype, tolerance, tp, cp, pack):
     """Rows cut at their last target, of other lengths in each replica; in bfloat16 what is summed
     must be float32."""
     lines = []
@@ -389,11 +400,11 @@ def test_chat_tuning_on_several_ranks_gives_one_process_losses(
     arguments = ["--model", place / "model", "--data", tmp_path / "chat.jsonl",
                  "--sequence-length", 96, "--batch-size", 6, "--steps", 4,
                  "--learning-rate", "1e-3", "--warmup-steps", 0, "--dtype", dtype,
-                 "--device", "cpu"]
+                 "--device", "cpu", *pack]
     sft.main([*map(str, arguments), "--out", str(tmp_path / "one")])
     done = launch(4, "sft.py", *arguments, "--out", tmp_path / "four", "--tp", tp, "--cp", cp)
     assert done.returncode == 0, done.stderr
-    assert f"dp 2 x cp {cp} x tp {tp}" in done.stdout, done.stderr
+    assert f"dp {4 // (tp * cp)} x cp {cp} x tp {tp}" in done.stdout, done.stderr
     assert records(tmp_path / "four") == pytest.approx(records(tmp_path / "one"), rel=tolerance)
     norms = records(tmp_path / "four", "gradient_norm")
     expected = records(tmp_path / "one", "gradient_norm")
@@ -446,8 +457,6 @@ def test_models_that_tp_cannot_cut_are_refused(tp, sizes, message):
      "--batch-size 1 is not a multiple of the 8 data-parallel replicas; 8 is"),
     (Grid(dp=2), ["--batch-size", 8, "--micro-batch-size", 3],
      "--micro-batch-size 3 does not divide a replica's share of --batch-size, 4"),
-    (Grid(cp=2), ["--cross-document-mask"],
-     "--cross-document-mask (and sft.py --pack) works on whole sequences"),
     (Grid(), ["--offload"], "--offload moves what recomputed blocks keep"),
 ])
 def test_runs_that_a_grid_cannot_train_are_refused(grid, words, message, place):

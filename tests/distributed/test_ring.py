@@ -13,8 +13,8 @@ MUTATIONS = {
     "backward_reuses_the_first_keys": (
         "            k, v = next_keys_values.wait()\n    dk, dv",
         "            next_keys_values.wait()\n    dk, dv"),
-    "dropped_dk": ("            dk[:, :, k_rows] += d_k\n", ""),
-    "dropped_dv": ("            dv[:, :, k_rows] += d_v\n", ""),
+    "dropped_dk": ("                dk[row, :, k_rows] += d_k\n", ""),
+    "dropped_dv": ("                dv[row, :, k_rows] += d_v\n", ""),
     "gradients_never_come_home": (
         "next_gradients = grid.send_around(dk, dv, tag=1)",
         "next_gradients = Hop((dk, dv), [])"),
@@ -26,12 +26,53 @@ MUTATIONS = {
         "share = part_lse.exp() / (part_lse.exp() + lse.exp())"),
     "wrong_half": ("return everything, early", "return everything, late"),
     "mask_on_every_hop": (
-        "v[:, :, k_rows],\n            causal=hop == 0,",
-        "v[:, :, k_rows],\n            causal=True,"),
+        "v[row, :, k_rows],\n                causal=hop == 0,",
+        "v[row, :, k_rows],\n                causal=True,"),
     "lse_of_the_last_block": (
-        "lse[:, :, q_rows], part, part_lse)",
-        "lse[:, :, q_rows].clone(), part, part_lse)"),
+        "lse[row, :, q_rows], *part)",
+        "lse[row, :, q_rows].clone(), *part)"),
     "unsharded_positions": ("chunks[-1 - grid.cp_rank]", "chunks[grid.cp_rank]"),
+}
+# those of documents that are masked apart
+KEYS = "k_shares = shares(borders, source, grid.cp, length, k_rows)"
+MASKED = {
+    "wrong_side_of_a_border": (
+        "    for border in borders:\n        # how",
+        "    for border in [*borders[:1], *[x + 1 for x in borders[1:]]]:\n        # how"),
+    "first_keys_instead_of_last": (
+        "blocks.append((slice(row, row + 1), q_share, k_share))",
+        "k_share = slice(k_rows.start, k_rows.start + k_share.stop - k_share.start)\n"
+        "                blocks.append((slice(row, row + 1), q_share, k_share))"),
+    "last_queries_instead_of_first": (
+        "blocks.append((slice(row, row + 1), q_share, k_share))",
+        "q_share = slice(q_rows.stop - q_share.stop + q_share.start, q_rows.stop)\n"
+        "                blocks.append((slice(row, row + 1), q_share, k_share))"),
+    "a_rectangle_forgets_where_its_document_begins": (
+        "blocks.append((slice(row, row + 1), q_share, k_share))",
+        "k_share = k_share if source == grid.cp_rank else slice(k_rows.start, k_share.stop)\n"
+        "                blocks.append((slice(row, row + 1), q_share, k_share))"),
+    "a_rectangle_forgets_where_its_document_ends": (
+        "blocks.append((slice(row, row + 1), q_share, k_share))",
+        "q_share = q_share if source == grid.cp_rank else slice(q_share.start, q_rows.stop)\n"
+        "                blocks.append((slice(row, row + 1), q_share, k_share))"),
+    "a_diagonal_sees_its_neighbour": (
+        "    if segments is None:\n        return [(slice(None),",
+        "    if segments is None or source == grid.cp_rank:\n        return [(slice(None),"),
+    "every_row_has_the_first_ones_documents": (
+        "for row, borders in enumerate(segments):",
+        "for row, borders in enumerate(segments[:1] * len(segments)):"),
+    "keys_of_the_late_chunk_too": ("if source == rank:  # own", "if source <= rank:  # own"),
+    "shares_of_the_whole_rank": (
+        "min(max(early + late, within.start), within.stop)", "early + late"),
+    "late_positions_as_early_ones": (
+        "border - (2 * cp - 1 - rank) * half", "border - (cp + rank) * half"),
+    "keys_have_the_queries_borders": (KEYS, KEYS.replace("source", "grid.cp_rank")),
+    "a_rectangle_of_all_later_rows": (
+        "blocks.append((slice(row, row + 1), q_share, k_share))",
+        "last = row + 1 if source == grid.cp_rank else None\n"
+        "                blocks.append((slice(row, last), q_share, k_share))"),
+    "documents_of_all_rows_interleaved": (
+        "x.unflatten(1, (batch, -1))[0]", "x.unflatten(1, (-1, batch))[0].transpose(0, 1)"),
 }
 
 
@@ -47,9 +88,13 @@ def wrong(case: dict) -> list[str]:
     return far
 
 
+def measure(size: int, cases: str) -> dict:
+    return results(size, "rings.py", cases, ROOT / "parallel.py")["parallel"]
+
+
 @pytest.fixture(scope="module")
 def measured():
-    return {size: results(size, "rings.py", ROOT / "parallel.py")["parallel"] for size in SIZES}
+    return {size: measure(size, "unmasked") for size in SIZES}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -58,6 +103,14 @@ def test_ring_equals_dense_attention_in_float64(measured, size):
     tokens over uneven shards of earlier ones."""
     assert wrong(measured[size]) == []
     assert len(measured[size]) == 8
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_documents_masked_apart_equal_dense_attention_in_float64(size):
+    """54 layouts, 12 of them made to be hard, each a row of one batch; and one row alone."""
+    found = measure(size, "masked")
+    assert wrong(found) == []
+    assert len(found) == 6
 
 
 def test_bfloat16_error_does_not_grow_with_the_ring(measured, capsys):
@@ -73,17 +126,18 @@ def test_bfloat16_error_does_not_grow_with_the_ring(measured, capsys):
             assert error <= max(limit * measured[1]["bfloat16"][what], 1e-5), (size, what)
 
 
-def test_every_classic_bug_is_noticed(tmp_path):
+@pytest.mark.parametrize("cases, mutations", [("unmasked", MUTATIONS), ("masked", MASKED)])
+def test_every_classic_bug_is_noticed(cases, mutations, tmp_path):
     """Each mutation of parallel.py makes at least one of the comparisons above fail, on a ring of
     three."""
     source = (ROOT / "parallel.py").read_text()
     files = []
-    for name, (old, new) in MUTATIONS.items():
+    for name, (old, new) in mutations.items():
         assert source.count(old) == 1, name
         file = tmp_path / f"{name}.py"
         file.write_text(source.replace(old, new))
         files.append(file)
-    found = results(3, "rings.py", *files)
-    assert list(found) == list(MUTATIONS)
+    found = results(3, "rings.py", cases, *files)
+    assert list(found) == list(mutations)
     unnoticed = [name for name, case in found.items() if not wrong(case)]
     assert unnoticed == []

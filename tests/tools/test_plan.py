@@ -90,18 +90,17 @@ def test_plan_names_options_that_fit(capsys):
     assert "fits" in planned(capsys, *words, *extra)
 
 
-@pytest.mark.parametrize("kernel, document_mask, largest", [
-    ("flash", False, 16),
-    ("cudnn", False, 4),  # chunks of 1024 / 8 = 128 positions
-    ("flash", True, 1),
+@pytest.mark.parametrize("kernel, largest", [
+    ("flash", 16),
+    ("cudnn", 4),  # chunks of 1024 / 8 = 128 positions
 ])
-def test_only_grids_that_run_are_looked_at(kernel, document_mask, largest):
+def test_only_grids_that_run_are_looked_at(kernel, largest):
     config = read_config(ROOT / "runs/llama32_1b.json")
-    asked = Plan(config, 1024, 16, 1, 1, 1, 1, kernel=kernel, document_mask=document_mask)
+    asked = Plan(config, 1024, 16, 1, 1, 1, 1, kernel=kernel)
     capability = (9, 0) if kernel == "cudnn" else (8, 0)
 
     def kernel_on(grid: Grid) -> str:
-        chunk = None if document_mask else grid.chunk(1024)
+        chunk = grid.chunk(1024)
         return attention_kernel(kernel, capability, torch.bfloat16, config.head_dim, chunk)[0]
 
     assert max(grid.cp for grid in grids(asked, 16, kernel_on)) == largest
