@@ -519,14 +519,15 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
     A hop moves 2 B Hkv (S / cp) D elements of K V. In backward it also moves as many of dK dV, in
     float32 once there is a sum. S = 1M, cp = 4, Hkv = 2, D = 128, bfloat16: 256 and 256 + 512 MiB.
 
-    `segments` masks documents apart: for each row of the batch the borders of its documents (from
-    `document_segments`), the same on every rank. Each document then sees itself only, and there is
-    no mask tensor, for nothing is left to mask within a block. A document is contiguous and a rank
-    holds its positions in order: what it has of a document is one slice. At hop 0 that is a causal
-    block for each document. Later keys at hand come before all queries that see them, so a block is
-    a plain rectangle, the first of these queries x the last of these keys; and one a row at most,
-    since into a later chunk reaches only the document that covers all between. The same ring with
-    documents A, B and C, whose borders halve chunks 2 and 5 (2' 2" and 5' 5"):
+    `segments` masks documents apart: for each row of the batch the borders of its documents in the
+    whole sequence (from `document_segments`), the same on every rank. There is no mask tensor. A
+    document is contiguous and a rank holds its positions in order, so what it has of a document is
+    one slice, and a block is such a slice of queries x such a slice of keys. Only hop 0 has keys
+    that come after a query: there each document is a causal block. Later a block's keys all come
+    before its queries, and nothing within it is left to mask. Then there is one a row at most: only
+    the document that covers all between reaches from an earlier chunk into a later one, from its
+    last keys there to its first queries here. The same ring with documents A, B and C, whose
+    borders halve chunks 2 and 5 (2' 2" and 5' 5"):
 
         rank  its chunks   hop 0: own K V               hop 1          hop 2        hop 3
          0      0, 7       A: 0    C: 7                 -              C: 7 x 5"    C: 7 x 6
@@ -534,8 +535,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
          2      2, 5       A: 2'   B: (2", 5')  C: 5"   A: 2' x 1      A: 2' x 0    B: 5' x (3, 4)
          3      3, 4       B: (3, 4)                    B: (3, 4) x 2" -            -
 
-    Ranks are no longer equal: they wait for the one with most to do. The recipe has no such mask
-    (arXiv 2504.06214, section 3.1).
+    Ranks are no longer equal: they wait for the one with most to do (docs/grids.md). The recipe has
+    no such mask (arXiv 2504.06214, section 3.1).
     """
     return RingAttention.apply(q, k, v, grid, segments)
 
@@ -661,6 +662,8 @@ def visible_blocks(grid: Grid, source: int, length: int,
         return [(slice(None), q_rows, k_rows)]
     blocks = []
     for row, borders in enumerate(segments):
+        ends = borders[0], borders[-1]
+        assert ends == (0, grid.cp * length), f"borders of a whole, padded row end at {ends}"
         q_shares = shares(borders, grid.cp_rank, grid.cp, length, q_rows)
         k_shares = shares(borders, source, grid.cp, length, k_rows)
         for q_share, k_share in zip(q_shares, k_shares, strict=True):

@@ -18,12 +18,14 @@ import os
 import socket
 import statistics
 import time
+from argparse import ArgumentParser, Namespace
 
 import torch
 
 from benchmarks import common
 from parallel import (
     Grid,
+    Segments,
     block_backward,
     block_forward,
     merge,
@@ -39,12 +41,12 @@ COLUMNS = {
 }
 
 
-def zigzag_pass(q, k, v, d_out, grid: Grid):
+def zigzag_pass(q, k, v, d_out, grid: Grid, segments: Segments | None):
     """What training runs."""
-    return torch.autograd.grad(ring_attention(q, k, v, grid), (q, k, v), d_out)
+    return torch.autograd.grad(ring_attention(q, k, v, grid, segments), (q, k, v), d_out)
 
 
-def contiguous_pass(q, k, v, d_out, grid: Grid):
+def contiguous_pass(q, k, v, d_out, grid: Grid, segments: None):
     """The ring with shard r = positions r S / cp ... (r + 1) S / cp: a rank works only on hops that
     bring earlier keys."""
     q = q.detach()
@@ -90,8 +92,8 @@ PASSES = {"dense": zigzag_pass, "zigzag": zigzag_pass, "contiguous": contiguous_
 
 def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int, int],
           head_dim: int, dtype: str, device: str, asked: str) -> None:
-    """Child process: one pass of a kind at a length by a kernel whenever asked, answering its
-    seconds."""
+    """Child process: one pass of a kind at a length by a kernel, of documents or of one, whenever
+    asked, answering its seconds."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(threads)
@@ -99,7 +101,7 @@ def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int
     grid = Grid.create(cp=ranks, device=device)
     place = f"cuda:{rank}" if device == "cuda" else "cpu"
     while request := pipe.recv():
-        kind, length, grid.kernel = request
+        kind, length, grid.kernel, segments = request
         tensors = []
         for n in (heads[0], heads[1], heads[1], heads[0]):  # q, k, v and the output's gradient
             shape = (1, n, length // ranks, head_dim)
@@ -109,10 +111,50 @@ def serve(pipe, rank: int, ranks: int, port: int, threads: int, heads: tuple[int
             x.requires_grad_()
         grid.barrier()
         start = time.perf_counter()
-        gradients = PASSES[kind](*leaves, d_out, grid)
+        gradients = PASSES[kind](*leaves, d_out, grid, segments)
         gradients[0].sum().item()  # waits for the GPU
         pipe.send(time.perf_counter() - start)
     grid.close()
+
+
+def start_ring(ranks: int, threads: int, a: Namespace) -> list:
+    """Children that form a ring of so many ranks: (process, pipe) of each."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        pipe, other = context.Pipe()
+        arguments = (other, rank, ranks, port, threads, (a.heads, a.kv_heads), a.head_dim, a.dtype,
+                     a.device, a.attention)
+        process = context.Process(target=serve, args=arguments, daemon=True)
+        process.start()
+        children.append((process, pipe))
+    return children
+
+
+def seconds_of(children: list, kind: str, length: int, kernel: str,
+               segments: Segments | None = None) -> float:
+    """One pass of a ring: its slowest rank's time."""
+    for _, pipe in children:
+        pipe.send((kind, length, kernel, segments))
+    return max(pipe.recv() for _, pipe in children)
+
+
+def end_ring(children: list) -> None:
+    for _, pipe in children:
+        pipe.send(None)
+    for process, _ in children:
+        process.join()
+
+
+def add_shape_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5)
 
 
 def work(ranks: int, kind: str) -> list[list[float]]:
@@ -143,11 +185,7 @@ def main() -> None:
     parser = common.parser(__doc__, "out/ring_attention.json", device="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
+    add_shape_arguments(parser)
     a = parser.parse_args()
     for length in a.lengths:
         if length % (2 * a.ranks):
@@ -158,23 +196,8 @@ def main() -> None:
         for rank, hops in enumerate(work(a.ranks, kind)):
             shares = " ".join(f"{100 * share:5.1f} %" for share in hops)
             print(f"  rank {rank}: {shares}   sum {100 * sum(hops):5.1f} %")
-    context = multiprocessing.get_context("spawn")
-    sides = {}
-    processes = []
-    for name, ranks in (("dense", 1), ("ring", a.ranks)):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        sides[name] = []
-        for rank in range(ranks):
-            pipe, other = context.Pipe()
-            threads = a.ranks // ranks if a.device == "cpu" else 1
-            arguments = (other, rank, ranks, port, threads, (a.heads, a.kv_heads), a.head_dim,
-                         a.dtype, a.device, a.attention)
-            process = context.Process(target=serve, args=arguments, daemon=True)
-            process.start()
-            processes.append(process)
-            sides[name].append(pipe)
+    dense = start_ring(1, a.ranks if a.device == "cpu" else 1, a)
+    ring = start_ring(a.ranks, 1, a)
     title = (f"Rings of {a.ranks} against dense attention, {a.dtype}, {a.heads}:{a.kv_heads} heads "
              f"of {a.head_dim}")
     table = common.Table(a.out, title, a.device, {"arguments": vars(a)}, COLUMNS)
@@ -182,10 +205,8 @@ def main() -> None:
         seconds = {kind: [] for kind in PASSES}
         for _ in range(a.repeats + 1):
             for kind in PASSES:
-                pipes = sides["dense" if kind == "dense" else "ring"]
-                for pipe in pipes:
-                    pipe.send((kind, length, kernel))
-                seconds[kind].append(max(pipe.recv() for pipe in pipes))
+                side = dense if kind == "dense" else ring
+                seconds[kind].append(seconds_of(side, kind, length, kernel))
         # the first pass warms up
         medians = {kind: statistics.median(times[1:]) for kind, times in seconds.items()}
         scale = a.ranks if a.device == "cuda" else 1
@@ -194,10 +215,8 @@ def main() -> None:
             row[f"{kind}, s"] = median
             row[f"{kind}, of dense"] = medians["dense"] / (scale * median)
         table.add(row)
-    for pipe in (*sides["dense"], *sides["ring"]):
-        pipe.send(None)
-    for process in processes:
-        process.join()
+    for side in (dense, ring):
+        end_ring(side)
 
 
 if __name__ == "__main__":

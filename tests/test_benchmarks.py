@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import common, document_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +72,18 @@ def test_benchmarks_take_the_first_gpu(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         common.parser("", "out").parse_args(["--device", "cuda:1"])
     assert "cuda:1" in capsys.readouterr().err
+
+
+def test_documents_of_one_length_leave_ranks_equal_work():
+    """What a position near a document's start has too little, its mirror image near an end has too
+    much, and zigzag gives both to one rank. Hop by hop that is not so."""
+    for count in (1, 2, 3, 5, 16):
+        table = document_mask.pairs(960, 4, document_mask.equal_documents(960, count))
+        own = {sum(hops) for hops in table}
+        assert own == {count * (960 // count) * (960 // count + 1) // 2 // 4}
+    first, second = document_mask.pairs(8, 2, [0, 4, 5, 6, 7, 8])  # chunks of two
+    assert first == [3 + 2, 0]  # a pair of the long one, and two short ones
+    assert second == [3 + 2, 4]  # its end, and what that sees of its beginning
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -42,7 +42,7 @@ def inputs(batch: int, heads: int, kv_heads: int, length: int, width: int, dtype
 
 
 def layouts(cp: int, chunk: int) -> list[list[int]]:
-    """Borders of documents in a row of 2 cp chunks: 12 that are made to be hard, 42 at random."""
+    """Borders of documents in a row of 2 cp chunks: 12 that are made to be hard, 50 at random."""
     length = 2 * cp * chunk
     edges = list(range(0, length + 1, chunk))
     inner = edges[1:-1]
@@ -62,7 +62,7 @@ def layouts(cp: int, chunk: int) -> list[list[int]]:
         [0, length - chunk - 1, length],
     ]
     generator = torch.Generator().manual_seed(cp)
-    for _ in range(42):
+    for _ in range(50):
         count = int(torch.randint(1, 9, (), generator=generator))
         borders = torch.randint(1, length, (count,), generator=generator).tolist()
         found.append(sorted({0, *borders, length}))

@@ -107,7 +107,7 @@ def test_ring_equals_dense_attention_in_float64(measured, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_documents_masked_apart_equal_dense_attention_in_float64(size):
-    """54 layouts, 12 of them made to be hard, each a row of one batch; and one row alone."""
+    """62 layouts, 12 of them made to be hard, each a row of one batch; and one row alone."""
     found = measure(size, "masked")
     assert wrong(found) == []
     assert len(found) == 6
