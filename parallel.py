@@ -48,7 +48,6 @@ GROUPS = {
     "cp_tp": ("cp", "tp"), "dp_cp": ("dp", "cp"), "all": AXES,
 }
 Segments = list[list[int]]  # of each row of a batch: where its documents begin and end, [0, ..., S]
-Block = tuple[slice, slice, slice]  # of attention: rows of the batch, local queries, local keys
 CUDNN_MULTIPLE = 128  # cuDNN is given blocks whose lengths are multiples of it
 aten = torch.ops.aten
 
@@ -651,11 +650,12 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 
 def visible_blocks(grid: Grid, source: int, length: int,
-                   segments: Segments | None = None) -> list[Block]:
-    """What this rank computes with the K V of `source`: (row of the batch, queries, keys) each.
+                   segments: Segments | None) -> list[tuple[slice, slice, slice]]:
+    """The blocks of this rank's queries with the K V of `source`: (row of the batch, queries, keys)
+    each, the last two slices of the local positions, 0 ... `length` = S / cp.
 
-    `length` is S / cp, queries and keys are slices of it. Without documents one block, of all rows;
-    else one for each document of which this rank has queries and `source` keys that they see.
+    Without documents one block, of all rows; else one for each document of which this rank has
+    queries and `source` has keys that they see.
     """
     q_rows, k_rows = zigzag_block(grid.cp_rank, source, length)
     if segments is None:
@@ -664,19 +664,20 @@ def visible_blocks(grid: Grid, source: int, length: int,
     for row, borders in enumerate(segments):
         ends = borders[0], borders[-1]
         assert ends == (0, grid.cp * length), f"borders of a whole, padded row end at {ends}"
-        q_shares = shares(borders, grid.cp_rank, grid.cp, length, q_rows)
-        k_shares = shares(borders, source, grid.cp, length, k_rows)
-        for q_share, k_share in zip(q_shares, k_shares, strict=True):
-            if q_share.start < q_share.stop and k_share.start < k_share.stop:
-                blocks.append((slice(row, row + 1), q_share, k_share))
+        q_slices = document_slices(borders, grid.cp_rank, grid.cp, length, q_rows)
+        k_slices = document_slices(borders, source, grid.cp, length, k_rows)
+        for q_slice, k_slice in zip(q_slices, k_slices, strict=True):
+            if q_slice.start < q_slice.stop and k_slice.start < k_slice.stop:
+                blocks.append((slice(row, row + 1), q_slice, k_slice))
     return blocks
 
 
-def shares(borders: list[int], rank: int, cp: int, length: int, within: slice) -> list[slice]:
-    """What a rank has of each document, in its `length` local positions, `within` a part of them.
+def document_slices(borders: list[int], rank: int, cp: int, length: int,
+                    within: slice) -> list[slice]:
+    """What a rank has of each document `within` a part of its `length` local positions.
 
     S = 16, cp = 4: rank 1 has positions 2 3 12 13. Of documents 0 ... 2, 3 ... 12 and 13 ... 15
-    (borders 0, 3, 13, 16) it has the first one, the next two and the last: slices 0:1, 1:3, 3:4.
+    (borders 0, 3, 13, 16) it has one, two and one: slices 0:1, 1:3 and 3:4.
     """
     half = length // 2
     places = []

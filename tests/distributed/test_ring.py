@@ -34,27 +34,27 @@ MUTATIONS = {
     "unsharded_positions": ("chunks[-1 - grid.cp_rank]", "chunks[grid.cp_rank]"),
 }
 # those of documents that are masked apart
-KEYS = "k_shares = shares(borders, source, grid.cp, length, k_rows)"
+KEYS = "k_slices = document_slices(borders, source, grid.cp, length, k_rows)"
 MASKED = {
     "wrong_side_of_a_border": (
         "    for border in borders:\n        # how",
         "    for border in [*borders[:1], *[x + 1 for x in borders[1:]]]:\n        # how"),
     "first_keys_instead_of_last": (
-        "blocks.append((slice(row, row + 1), q_share, k_share))",
-        "k_share = slice(k_rows.start, k_rows.start + k_share.stop - k_share.start)\n"
-        "                blocks.append((slice(row, row + 1), q_share, k_share))"),
+        "blocks.append((slice(row, row + 1), q_slice, k_slice))",
+        "k_slice = slice(k_rows.start, k_rows.start + k_slice.stop - k_slice.start)\n"
+        "                blocks.append((slice(row, row + 1), q_slice, k_slice))"),
     "last_queries_instead_of_first": (
-        "blocks.append((slice(row, row + 1), q_share, k_share))",
-        "q_share = slice(q_rows.stop - q_share.stop + q_share.start, q_rows.stop)\n"
-        "                blocks.append((slice(row, row + 1), q_share, k_share))"),
+        "blocks.append((slice(row, row + 1), q_slice, k_slice))",
+        "q_slice = slice(q_rows.stop - q_slice.stop + q_slice.start, q_rows.stop)\n"
+        "                blocks.append((slice(row, row + 1), q_slice, k_slice))"),
     "a_rectangle_forgets_where_its_document_begins": (
-        "blocks.append((slice(row, row + 1), q_share, k_share))",
-        "k_share = k_share if source == grid.cp_rank else slice(k_rows.start, k_share.stop)\n"
-        "                blocks.append((slice(row, row + 1), q_share, k_share))"),
+        "blocks.append((slice(row, row + 1), q_slice, k_slice))",
+        "k_slice = k_slice if source == grid.cp_rank else slice(k_rows.start, k_slice.stop)\n"
+        "                blocks.append((slice(row, row + 1), q_slice, k_slice))"),
     "a_rectangle_forgets_where_its_document_ends": (
-        "blocks.append((slice(row, row + 1), q_share, k_share))",
-        "q_share = q_share if source == grid.cp_rank else slice(q_share.start, q_rows.stop)\n"
-        "                blocks.append((slice(row, row + 1), q_share, k_share))"),
+        "blocks.append((slice(row, row + 1), q_slice, k_slice))",
+        "q_slice = q_slice if source == grid.cp_rank else slice(q_slice.start, q_rows.stop)\n"
+        "                blocks.append((slice(row, row + 1), q_slice, k_slice))"),
     "a_diagonal_sees_its_neighbour": (
         "    if segments is None:\n        return [(slice(None),",
         "    if segments is None or source == grid.cp_rank:\n        return [(slice(None),"),
@@ -62,15 +62,15 @@ MASKED = {
         "for row, borders in enumerate(segments):",
         "for row, borders in enumerate(segments[:1] * len(segments)):"),
     "keys_of_the_late_chunk_too": ("if source == rank:  # own", "if source <= rank:  # own"),
-    "shares_of_the_whole_rank": (
+    "documents_of_the_whole_rank": (
         "min(max(early + late, within.start), within.stop)", "early + late"),
     "late_positions_as_early_ones": (
         "border - (2 * cp - 1 - rank) * half", "border - (cp + rank) * half"),
     "keys_have_the_queries_borders": (KEYS, KEYS.replace("source", "grid.cp_rank")),
     "a_rectangle_of_all_later_rows": (
-        "blocks.append((slice(row, row + 1), q_share, k_share))",
+        "blocks.append((slice(row, row + 1), q_slice, k_slice))",
         "last = row + 1 if source == grid.cp_rank else None\n"
-        "                blocks.append((slice(row, last), q_share, k_share))"),
+        "                blocks.append((slice(row, last), q_slice, k_slice))"),
     "documents_of_all_rows_interleaved": (
         "x.unflatten(1, (batch, -1))[0]", "x.unflatten(1, (-1, batch))[0].transpose(0, 1)"),
 }
