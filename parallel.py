@@ -682,9 +682,9 @@ def document_slices(borders: list[int], rank: int, cp: int, length: int,
     half = length // 2
     places = []
     for border in borders:
-        # how many of its early and of its late positions come before the border
-        early = min(max(border - rank * half, 0), half)
-        late = min(max(border - (2 * cp - 1 - rank) * half, 0), length - half)
+        # how many of its early and of its late positions come before it (`within` cuts the rest)
+        early = min(border - rank * half, half)
+        late = max(border - (2 * cp - 1 - rank) * half, 0)
         places.append(min(max(early + late, within.start), within.stop))
     return [slice(start, end) for start, end in itertools.pairwise(places)]
 

@@ -10,14 +10,16 @@ a slow minute of the machine hits all. What the mask leaves is counted in pairs 
 that it sees; that share of the time without a mask is what a pass should take, if the pairs lie
 evenly on the ranks. Medians; a ring's time is its slowest rank's.
 
-The second one computes: for documents of one length and, with --corpus, for those of a corpus
-(train.py's sequences), how many pairs are left and how unevenly they lie on rings of several sizes.
-Of each layer's time two bounds are printed, in multiples of an even split: the slowest rank's
-pairs, as if ranks met only after a layer; and the slowest one's of each hop, as if they met there.
+The second one counts: of the documents of a corpus (train.py's first --sequences) and of documents
+of one length, how many pairs are left and how unevenly they lie on rings of 2, 4 and 8. Between two
+bounds lies a layer's time, in multiples of an even split: the pairs of its slowest rank, as if
+ranks met after the layer only; those of each hop's slowest rank, as if they met after every hop.
 """
 from __future__ import annotations
 
+import math
 import statistics
+from argparse import Namespace
 
 from benchmarks import common
 from benchmarks.ring_attention import add_shape_arguments, end_ring, seconds_of, start_ring
@@ -29,6 +31,7 @@ TIMES = {"documents": "", "pairs left": ".1%", "one process": ".1%", "ring": ".1
          "slowest rank": ".2f"}
 WAITS = {"documents": "", "S": ",", "ring": "", "pairs left": ".1%", "slowest rank": ".2f",
          "slowest of each hop": ".2f", "worst sequence": ".2f"}
+RINGS = (2, 4, 8)
 
 
 def pairs(length: int, cp: int, borders: list[int]) -> list[list[int]]:
@@ -66,7 +69,7 @@ def layouts(length: int) -> dict[str, list[int]]:
     }
 
 
-def measure(a) -> None:
+def measure(a: Namespace) -> None:
     """The first table: times, as shares of those without a mask."""
     for length in a.lengths:
         kernel, _ = common.start_kernel(a, a.dtype, a.head_dim, length, a.ranks)
@@ -117,35 +120,44 @@ def waits(table: common.Table, name: str, length: int, cp: int, rows: list[list[
                "worst sequence": worst})
 
 
+def count(a: Namespace) -> None:
+    """The second table: pairs, of the corpus and of documents of one length."""
+    tokenizer = load_tokenizer(a.tokenizer)
+    every = {}  # borders of sequences, by length and name
+    for length in a.lengths:
+        dataset = PackedDataset(a.corpus, "train", length, seed=0, document_mask=True,
+                                tokenizer=tokenizer)
+        rows = batch(dataset, 0, a.sequences).document_ids
+        every[length, "the corpus's"] = document_segments(rows)
+        for number in (3, 8, 20):
+            every[length, f"{number} of one length"] = [equal_documents(length, number)]
+    title = "What is left, and how evenly: multiples of an even split"
+    table = common.Table(a.out, title, "cpu", {"arguments": vars(a)}, WAITS)
+    for (length, name), borders in every.items():
+        for cp in RINGS:
+            waits(table, name, length, cp, borders)
+
+
 def main() -> None:
     parser = common.parser(__doc__, "out/document_mask.json", device="cpu")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[16384])
-    parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--ranks", type=positive, default=2, help="of the ring that is timed")
     add_shape_arguments(parser)
     parser.add_argument("--corpus", type=existing, help="count what is left of a corpus")
     parser.add_argument("--tokenizer", type=existing, help="that it was prepared with")
-    parser.add_argument("--sequences", type=positive, default=16, help="of the corpus")
+    parser.add_argument("--sequences", type=positive, default=8, help="of the corpus")
     a = parser.parse_args()
-    if not a.corpus:
-        for length in a.lengths:
-            if length % (2 * a.ranks):
-                parser.error(f"--lengths {length} must be a multiple of {2 * a.ranks} (2 x ranks)")
-        measure(a)
-        return
-    title = "What is left, and how evenly: multiples of an even split"
-    table = common.Table(a.out, title, "cpu", {"arguments": vars(a)}, WAITS)
+    multiple = math.lcm(128, 2 * a.ranks)  # for the shortest documents, and for all rings
     for length in a.lengths:
-        dataset = PackedDataset(a.corpus, "train", length, seed=0, document_mask=True,
-                                tokenizer=load_tokenizer(a.tokenizer))
-        rows = []
-        for index in range(a.sequences):
-            rows += document_segments(batch(dataset, index, 1).document_ids)
-        every = {"the corpus's": rows}
-        for count in (3, 8, 20):
-            every[f"{count} of one length"] = [equal_documents(length, count)]
-        for name, borders in every.items():
-            for cp in (2, 4, 8):
-                waits(table, name, length, cp, borders)
+        if length % multiple:
+            parser.error(f"--lengths {length} must be a multiple of {multiple}")
+    if bool(a.corpus) != bool(a.tokenizer):
+        parser.error("--corpus needs --tokenizer, the one it was prepared with, and the other way "
+                     "round")
+    if a.corpus:
+        count(a)
+    else:
+        measure(a)
 
 
 if __name__ == "__main__":
