@@ -662,14 +662,27 @@ def visible_blocks(grid: Grid, source: int, length: int,
         return [(slice(None), q_rows, k_rows)]
     blocks = []
     for row, borders in enumerate(segments):
-        ends = borders[0], borders[-1]
-        assert ends == (0, grid.cp * length), f"borders of a whole, padded row end at {ends}"
+        ends = (borders[0], borders[-1])
+        assert ends == (0, grid.cp * length), f"{ends} are not the ends of a whole, padded row"
         q_slices = document_slices(borders, grid.cp_rank, grid.cp, length, q_rows)
         k_slices = document_slices(borders, source, grid.cp, length, k_rows)
         for q_slice, k_slice in zip(q_slices, k_slices, strict=True):
             if q_slice.start < q_slice.stop and k_slice.start < k_slice.stop:
                 blocks.append((slice(row, row + 1), q_slice, k_slice))
     return blocks
+
+
+def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:
+    """Which of `rank`'s queries see which of `source`'s keys: see the table of `ring_attention`."""
+    everything = slice(0, length)  # a rank's local positions: its early chunk, then its late one
+    early = slice(0, length // 2)
+    late = slice(length // 2, length)
+    if source == rank:  # own keys, under the causal mask: local order is global order
+        return everything, everything
+    elif source < rank:  # its early chunk lies before all our queries, its late one after them
+        return everything, early
+    else:  # its chunks lie between ours: only our late queries see them, and see them all
+        return late, everything
 
 
 def document_slices(borders: list[int], rank: int, cp: int, length: int,
@@ -700,19 +713,6 @@ def put_together(parts: list[tuple[Tensor, ...]], batch: int) -> tuple[Tensor, .
         x = x.unflatten(1, (batch, -1))[0]  # (B, S / cp, h, ...)
         results.append(x.transpose(1, 2))
     return tuple(results)
-
-
-def zigzag_block(rank: int, source: int, length: int) -> tuple[slice, slice]:
-    """Which of `rank`'s queries see which of `source`'s keys: see the table of `ring_attention`."""
-    everything = slice(0, length)  # a rank's local positions: its early chunk, then its late one
-    early = slice(0, length // 2)
-    late = slice(length // 2, length)
-    if source == rank:  # own keys, under the causal mask: local order is global order
-        return everything, everything
-    elif source < rank:  # its early chunk lies before all our queries, its late one after them
-        return everything, early
-    else:  # its chunks lie between ours: only our late queries see them, and see them all
-        return late, everything
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

@@ -96,6 +96,13 @@ def test_every_query_meets_the_keys_before_it_in_its_document_once(cp, length):
     assert pairs_seen(cp, layouts, len(layouts), length).equal(torch.stack(expected))
 
 
+def test_borders_that_are_not_of_the_whole_padded_row_are_refused():
+    x = torch.zeros(1, 1, 8, 4)
+    for borders in ([0, 5], [1, 8], [0, 16]):
+        with pytest.raises(AssertionError, match="padded row"):
+            ring_attention(x, x, x, Grid(), [borders])
+
+
 def chunks(positions: torch.Tensor) -> str:
     """Names of chunks of two positions: (3, 4) of 6 7 8 9; of halves: 2' of 4, 2" of 5."""
     names = []
