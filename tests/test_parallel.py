@@ -13,6 +13,7 @@ from parallel import (
     attend_earlier,
     block_backward,
     block_forward,
+    document_segments,
     merge,
     one_line_errors,
     ring_attention,
@@ -94,6 +95,11 @@ def test_every_query_meets_the_keys_before_it_in_its_document_once(cp, length):
         ids = torch.bucketize(torch.arange(length), torch.tensor(borders), right=True)
         expected.append(causal * (ids[:, None] == ids))
     assert pairs_seen(cp, layouts, len(layouts), length).equal(torch.stack(expected))
+
+
+def test_documents_begin_where_the_id_changes_up_or_down():
+    ids = torch.tensor([[5, 5, 5, 9, 9, 2], [0, 0, 0, 0, 0, 0], [3, 1, 1, 1, 1, 3]])
+    assert document_segments(ids) == [[0, 3, 5, 6], [0, 6], [0, 1, 5, 6]]
 
 
 def test_borders_that_are_not_of_the_whole_padded_row_are_refused():
