@@ -522,11 +522,11 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
     whole sequence (from `document_segments`), the same on every rank. There is no mask tensor. A
     document is contiguous and a rank holds its positions in order, so what it has of a document is
     one slice, and a block is such a slice of queries x such a slice of keys. Only hop 0 has keys
-    that come after a query: there each document is a causal block. Later a block's keys all come
-    before its queries, and nothing within it is left to mask. Then there is one a row at most: only
-    the document that covers all between reaches from an earlier chunk into a later one, from its
-    last keys there to its first queries here. The same ring with documents A, B and C, whose
-    borders halve chunks 2 and 5 (2' 2" and 5' 5"):
+    that come after a query: there each document is a causal block. On later hops a block's keys all
+    come before its queries, and nothing within it is left to mask; and there is one a row at most,
+    since only one document can reach from an earlier chunk into a later one. Its keys are the
+    document's last ones there, its queries the first ones here. The same ring with documents A, B
+    and C, whose borders halve chunks 2 and 5 (2' 2" and 5' 5"):
 
         rank  its chunks   hop 0: own K V               hop 1          hop 2        hop 3
          0      0, 7       A: 0    C: 7                 -              C: 7 x 5"    C: 7 x 6
@@ -575,16 +575,15 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
         blocks = visible_blocks(grid, source, q.shape[2], segments)
         parts = []
         for row, q_rows, k_rows in blocks:
-            part = block_forward(
+            parts.append(block_forward(
                 q[row, :, q_rows],
                 k[row, :, k_rows],
                 v[row, :, k_rows],
                 causal=hop == 0,  # only our own blocks have keys that come after a query
-                kernel=grid.kernel)
-            parts.append(part)
+                kernel=grid.kernel))
         # 3. merge into the float32 result
         if hop == 0:  # each of our queries is in one of them
-            out, lse = put_together(parts, len(q))
+            out, lse = join_documents(parts, len(q))
         else:
             out = out.to(wide)  # a copy at the first merge only
             for (row, q_rows, _), part in zip(blocks, parts, strict=True):
@@ -619,7 +618,7 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
         blocks = visible_blocks(grid, source, q.shape[2], segments)
         parts = []
         for row, q_rows, k_rows in blocks:
-            part = block_backward(
+            parts.append(block_backward(
                 d_out[row, :, q_rows],
                 q[row, :, q_rows],
                 k[row, :, k_rows],
@@ -627,11 +626,10 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
                 out[row, :, q_rows],
                 lse[row, :, q_rows],
                 causal=hop == 0,
-                kernel=grid.kernel)
-            parts.append(part)
+                kernel=grid.kernel))
         # 3. add them: to our own dQ, and to the dK dV that the ranks before us have summed
         if hop == 0:
-            dq, dk, dv = put_together(parts, len(q))
+            dq, dk, dv = join_documents(parts, len(q))
         else:
             dq = dq.to(wide)
             dk, dv = next_gradients.wait()
@@ -702,14 +700,20 @@ def document_slices(borders: list[int], rank: int, cp: int, length: int,
     return [slice(start, end) for start, end in itertools.pairwise(places)]
 
 
-def put_together(parts: list[tuple[Tensor, ...]], batch: int) -> tuple[Tensor, ...]:
-    """Hop 0's results of all documents, in order: (1, h, s, ...) -> (B, h, S / cp, ...) each."""
+def join_documents(parts: list[tuple[Tensor, ...]], batch: int) -> tuple[Tensor, ...]:
+    """Hop 0's results of all documents, in order: (1, h, s, ...) -> (B, h, S / cp, ...) each.
+
+    `parts` is emptied, so that those of a result are given back before the next one is joined.
+    """
     if len(parts) == 1:  # one block had everything: nothing is copied
-        return parts[0]
+        return parts.pop()
+    columns = [list(column) for column in zip(*parts, strict=True)]  # a list for each result
+    parts.clear()
     results = []
-    for of_documents in zip(*parts, strict=True):  # the first result of all, the second, ...
+    for column in columns:
         # heads side by side in memory, as a model has them: (1, B S / cp, h, ...), row after row
-        x = torch.cat([part.transpose(1, 2) for part in of_documents], dim=1)
+        x = torch.cat([part.transpose(1, 2) for part in column], dim=1)
+        column.clear()
         x = x.unflatten(1, (batch, -1))[0]  # (B, S / cp, h, ...)
         results.append(x.transpose(1, 2))
     return tuple(results)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, document_mask
+from benchmarks import common
+from benchmarks.document_balance import equal_documents, pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,12 +77,14 @@ def test_benchmarks_take_the_first_gpu(monkeypatch, capsys):
 
 def test_documents_of_one_length_leave_ranks_equal_work():
     """What a position near a document's start has too little, its mirror image near an end has too
-    much, and zigzag gives both to one rank. Hop by hop that is not so."""
+    much, and zigzag gives both to one rank. Not so where lengths differ, mirrored or not."""
     for count in (1, 2, 3, 5, 16):
-        table = document_mask.pairs(960, 4, document_mask.equal_documents(960, count))
+        table = pairs(960, 4, equal_documents(960, count))
         own = {sum(hops) for hops in table}
         assert own == {count * (960 // count) * (960 // count + 1) // 2 // 4}
-    first, second = document_mask.pairs(8, 2, [0, 4, 5, 6, 7, 8])  # chunks of two
+    mirrored = [sum(hops) for hops in pairs(64, 4, [0, 16, 48, 64])]
+    assert mirrored == [136, 136, 264, 264]
+    first, second = pairs(8, 2, [0, 4, 5, 6, 7, 8])  # chunks of two
     assert first == [3 + 2, 0]  # a pair of the long one, and two short ones
     assert second == [3 + 2, 4]  # its end, and what that sees of its beginning
 

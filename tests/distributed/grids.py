@@ -163,7 +163,7 @@ if __name__ == "__main__":
             every = (grid.tp, grid.cp, grid.dp) in EVERY_MODEL
             for kind in MODELS if every else ("untied", "tied", "masked"):
                 # gradients add up over two micro-batches
-                parts = 2 if kind == "tied" and dtype == torch.float64 else 1
+                parts = 2 if kind in ("tied", "masked") and dtype == torch.float64 else 1
                 errors = run(grid, kind, dtype, micro_batch=ROWS // grid.dp // parts)
                 shape = f"{grid.tp},{grid.cp},{grid.dp}"
                 name = str(dtype).removeprefix("torch.")
