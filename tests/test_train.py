@@ -621,19 +621,25 @@ def test_a_sequence_beyond_the_window_gets_a_hint_that_works(name, length, said,
     assert extended.rope_scaling.kind == "yarn"
 
 
-def test_validation_is_the_mean_over_targets(tiny_model):
-    """Targets of -100 count nowhere."""
+@pytest.mark.parametrize("masked", [False, True])
+def test_validation_is_the_mean_over_targets(tiny_model, masked):
+    """Targets of -100 count nowhere. The second document begins with token 3."""
     class Fixed:
         sequence_length = 8
-        document_mask = False
+        document_mask = masked
 
         def sequence(self, index):
             tokens = torch.arange(9).numpy()
-            return tokens, tokens >= 5, tokens * 0
+            return tokens, tokens >= 5, tokens >= 3
+
+    def mean(first: int) -> float:
+        """Loss of the last four targets, of a row that begins with this token."""
+        tokens = torch.arange(first, 9)[None]
+        return token_losses(model, tokens[:, :-1], tokens[:, 1:])[0, -4:].mean().item()
 
     model = tiny_model()
-    losses = token_losses(model, torch.arange(8)[None], torch.arange(1, 9)[None])[0]
-    expected = losses[4:].mean().item()
+    assert mean(3) != pytest.approx(mean(0), rel=1e-4)
+    expected = mean(3 if masked else 0)
     assert train.validate(model, Fixed(), sequences=1) == pytest.approx(expected, rel=1e-5)
 
 

@@ -63,7 +63,8 @@ MASKED = {
         "for row, borders in enumerate(segments[:1] * len(segments)):"),
     "keys_of_the_late_chunk_too": ("if source == rank:  # own", "if source <= rank:  # own"),
     "documents_of_the_whole_rank": (
-        "min(max(early + late, within.start), within.stop)", "early + late"),
+        "min(max(early + late, within.start), within.stop)",
+        "min(max(early + late, 0), length)"),
     "late_positions_as_early_ones": (
         "border - (2 * cp - 1 - rank) * half", "border - (cp + rank) * half"),
     "keys_have_the_queries_borders": (KEYS, KEYS.replace("source", "grid.cp_rank")),
