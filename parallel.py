@@ -521,12 +521,13 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid,
     `segments` masks documents apart: for each row of the batch the borders of its documents in the
     whole sequence (from `document_segments`), the same on every rank. There is no mask tensor. A
     document is contiguous and a rank holds its positions in order, so what it has of a document is
-    one slice, and a block is such a slice of queries x such a slice of keys. Only hop 0 has keys
-    that come after a query: there each document is a causal block. On later hops a block's keys all
-    come before its queries, and nothing within it is left to mask; and there is one a row at most,
-    since only one document can reach from an earlier chunk into a later one. Its keys are the
-    document's last ones there, its queries the first ones here. The same ring with documents A, B
-    and C, whose borders halve chunks 2 and 5 (2' 2" and 5' 5"):
+    one slice (of two chunks, if the document covers all between them), and a block is such a slice
+    of queries x such a slice of keys. Only hop 0 has keys that come after a query: there each
+    document is a causal block. On later hops a block's keys all come before its queries, and
+    nothing within it is left to mask; and a row has one block at most, since only one document can
+    reach from an earlier chunk into a later one. Its keys are the document's last ones there, its
+    queries the first ones here. The same ring with documents A, B and C, whose borders halve chunks
+    2 and 5 (2' 2" and 5' 5"):
 
         rank  its chunks   hop 0: own K V               hop 1          hop 2        hop 3
          0      0, 7       A: 0    C: 7                 -              C: 7 x 5"    C: 7 x 6

@@ -56,6 +56,9 @@ FREE_TO_CHANGE = (  # at a resume; --config too, since a resumed run's model is 
     "out", "resume", "checkpoint_every", "keep_checkpoints", "validate_every",
     "validation_sequences", "validation_data", "device", "timeout", "tp", "cp", "micro_batch_size",
     "recompute", "offload", "offload_optimizer", "tile", "attention", "config")
+SPELLED = {  # options that are not called what they set
+    "document_mask": "--cross-document-mask (sft.py: --pack)",
+    "attention_temperature": "attention temperature (--no-attention-temperature)"}
 PEAKS = {  # dense bfloat16 FLOP/s
     "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 CHECKPOINT_FORMAT = 2
@@ -645,8 +648,9 @@ def agreed_settings(options: Namespace, tokenizer: data.Tokenizer,
     for name, value in settings.items() if saved else ():
         before = saved["settings"].get(name)
         if before != value:
-            of_files = name in ("model", "data", "tokenizer")
-            what = f"the digest of --{name}'s files" if of_files else f"--{name.replace('_', '-')}"
+            what = SPELLED.get(name, f"--{name.replace('_', '-')}")
+            if name in ("model", "data", "tokenizer"):
+                what = f"the digest of --{name}'s files"
             raise ValueError(f"{what} is {value!r}, but the run in {options.out} has {before!r}; "
                              "resume with the same or choose another --out")
     return settings, saved["step"] if saved else 0

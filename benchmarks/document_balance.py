@@ -3,10 +3,10 @@
     python -m benchmarks.document_balance CORPUS --tokenizer MODEL_DIR --lengths 65536
 
 Counted are pairs of a query and a key that it sees: of a corpus's documents (train.py's first
---sequences) and of documents of one length, on rings of 2, 4 and 8. Two bounds of a layer's time,
-in multiples of an even share: "slowest rank", its pairs, if ranks meet after a layer only; "slowest
-of each hop", the sum of these, if they meet after every hop. Both are means over the sequences;
-"worst sequence" is the largest "slowest rank" of one.
+--sequences) and of documents of one length, on rings of 2, 4 and 8. A layer takes, in multiples of
+an even share, "at least" its slowest rank's pairs (ranks meet after a layer only), "at most" those
+of each hop's slowest rank (they meet after every hop). Both are of all sequences together; "worst"
+is "at least" of the worst one.
 """
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from data import PackedDataset, batch, load_tokenizer
 from parallel import Grid, document_segments, one_line_errors, visible_blocks
 from train import existing, positive
 
-COLUMNS = {"documents": "", "S": ",", "ring": "", "pairs left": ".1%", "slowest rank": ".2f",
-           "slowest of each hop": ".2f", "worst sequence": ".2f"}
+COLUMNS = {"documents": "", "S": ",", "ring": "", "pairs left": ".1%", "at least": ".2f",
+           "worst": ".2f", "at most": ".2f"}
 RINGS = (2, 4, 8)
 
 
@@ -59,8 +59,7 @@ def waits(table: common.Table, name: str, length: int, cp: int, rows: list[list[
         worst = max(worst, max(sums) * cp / sum(sums))
     table.add({"documents": name, "S": length, "ring": cp,
                "pairs left": 2 * left / len(rows) / (length * (length + 1)),
-               "slowest rank": slowest * cp / left, "slowest of each hop": by_hop * cp / left,
-               "worst sequence": worst})
+               "at least": slowest * cp / left, "worst": worst, "at most": by_hop * cp / left})
 
 
 def count(a: Namespace) -> None:

@@ -17,7 +17,13 @@ from argparse import Namespace
 
 from benchmarks import common
 from benchmarks.document_balance import equal_documents, pairs
-from benchmarks.ring_attention import add_shape_arguments, end_ring, seconds_of, start_ring
+from benchmarks.ring_attention import (
+    add_shape_arguments,
+    check_shape,
+    end_ring,
+    seconds_of,
+    start_ring,
+)
 from parallel import one_line_errors
 from train import positive
 
@@ -77,10 +83,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=positive, default=2, help="of the ring")
     add_shape_arguments(parser)
     a = parser.parse_args()
-    multiple = math.lcm(128, 2 * a.ranks)  # for the shortest documents, and for the ring
-    for length in a.lengths:
-        if length % multiple:
-            parser.error(f"--lengths {length} must be a multiple of {multiple}")
+    check_shape(parser, a, math.lcm(128, 2 * a.ranks))  # for the shortest documents; for the ring
     measure(a)
 
 

@@ -33,7 +33,7 @@ from parallel import (
     ring_attention,
     zigzag_block,
 )
-from train import activate
+from train import activate, positive
 
 COLUMNS = {
     "S": ",", "kernel": "", "dense, s": ".3f", "zigzag, s": ".3f", "zigzag, of dense": ".1%",
@@ -150,11 +150,20 @@ def end_ring(children: list) -> None:
 
 
 def add_shape_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--heads", type=positive, default=8)
+    parser.add_argument("--kv-heads", type=positive, default=2)
+    parser.add_argument("--head-dim", type=positive, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
+
+
+def check_shape(parser: ArgumentParser, a: Namespace, multiple: int) -> None:
+    """End with a line if heads or lengths cannot be cut."""
+    if a.heads % a.kv_heads:
+        parser.error(f"--heads {a.heads} must be a multiple of --kv-heads {a.kv_heads}")
+    for length in a.lengths:
+        if length % multiple:
+            parser.error(f"--lengths {length} must be a multiple of {multiple}")
 
 
 def work(ranks: int, kind: str) -> list[list[float]]:
@@ -183,13 +192,11 @@ def work(ranks: int, kind: str) -> list[list[float]]:
 
 def main() -> None:
     parser = common.parser(__doc__, "out/ring_attention.json", device="cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--ranks", type=positive, default=2)
     add_shape_arguments(parser)
     a = parser.parse_args()
-    for length in a.lengths:
-        if length % (2 * a.ranks):
-            parser.error(f"--lengths {length} must be a multiple of {2 * a.ranks} (2 x ranks)")
+    check_shape(parser, a, 2 * a.ranks)
     chosen = [common.start_kernel(a, a.dtype, a.head_dim, n, a.ranks) for n in a.lengths]
     for kind in ("zigzag", "contiguous"):
         print(f"{kind}: share of all scores by hop 0 ... {a.ranks - 1}")

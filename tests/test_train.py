@@ -317,8 +317,13 @@ def test_resume_refuses_other_settings_and_a_used_directory(workplace, uninterru
     checkpoints = len(train.checkpoints(workplace / "whole"))
     (workplace / "whole" / "final").rename(workplace / "whole-final")
     try:
-        with pytest.raises(SystemExit, match="--learning-rate is 0.5"):
-            stage1(*command(workplace, workplace / "whole", "--resume"), "--learning-rate", 0.5)
+        for words, message in (
+                (["--learning-rate", 0.5], "error: --learning-rate is 0.5, but"),
+                # by the name that the command line knows
+                (["--cross-document-mask"], "--cross-document-mask .* is True, but"),
+                (["--no-attention-temperature"], "--no-attention-temperature. is False, but")):
+            with pytest.raises(SystemExit, match=message):
+                stage1(*command(workplace, workplace / "whole", "--resume"), *words)
     finally:
         (workplace / "whole-final").rename(workplace / "whole" / "final")
     assert len(train.checkpoints(workplace / "whole")) == checkpoints

@@ -756,7 +756,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"note: {problem}")
         if chunk is None:
             print("note: planned as if every sample or document had the full length; shorter ones "
-                  "take less")
+                  "take less, uneven ones make the ranks of a ring wait (docs/grids.md)")
         seconds = sum(plan.times(device).values()) / plan.rounds
         if processes > 1 and seconds > a.timeout:
             print(f"note: a micro-batch takes {seconds:,.0f} s, longer than --timeout "
