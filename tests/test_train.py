@@ -321,7 +321,8 @@ def test_resume_refuses_other_settings_and_a_used_directory(workplace, uninterru
                 (["--learning-rate", 0.5], "error: --learning-rate is 0.5, but"),
                 # by the name that the command line knows
                 (["--cross-document-mask"], "--cross-document-mask .* is True, but"),
-                (["--no-attention-temperature"], "--no-attention-temperature. is False, but")):
+                (["--rope-kind", "yarn", "--rope-factor", 2, "--no-attention-temperature"],
+                 "--no-attention-temperature. is False, but")):
             with pytest.raises(SystemExit, match=message):
                 stage1(*command(workplace, workplace / "whole", "--resume"), *words)
     finally:
