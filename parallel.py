@@ -634,6 +634,7 @@ def ring_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
         else:
             dq = dq.to(wide)
             dk, dv = next_gradients.wait()
+            # with blocks or without: the next rank receives what it sends itself
             dk, dv = dk.to(wide), dv.to(wide)
             for (row, q_rows, k_rows), (d_q, d_k, d_v) in zip(blocks, parts, strict=True):
                 dq[row, :, q_rows] += d_q

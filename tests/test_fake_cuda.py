@@ -142,7 +142,7 @@ def test_the_plan_is_what_the_real_step_takes_on_every_grid(plan):
 
 
 @pytest.mark.parametrize("kv_heads", [2, 8])
-@pytest.mark.parametrize("cp, rank", [(1, 0), (2, 0), (2, 1), (4, 0), (4, 3)])
+@pytest.mark.parametrize("cp, rank", [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 3)])
 def test_documents_masked_apart_take_no_more_memory_than_one(cp, rank, kv_heads):
     """In backward, where the most is needed, and send as much: so what is planned, one document,
     suffices for all."""
@@ -161,7 +161,8 @@ def test_documents_masked_apart_take_no_more_memory_than_one(cp, rank, kv_heads)
 
     one, two, uneven = [0, length], [0, 7000, length], [0, 1, length]
     many = list(range(0, length + 1, 2**12))
-    for segments in ([one], [two], [uneven], [many], [one, one], [two, uneven], [uneven, many]):
+    eighth = [0, length // 8, length]
+    for segments in ([one], [two], [eighth], [uneven], [many], [one, two], [uneven, many]):
         peak, sent = attention(len(segments))
         masked_peak, masked_sent = attention(len(segments), segments)
         assert masked_peak <= 1.002 * peak  # a slice of the log-sum-exp is copied

@@ -14,6 +14,7 @@ from parallel import (
     block_backward,
     block_forward,
     document_segments,
+    join_documents,
     merge,
     one_line_errors,
     ring_attention,
@@ -100,6 +101,14 @@ def test_every_query_meets_the_keys_before_it_in_its_document_once(cp, length):
 def test_documents_begin_where_the_id_changes_up_or_down():
     ids = torch.tensor([[5, 5, 5, 9, 9, 2], [0, 0, 0, 0, 0, 0], [3, 1, 1, 1, 1, 3]])
     assert document_segments(ids) == [[0, 3, 5, 6], [0, 6], [0, 1, 5, 6]]
+
+
+def test_documents_are_joined_as_a_models_heads_lie():
+    """Side by side, (B, S, H, D): flash copies what does not lie so, and cuDNN counts on it."""
+    q = torch.randn(2, 4, 12, 8)
+    parts = join_documents([(q[:1, :, :5],), (q[:1, :, 5:],), (q[1:, :, :9],), (q[1:, :, 9:],)], 2)
+    assert parts[0].equal(q)
+    assert parts[0].transpose(1, 2).is_contiguous()
 
 
 def test_borders_that_are_not_of_the_whole_padded_row_are_refused():

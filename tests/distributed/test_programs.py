@@ -386,6 +386,7 @@ def test_usage_errors_are_one_line_however_many_ranks_there_are(place):
     ("bfloat16", 3e-3, 1, 2, ()),
     ("float32", 1e-6, 1, 2, ("--pack",)),
     ("float32", 1e-6, 2, 2, ("--pack",)),
+    ("bfloat16", 3e-3, 1, 4, ("--pack",)),
 ])
 def test_chat_tuning_on_several_ranks_gives_one_process_losses(
         place, tmp_path, dtype, tolerance, tp, cp, pack):
