@@ -22,6 +22,7 @@ One process is the grid 1 x 1 x 1 and runs the same code, without communication.
 from __future__ import annotations
 
 import atexit
+import bisect
 import faulthandler
 import hashlib
 import itertools
@@ -660,10 +661,15 @@ def visible_blocks(grid: Grid, source: int, length: int,
     q_rows, k_rows = zigzag_block(grid.cp_rank, source, length)
     if segments is None:
         return [(slice(None), q_rows, k_rows)]
+    chunk = grid.cp_rank if q_rows.start == 0 else 2 * grid.cp - 1 - grid.cp_rank
+    first_query = chunk * (length // 2)
     blocks = []
     for row, borders in enumerate(segments):
         ends = (borders[0], borders[-1])
         assert ends == (0, grid.cp * length), f"{ends} are not the ends of a whole, padded row"
+        if source != grid.cp_rank:  # only the document of our first query reaches back to theirs
+            number = bisect.bisect_right(borders, first_query)
+            borders = borders[number - 1:number + 1]
         q_slices = document_slices(borders, grid.cp_rank, grid.cp, length, q_rows)
         k_slices = document_slices(borders, source, grid.cp, length, k_rows)
         for q_slice, k_slice in zip(q_slices, k_slices, strict=True):

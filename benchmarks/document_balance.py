@@ -46,6 +46,12 @@ def equal_documents(length: int, count: int) -> list[int]:
     return [length * i // count for i in range(count + 1)]
 
 
+def slowest_share(found: list[list[int]]) -> float:
+    """The pairs of the rank with most, in multiples of an even share."""
+    sums = [sum(hops) for hops in found]
+    return max(sums) * len(sums) / sum(sums)
+
+
 def waits(table: common.Table, name: str, length: int, cp: int, rows: list[list[int]]) -> None:
     """A row of the table, from the borders of some sequences."""
     left = slowest = by_hop = 0
@@ -56,7 +62,7 @@ def waits(table: common.Table, name: str, length: int, cp: int, rows: list[list[
         left += sum(sums)
         slowest += max(sums)
         by_hop += sum(max(hops) for hops in zip(*found, strict=True))
-        worst = max(worst, max(sums) * cp / sum(sums))
+        worst = max(worst, slowest_share(found))
     table.add({"documents": name, "S": length, "ring": cp,
                "pairs left": 2 * left / len(rows) / (length * (length + 1)),
                "at least": slowest * cp / left, "worst": worst, "at most": by_hop * cp / left})

@@ -16,7 +16,7 @@ import statistics
 from argparse import Namespace
 
 from benchmarks import common
-from benchmarks.document_balance import equal_documents, pairs
+from benchmarks.document_balance import equal_documents, pairs, slowest_share
 from benchmarks.ring_attention import (
     add_shape_arguments,
     check_shape,
@@ -69,9 +69,9 @@ def measure(a: Namespace) -> None:
                              {"arguments": vars(a), "seconds": seconds}, COLUMNS)
         for name, borders in every.items():
             found = pairs(length, a.ranks, borders or [0, length])
-            sums = [sum(hops) for hops in found]
-            row = {"documents": name, "pairs left": 2 * sum(sums) / (length * (length + 1)),
-                   "slowest rank": max(sums) * a.ranks / sum(sums)}
+            left = sum(sum(hops) for hops in found)
+            row = {"documents": name, "pairs left": 2 * left / (length * (length + 1)),
+                   "slowest rank": slowest_share(found)}
             for side, median in medians[name].items():
                 row[side] = median / medians["no mask"][side]
             table.add(row)

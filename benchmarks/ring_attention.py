@@ -23,6 +23,7 @@ from argparse import ArgumentParser, Namespace
 import torch
 
 from benchmarks import common
+from benchmarks.document_balance import pairs
 from parallel import (
     Grid,
     Segments,
@@ -31,7 +32,6 @@ from parallel import (
     merge,
     one_line_errors,
     ring_attention,
-    zigzag_block,
 )
 from train import activate, positive
 
@@ -167,27 +167,14 @@ def check_shape(parser: ArgumentParser, a: Namespace, multiple: int) -> None:
 
 
 def work(ranks: int, kind: str) -> list[list[float]]:
-    """Scores computed by each rank at each hop, as a share of all S (S + 1) / 2, from the blocks
-    the ring computes."""
+    """Scores computed by each rank at each hop, as a share of all S (S + 1) / 2."""
     local = 840  # positions a rank; any even number gives the same shares
     length = ranks * local
-    table = []
-    for rank in range(ranks):
-        shares = []
-        for hop in range(ranks):
-            source = (rank - hop) % ranks
-            rows, keys = zigzag_block(rank, source, local)
-            if source == rank:  # below the diagonal
-                pairs = local * (local + 1) / 2
-            elif kind == "zigzag":
-                pairs = len(range(local)[rows]) * len(range(local)[keys])
-            elif source < rank:  # contiguous shards: all earlier keys
-                pairs = local**2
-            else:
-                pairs = 0
-            shares.append(pairs / (length * (length + 1) / 2))
-        table.append(shares)
-    return table
+    table = pairs(length, ranks, [0, length])
+    if kind == "contiguous":  # below the diagonal, then all earlier keys
+        own = local * (local + 1) // 2
+        table = [[own, *[local**2] * rank, *[0] * (ranks - 1 - rank)] for rank in range(ranks)]
+    return [[2 * number / (length * (length + 1)) for number in hops] for hops in table]
 
 
 def main() -> None:
