@@ -892,9 +892,11 @@ class PackedDataset:
     def __init__(self, directory: str | Path, split: str, sequence_length: int, seed: int,
                  separator: str = "<s>", short: int = 4096, long: int = 8192,
                  short_weight: float = 1.0, long_weight: float = 1.0,
-                 tokenizer: Tokenizer | None = None, document_mask: bool = False) -> None:
+                 tokenizer: Tokenizer | None = None, document_mask: bool = False,
+                 stored_order: bool = False) -> None:
         """tokenizer: the one the corpus was prepared with, which is checked (see read_meta);
-        separator "none" needs none. short ... long_weight: see length_weights."""
+        separator "none" needs none. short ... long_weight: see length_weights. stored_order: the
+        documents of an epoch as they stand in the corpus, where neighbours may be related."""
         meta = read_meta(directory, tokenizer)
         shards = meta["splits"].get(split)
         if not shards:
@@ -903,6 +905,7 @@ class PackedDataset:
         self.sequence_length = sequence_length
         self.seed = seed
         self.document_mask = document_mask
+        self.stored_order = stored_order
         self.separator = separator_tokens(separator, tokenizer)  # (n,)
         # of each shard: (tokens, loss mask, lengths)
         self.arrays = [open_shard(Path(directory), shard) for shard in shards]
@@ -949,6 +952,8 @@ class PackedDataset:
         rounded = np.floor(shifted).astype(np.int64)
         repeats = np.diff(rounded, prepend=0)
         documents = np.repeat(np.arange(len(repeats)), repeats)  # (n,)
+        if self.stored_order:
+            return documents
         return documents[shuffled(len(documents), self.seed, epoch)]
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

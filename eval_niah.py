@@ -29,15 +29,16 @@ import data
 from data import Tokenizer
 from model import KVCache, Llama, ModelConfig, read_config, rescale
 from parallel import Grid, one_line_errors, print_once
-from rope_yarn import add_scaling_arguments, scaling_from_options
 from sft import encode_question, end_of_turn
 from train import (
     Parser,
     add_compute_arguments,
+    add_extension_arguments,
     choose_attention,
     compute_type,
     directory,
     existing,
+    extension,
     nonnegative,
     positive,
     writable,
@@ -471,8 +472,7 @@ def print_saved(read: int, computed: int) -> None:
 
 def read_checkpoint(options: Namespace, grid: Grid) -> tuple[ModelConfig, Tokenizer]:
     """All of a model directory but its weights: configuration and tokenizer, checked."""
-    scaling = scaling_from_options(vars(options))
-    config = rescale(read_config(options.model), scaling)
+    config = rescale(read_config(options.model), **extension(options))
     tokenizer = data.load_tokenizer(options.model, config.vocab_size)
     choose_attention(options, grid, config, chunk=None)  # prompts have any length
     return config, tokenizer
@@ -481,8 +481,9 @@ def read_checkpoint(options: Namespace, grid: Grid) -> tuple[ModelConfig, Tokeni
 def load_model(options: Namespace, grid: Grid) -> Llama:
     """The model of `read_checkpoint`, on this grid."""
     dtype = getattr(torch, compute_type(options.dtype, options.device))
-    scaling = scaling_from_options(vars(options))
-    return Llama.from_pretrained(options.model, grid, dtype, options.device, scaling)
+    rope = extension(options)
+    return Llama.from_pretrained(options.model, grid, dtype, options.device, rope["scaling"],
+                                 rope["theta"])
 
 
 def results_header(options: Namespace, config: ModelConfig, grid: Grid) -> dict:
@@ -509,7 +510,7 @@ def checkpoint_parser(description: str) -> Parser:
     parser = Parser(description)
     parser.add_argument("model", type=directory, help="Hugging Face model directory")
     add_compute_arguments(parser)
-    add_scaling_arguments(parser, "context extension without training (replaces the model's own)")
+    add_extension_arguments(parser, "context extension without training (replaces the model's own)")
     return parser
 
 

@@ -300,10 +300,18 @@ def read_config(path: str | Path) -> ModelConfig:
     return replace(config, hf=config.hf | {"eos_token_id": stops}) if stops else config
 
 
-def rescale(config: ModelConfig, scaling: RopeScaling | None) -> ModelConfig:
-    """`config` with `scaling` in place of its own, as two never stack, and its window."""
-    if scaling is None:  # nothing is asked for
-        return config
+def rescale(config: ModelConfig, scaling: RopeScaling | None, theta: float | None = None,
+            window: int | None = None) -> ModelConfig:
+    """`config` with `scaling` in place of its own, as two never stack, and its window: old window x
+    factor, or the `window` that is asked for; with RoPE's base `theta`, if one is given."""
+    config = replace(config, rope_theta=theta or config.rope_theta)
+    if scaling is not None:
+        config = with_scaling(config, scaling)
+    return replace(config, max_position_embeddings=window or config.max_position_embeddings)
+
+
+def with_scaling(config: ModelConfig, scaling: RopeScaling) -> ModelConfig:
+    """`config` with this rule, and the window to which that leads."""
     before = config.window_before()
     if scaling.kind == "default":  # back to the old window, if the checkpoint says which that was
         window = before or config.max_position_embeddings
@@ -812,15 +820,18 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, grid: Grid | None = None,
                         dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-                        rope_scaling: RopeScaling | None = None) -> Llama:
-        """Load a Hugging Face directory. dtype None keeps the files'; `rope_scaling` replaces the
-        checkpoint's own, see `rescale`. Raises ValueError or FileNotFoundError naming the file."""
-        config = rescale(read_config(path), rope_scaling)
+                        rope_scaling: RopeScaling | None = None,
+                        rope_theta: float | None = None) -> Llama:
+        """Load a Hugging Face directory. dtype None keeps the files'; `rope_scaling` and
+        `rope_theta` replace the checkpoint's own, see `rescale`. Raises ValueError or
+        FileNotFoundError naming the file."""
+        own = read_config(path)
+        config = rescale(own, rope_scaling, rope_theta)
         with torch.device("meta"):  # no memory, no time for weights that are about to be replaced
             model = cls(config, grid)
         # 1. Two tensors may be there beside the parameters: the head of a tied model and, in files
         #    of old versions of transformers, the frequencies before any rule.
-        inv_freq, _ = inverse_frequencies(config.head_dim, config.rope_theta, RopeScaling())
+        inv_freq, _ = inverse_frequencies(own.head_dim, own.rope_theta, RopeScaling())
         owners = ["model", *[f"model.layers.{i}.self_attn" for i in range(len(model.model.layers))]]
         repeated = {f"{owner}.rotary_emb.inv_freq": inv_freq for owner in owners}
         if config.tie_word_embeddings:
@@ -838,7 +849,7 @@ class Llama(nn.Module):
                 cause = "tie_word_embeddings is true, but model.embed_tokens.weight differs"
             else:  # some were rounded to float16
                 same = torch.allclose(stored.double().cpu(), inv_freq, rtol=0.01, atol=1e-7)
-                cause = f"rope_theta is {config.rope_theta:g}, of which come others"
+                cause = f"rope_theta is {own.rope_theta:g}, of which come others"
             if not same:
                 raise ValueError(f"{path}: {name} contradicts config.json, whose {cause}; correct "
                                  "config.json, or delete the tensor")

@@ -317,8 +317,11 @@ def fields_from_hf(stated: dict, window: int | None) -> dict:
 # -------------------------------------------------------------------------------- command line
 
 
-def add_scaling_arguments(parser: ArgumentParser, title: str, prefix: str = "rope-") -> None:
-    """The options of a rule, `--{prefix}kind` and so on, which `scaling_from_options` reads."""
+def add_scaling_arguments(parser: ArgumentParser, title: str, prefix: str = "rope-"):
+    """The options of a rule, `--{prefix}kind` and so on, which `scaling_from_options` reads.
+
+    Returns their group's add_argument, for more of them.
+    """
     add = parser.add_argument_group(title).add_argument
     add(f"--{prefix}kind", dest="rope_kind", choices=KINDS)
     add(f"--{prefix}factor", dest="rope_factor", type=float, help="s: new window / old window")
@@ -327,6 +330,7 @@ def add_scaling_arguments(parser: ArgumentParser, title: str, prefix: str = "rop
     add("--beta-slow", type=float, help="interpolate pairs with fewer (if not given: 1)")
     add("--no-attention-temperature", dest="attention_temperature", action="store_const",
         const=False, help="yarn without 0.1 ln s + 1")
+    return add
 
 
 def scaling_from_options(options: dict) -> RopeScaling | None:

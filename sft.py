@@ -307,8 +307,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("--validate-every needs --validation-data, held-out chat samples")
         grid = Grid.create(a.tp, a.cp, a.device, a.timeout)
         with run_directory(a.out, a.resume, grid) as checkpoint:
-            # samples have any length: no chunk
-            config, tokenizer, files = load_start(a, grid, None, None, checkpoint)
+            # the window stays as it is; samples have any length: no chunk
+            config, tokenizer, files = load_start(a, grid, {}, None, checkpoint)
             held_out = a.validation_data if a.validation_sequences else None
             training, validation = stage2_datasets(a.data, held_out, tokenizer, a.sequence_length,
                                                    a.seed, a.document_mask)

@@ -124,6 +124,7 @@ nonnegative = option(int, lambda n: n >= 0, "a whole number, 0 or more")
 nonnegative_number = option(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 fraction = option(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 above_0 = option(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+above_1 = option(float, lambda x: 1 < x < math.inf, "a finite number above 1")
 below_one = option(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 seconds = option(float, lambda x: 0 < x < 1e7, "a number of seconds above 0 and below 1e7")
 existing = option(Path, Path.exists, "a file or directory that exists")
@@ -156,6 +157,17 @@ def add_compute_arguments(parser: ArgumentParser, device: Callable = device_here
     add("--timeout", type=seconds, default=600.0,
         help="seconds for a micro-batch, a validation sequence, a prompt or a file: a rank that "
         "takes longer prints where it stands and ends the job")
+
+
+def add_extension_arguments(parser: ArgumentParser, title: str) -> None:
+    """A rule that stretches RoPE, and its base; `extension` reads them."""
+    add = add_scaling_arguments(parser, title)
+    add("--rope-theta", type=above_1, help="RoPE's base (if not given: the model's)")
+
+
+def extension(options: Namespace) -> dict:
+    """The RoPE that options of `add_extension_arguments` ask for, as `model.rescale` takes it."""
+    return {"scaling": scaling_from_options(vars(options)), "theta": options.rope_theta}
 
 
 def compute_type(dtype: str | None, device: str) -> str:
@@ -217,7 +229,11 @@ def stage1_parser(planned: bool = False) -> Parser:
     add("--long-weight", type=nonnegative_number, default=1.0, help="how often long ones occur")
     add("--cross-document-mask", dest="document_mask", action="store_true",
         help="ablation: documents do not see each other")
-    add_scaling_arguments(parser, "context extension (replaces the checkpoint's own scaling)")
+    add("--stored-order", action="store_true",
+        help="ablation: documents as they stand in the corpus, not shuffled")
+    add("--new-window", type=positive, help="ablation: tokens that the model is said to take (if "
+        "not given: old window x factor)")
+    add_extension_arguments(parser, "context extension (replaces the checkpoint's own)")
     return parser
 
 
@@ -250,7 +266,7 @@ def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
         return data.PackedDataset(
             path, split, options.sequence_length, options.seed, options.separator,
             options.short_length, options.long_length, short_weight, long_weight,
-            tokenizer, options.document_mask)
+            tokenizer, options.document_mask, options.stored_order)
 
     paths, weights = zip(*options.data, strict=True)
     drawn = (options.short_weight, options.long_weight)
@@ -401,13 +417,13 @@ def beyond_window(own: ModelConfig, config: ModelConfig, length: int) -> str:
             f"({extension_hint(own, length)}) or shorten the sequences")
 
 
-def load_start(options: Namespace, grid: Grid, scaling: RopeScaling | None, chunk: int | None,
+def load_start(options: Namespace, grid: Grid, changes: dict, chunk: int | None,
                checkpoint: Path | None) -> tuple[ModelConfig, data.Tokenizer, dict[str, bytes]]:
     """Configuration and tokenizer to start from, or those of the checkpoint that is continued,
     checked against each other and the options, and the `model_files` that every save writes; the
-    kernel of attention is chosen, see `choose_attention`."""
+    kernel of attention is chosen, see `choose_attention`. `changes` are for `model.rescale`."""
     own = read_config(checkpoint or options.model or options.config)
-    config = own if checkpoint else rescale(own, scaling)
+    config = own if checkpoint else rescale(own, **changes)
     problem = beyond_window(own, config, options.sequence_length)
     if problem:
         raise ValueError(problem)
@@ -916,10 +932,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         options = stage1_parser().parse_args(argv)
         grid = Grid.create(options.tp, options.cp, options.device, options.timeout)
-        scaling = scaling_from_options(vars(options))
+        changes = extension(options) | {"window": options.new_window}
         chunk = chunk_length(options, grid)
         with run_directory(options.out, options.resume, grid) as checkpoint:
-            config, tokenizer, files = load_start(options, grid, scaling, chunk, checkpoint)
+            config, tokenizer, files = load_start(options, grid, changes, chunk, checkpoint)
             training, validation = stage1_datasets(options, tokenizer)
             run_stage(options, grid, config, tokenizer, files, checkpoint, training, validation)
             grid.close()

@@ -40,7 +40,6 @@ from parallel import (
     launched,
     one_line_errors,
 )
-from rope_yarn import scaling_from_options
 from sft import stage2_parser
 from train import (
     Parser,
@@ -50,6 +49,7 @@ from train import (
     check_run,
     chunk_length,
     compute_type,
+    extension,
     forward_flops,
     is_here,
     kernel_here,
@@ -726,9 +726,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # a command that cannot run has no plan; only the extension may be left out
         own = read_config(a.model or a.config)
-        config = rescale(own, scaling_from_options(vars(a)))
+        config = rescale(own, **extension(a), window=a.new_window)
         problem = beyond_window(own, config, a.sequence_length)
-        if problem and a.rope_kind:
+        if problem and (a.rope_kind or a.rope_theta or a.new_window):
             raise ValueError(problem)
         processes = a.processes or max(launched()[1], a.tp * a.cp)
         if processes % (a.tp * a.cp):

@@ -8,8 +8,9 @@
 A retrieval document is real text from the corpus's training split with facts hidden in it (worded
 as in the evaluation, numbers drawn anew) and questions about them at its end. Loss is on the
 answers and on a random share of the text, so that the model also learns to write text without the
-text drowning the few answers. Chat samples are short: "what does this function do" from the
-corpus's own docstrings, and one in two a short retrieval document as a conversation.
+text drowning the few answers. With --pieces it is cut into several documents in a row, the last of
+which asks for facts of all. Chat samples are short: "what does this function do" from the corpus's
+own docstrings, and one in two a short retrieval document as a conversation.
 """
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ class Encoder:
 
 def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: random.Random,
                        count: int, chat: bool, text_loss: float) -> tuple | None:
-    """(tokens, loss mask) of exactly `length` tokens, or None if so many facts do not fit."""
+    """(tokens, loss mask, places between facts where it may be cut) of exactly `length` tokens, or
+    None if so many facts do not fit."""
     facts = draw_facts(rng, count)
     # 1) the questions and their answers, which stand last
     tail, tail_mask = [], []
@@ -122,15 +124,18 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
     places = sorted(rng.randrange(room + 1) for _ in hidden)
     tokens = list(head)
     mask = [False] * len(head)
+    borders = []
     previous = 0
     in_any_order = rng.sample(hidden, len(hidden))
     for place, fact in zip(places, in_any_order, strict=True):
-        tokens += window[previous:place] + fact
+        tokens += window[previous:place]
+        borders.append(len(tokens))
+        tokens += fact
         mask += window_mask[previous:place] + [False] * len(fact)  # nobody can guess a number
         previous = place
     tokens += window[previous:] + tail
     mask += window_mask[previous:] + tail_mask
-    return tokens[:length], mask[:length]
+    return tokens[:length], mask[:length], borders
 
 
 def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
@@ -140,8 +145,10 @@ def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
 
 
 def retrieval_documents(tokenizer, haystack: np.ndarray, count: int, shortest: int, length: int,
-                        most_facts: int, chat_share: float, text_loss: float, seed: int):
-    """`count` documents for `write_corpus` of `length` tokens, or of any from `shortest` to it."""
+                        most_facts: int, chat_share: float, text_loss: float, seed: int,
+                        pieces: int = 1):
+    """`count` documents for `write_corpus` of `length` tokens, or of any from `shortest` to it,
+    each cut into `pieces` documents at most: at places where a fact begins."""
     encode = Encoder(tokenizer)
     rng = random.Random(f"{seed} retrieval {length} {shortest}")
     for _ in range(count):
@@ -151,7 +158,11 @@ def retrieval_documents(tokenizer, haystack: np.ndarray, count: int, shortest: i
             facts = rng.randint(1, most_facts)
             chat = rng.random() < chat_share
             document = retrieval_document(encode, haystack, size, rng, facts, chat, text_loss)
-        yield ("retrieval", *document)
+        tokens, mask, borders = document
+        cuts = sorted(rng.sample(borders, min(pieces - 1, len(borders))))
+        for start, end in itertools.pairwise([0, *cuts, size]):
+            if start < end:  # two facts may stand side by side
+                yield "retrieval", tokens[start:end], mask[start:end]
 
 
 def exchange(question: str, answer: str) -> list[dict]:
@@ -217,6 +228,8 @@ def parser() -> Parser:
     add("--most-facts", type=positive, default=3, help="of a retrieval document, 1 to this many")
     add("--chat-share", type=fraction, default=0.3, help="of retrieval documents, as conversations")
     add("--text-loss", type=fraction, default=0.1, help="share of a document's text with loss")
+    add("--pieces", type=positive, default=1,
+        help="retrieval: documents that each is cut into, in a row")
     add("--seed", type=int, default=0, help="another seed draws other documents")
     add("--out", type=Path, required=True, help="new corpus directory; chat: a .jsonl file")
     return parser
@@ -237,7 +250,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             haystack = training_haystack(a.corpus, tokenizer)
             documents = retrieval_documents(tokenizer, haystack, a.count, shortest, a.length,
-                                            a.most_facts, a.chat_share, a.text_loss, a.seed)
+                                            a.most_facts, a.chat_share, a.text_loss, a.seed,
+                                            a.pieces)
             write_corpus({"train": documents}, a.out, tokenizer)
             print(f"wrote {a.out}: {a.count} retrieval documents of {shortest} to {a.length} "
                   "tokens")
