@@ -300,7 +300,7 @@ def read_config(path: str | Path) -> ModelConfig:
     return replace(config, hf=config.hf | {"eos_token_id": stops}) if stops else config
 
 
-def rescale(config: ModelConfig, scaling: RopeScaling | None, theta: float | None = None,
+def rescale(config: ModelConfig, scaling: RopeScaling | None = None, theta: float | None = None,
             window: int | None = None) -> ModelConfig:
     """`config` with `scaling` in place of its own, as two never stack, and its window: old window x
     factor, or the `window` that is asked for; with RoPE's base `theta`, if one is given."""
