@@ -723,6 +723,16 @@ def test_targets_are_shifted_before_anything_is_sharded(corpus, tokenizer):
     assert first.document_ids is None
 
 
+def test_stored_order_is_the_corpuss_in_every_epoch(corpus):
+    directory, documents = corpus
+    dataset = data.PackedDataset(directory, "train", 64, 5, "none", stored_order=True)
+    for epoch in range(3):
+        assert dataset.plan(epoch).tolist() == list(range(len(documents)))
+    tokens, _, _ = dataset.sequence(0)
+    stream = np.concatenate([own for _, own, _ in documents])
+    assert np.array_equal(tokens, stream[:65])
+
+
 def test_order_is_a_pure_function_of_seed_and_epoch(corpus, tokenizer):
     """Ranks that shuffle differently, or a resumed run that starts the order anew, train on other
     data."""

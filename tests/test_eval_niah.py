@@ -412,6 +412,25 @@ def test_command_line_writes_what_it_shows(model_directory, text_file, tmp_path,
     assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
 
 
+def test_another_base_is_asked_for_without_training(model_directory, text_file, tmp_path):
+    """As if it stood in config.json."""
+    def results(directory, *more):
+        out = tmp_path / "results.json"
+        eval_niah.main([str(directory), "--haystack", str(text_file), "--lengths", "200",
+                        "--depths", "3", "--samples", "4", "--out", str(out), *map(str, more)])
+        return json.loads(out.read_text())["cells"]
+
+    changed = tmp_path / "changed"
+    shutil.copytree(model_directory, changed)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"rope_theta": 50.0}))
+    asked = results(model_directory, "--rope-theta", 50)
+    assert asked == results(changed)
+    assert asked != results(model_directory)
+    with pytest.raises(SystemExit, match="--rope-theta 1 must be a finite number above 1"):
+        results(model_directory, "--rope-theta", 1)
+
+
 def test_rope_override_extends_the_window(model_directory, text_file, tmp_path, capsys):
     """YaRN can be evaluated untrained: the model answers as one saved with the scaling, and the map
     keeps the old window."""

@@ -426,6 +426,25 @@ def test_no_rule_stacks_on_a_saved_one(tiny_model, tiny_config, tmp_path):
         rescale(unstated, RopeScaling("yarn", 8.0))
 
 
+def test_base_and_window_may_change_with_a_rule_or_alone(tiny_model, tmp_path):
+    config = ModelConfig.from_hf(vars(tiny_model().config)["hf"])
+    assert rescale(config) == config
+    theta = rescale(config, theta=5e5, window=256)
+    assert (theta.rope_theta, theta.max_position_embeddings) == (5e5, 256)
+    assert theta.rope_scaling == config.rope_scaling
+    both = rescale(config, RopeScaling("yarn", 2.0), 5e5, 256)
+    assert (both.rope_theta, both.max_position_embeddings) == (5e5, 256)
+    assert both.rope_scaling == RopeScaling("yarn", 2.0, 64)  # of the old window, not the new
+
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "a")
+    asked = Llama.from_pretrained(tmp_path / "a", rope_theta=5e5)
+    model.config = theta
+    tokens = torch.arange(90).view(1, 90)
+    assert torch.equal(asked(tokens), model(tokens))
+    assert asked.config.max_position_embeddings == 64
+
+
 def test_window_of_the_source_file_does_not_contradict_the_export(tiny_model, tmp_path):
     """transformers 5 lets a top-level original_max_position_embeddings win over the scaling: it
     must not be left there."""

@@ -513,6 +513,49 @@ def test_yarn_stage_extends_the_window(workplace, uninterrupted, tmp_path, capsy
     assert math.isfinite(metrics(out, "validation_loss")[0])
 
 
+def test_another_base_and_window_are_trained_exported_and_part_of_the_run(workplace, uninterrupted,
+                                                                            tmp_path):
+    """Without a rule the window must be said; with one, "beyond it" may be said to be inside."""
+    words = ["--model", workplace / "whole" / "final", "--data", workplace / "corpus",
+             "--sequence-length", 256, "--steps", 1, "--device", "cpu", "--validation-sequences", 0]
+    with pytest.raises(SystemExit, match="beyond the model's window of 64"):
+        stage1(*words, "--rope-theta", 5e5, "--out", tmp_path / "none")
+    stage1(*words, "--rope-theta", 5e5, "--new-window", 256, "--out", tmp_path / "theta")
+    config = read_config(tmp_path / "theta" / "final")
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling.kind == "default"
+    assert config.max_position_embeddings == 256
+    shutil.rmtree(tmp_path / "theta" / "final")
+    with pytest.raises(SystemExit, match="--rope-theta is 4.0, but .* has 500000.0"):
+        stage1(*words, "--rope-theta", 4, "--new-window", 256, "--resume", "--out",
+               tmp_path / "theta")
+
+    small = ("--rope-kind", "yarn", "--rope-factor", 2)
+    with pytest.raises(SystemExit, match="beyond the model's window of 128"):
+        stage1(*words, *small, "--out", tmp_path / "none")
+    stage1(*words, *small, "--new-window", 256, "--out", tmp_path / "small")
+    config = read_config(tmp_path / "small" / "final")
+    assert config.rope_scaling.factor == 2
+    assert config.rope_scaling.original_max_position == 64
+    assert config.max_position_embeddings == 256
+
+
+def test_stored_order_reaches_the_data(workplace, tmp_path):
+    """Documents as they stand in the corpus: the first step's loss is that of its first tokens."""
+    losses = {}
+    for name, more in (("shuffled", ()), ("stored", ("--stored-order",))):
+        stage1(*command(workplace, tmp_path / name, *more, steps=1))
+        losses[name] = metrics(tmp_path / name)[0]
+    tokenizer = data.load_tokenizer(workplace / "tokenizer")
+    corpus = data.PackedDataset(workplace / "corpus", "train", 64, 0, tokenizer=tokenizer,
+                                stored_order=True)
+    model = Llama(read_config(workplace / "config.json")).initialise(0)
+    batch = data.batch(corpus, 0, 2)
+    total, targets = model.loss(batch.tokens, batch.targets)
+    assert losses["stored"] == pytest.approx((total / targets).item(), rel=1e-6)
+    assert losses["shuffled"] != losses["stored"]
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}
 # what published config.json files say, and the window their models have

@@ -471,17 +471,16 @@ class Laboratory:
 
     def all(self, jobs: list[tuple], workers: int, what: str) -> None:
         """`make` all of them, so many at a time."""
-        bar = tqdm(total=len(jobs), desc=what, unit="run")
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=what) as bar:
+            futures = [pool.submit(self.make, *job) for job in jobs]
             try:
-                futures = [pool.submit(self.make, *job) for job in jobs]
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
-            finally:  # after an error or Ctrl-C, nothing new begins
+            except BaseException:  # an error, Ctrl-C or SIGTERM
                 pool.shutdown(wait=False, cancel_futures=True)
-                self.close() if bar.n < len(jobs) else None
-        bar.close()
+                self.close()
+                raise
 
 
 def write_shapes(text: Path) -> None:

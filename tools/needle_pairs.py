@@ -108,12 +108,17 @@ def hop_pair(tokenizer: Tokenizer, passage, length: int, depth: float, rng: rand
         if room < 1:
             raise ValueError(f"length {length} is too small for {len(facts)} facts and a question")
         body = passage[:room]
-        # from the last place to the first, so that a fact moves no later one's place
         places = [insertion_point(tokenizer, body, round(share * room)) for share in depths]
-        for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
-            body[place:place] = fact
-        tokens = head + body + tail + answer
-        pair.append(Prompt(tokens, length - len(answer), len(head) + places[0], number, task, name))
+        tokens = list(head)
+        previous = 0
+        for place, fact in sorted(zip(places, facts, strict=True)):
+            tokens += body[previous:place]
+            if fact is facts[0]:
+                needle_start = len(tokens)
+            tokens += fact
+            previous = place
+        tokens += body[previous:] + tail + answer
+        pair.append(Prompt(tokens, length - len(answer), needle_start, number, task, name))
     return tuple(pair)
 
 

@@ -581,6 +581,18 @@ def rank_shapes(plan: Plan) -> str:
             f"q ({rows}, {heads}, {inside}, {config.head_dim}), k and v with {kv_heads} heads")
 
 
+def hop_shapes(plan: Plan) -> str:
+    """What a rank sends to the next one of its ring in each layer: a line for people."""
+    config = plan.config
+    shape = (plan.micro_batch, config.num_key_value_heads // plan.tp, plan.length // plan.cp,
+             config.head_dim)
+    mib = plan.sizes()["kv"] / 2**20
+    wide = mib * 4 / plan.itemsize
+    return (f"k and v {shape} each, {mib:,.0f} MiB together, {plan.cp - 1} times forward and again "
+            f"backward; there also dk and dv, {plan.cp} times, {mib:,.0f} MiB and then, in "
+            f"float32, {wide:,.0f}; from each rank to rank + {plan.tp}, from the last to the first")
+
+
 def options_of(plan: Plan) -> str:
     """A plan as the options of a command."""
     options = (f"--processes {plan.processes} --tp {plan.tp} --cp {plan.cp} "
@@ -646,6 +658,8 @@ def print_plan(plan: Plan, name: str, device: Device, why: str) -> None:
     print(title)
     print(f"attention by {plan.kernel} ({why})")
     print("a rank: " + rank_shapes(plan))
+    if plan.cp > 1:
+        print("a hop of the ring: " + hop_shapes(plan))
     print_memory(plan, device)
     print_times(plan, device)
 

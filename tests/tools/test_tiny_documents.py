@@ -49,6 +49,26 @@ def test_retrieval_documents_have_their_lengths_and_lose_on_answers_that_they_co
             assert answer in text
 
 
+def test_pieces_are_the_document_cut_between_facts(place):
+    place, tokenizer = place
+    more = ("--chat-share", 0, "--most-facts", 9, "--length", 600)
+    whole = PackedDataset(made(place, "retrieval", "whole", *more), "train", 8, 0, "none")
+    cut = PackedDataset(made(place, "retrieval", "cut", *more, "--pieces", 3), "train", 8, 0, "none")
+    tokens, mask = whole.document(0)
+    ends = np.cumsum(cut.lengths)
+    count = int(np.searchsorted(ends, len(tokens))) + 1  # pieces of the first document
+    assert ends[count - 1] == len(tokens)
+    assert 1 < count <= 3
+    pieces = [cut.document(i) for i in range(count)]
+    assert np.array_equal(np.concatenate([piece for piece, _ in pieces]), tokens)
+    assert np.array_equal(np.concatenate([loss for _, loss in pieces]), mask)
+    texts = [tokenizer.decode(piece.tolist()) for piece, _ in pieces]
+    facts = re.findall(r"The (?:magic number of \w+|pass key) is \d{5}\.", "".join(texts))
+    assert sum(text.count(fact) for text in texts for fact in set(facts)) == len(facts)
+    assert not any("What is" in text for text in texts[:-1])
+    assert len(cut.lengths) > 20
+
+
 def test_every_second_chat_sample_hides_a_fact_and_all_fit(place):
     place, tokenizer = place
     lines = made(place, "chat", "chat.jsonl").read_text().splitlines()
