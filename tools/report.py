@@ -3,13 +3,14 @@
     python -m tools.report out/experiments --text docs/experiments_text.md \\
         --out docs/experiments.md --figures assets
 
-What people say stands in --text, so a new run loses none of it. Two kinds of lines in it stand for
-what is measured, {{experiment NAME}} and {{output COMMAND}}. A mean is given with its 95 % interval
-over seeds (Student's t). Rows are compared in pairs: both of a pair have the same seed, and so
-base, data and prompts; a difference is called one if its interval excludes zero.
+What people say stands in --text, so a new run loses none of it. Lines of it stand for what is
+measured: {{experiment NAME}}, {{model NAME}}, {{output COMMAND}}, {{machine}}. A mean is given
+with its 95 % interval over seeds (Student's t). Rows are compared in pairs: both of a pair have the
+same seed, and so base, data and prompts; a difference is called one if its interval excludes zero.
 """
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -22,10 +23,11 @@ from typing import NamedTuple
 
 import torch
 
-from data import write_complete
+from data import read_object, write_complete
 from parallel import one_line_errors
-from tools.experiment import EXPERIMENTS, ROOT, Cell, Record, Run, Table, read_records, runs_of
+from tools.experiment import ROOT, Record, read_records
 from tools.plot import png
+from tools.variants import EXPERIMENTS, MODEL_EXPERIMENTS, Cell, Run, Table, runs_of
 from train import Parser, directory, existing, writable
 
 # the 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
@@ -69,14 +71,16 @@ def paired(values: list[float], reference: list[float]) -> Interval:
 
 
 class Results(NamedTuple):
-    """An experiment's records, and the seeds for which it is complete."""
+    """An experiment's records, the seeds for which it is complete, and the size of all."""
 
     records: dict[tuple[int, Run], Record]
     seeds: list[int]
+    size: dict
 
     def of(self, cell: Cell) -> list[float]:
         """A cell's value for each seed."""
-        return [self.records[seed, cell.run].values[cell.value] for seed in self.seeds]
+        name = cell.value.format(**self.size)
+        return [self.records[seed, cell.run].values[name] for seed in self.seeds]
 
     def difference(self, table: Table, row: str, column: str) -> Interval:
         """Of a row from the one that others are compared with."""
@@ -84,10 +88,10 @@ class Results(NamedTuple):
                       self.of(table.rows[table.reference][column]))
 
 
-def read_results(out: Path, name: str) -> Results:
+def read_results(out: Path, name: str, tables: list[Table]) -> Results:
     """ValueError if an experiment is not complete for two seeds."""
     records = read_records(out)
-    runs = runs_of(name)
+    runs = runs_of(tables)
     seeds = []
     for seed in sorted({seed for seed, _ in records}):
         if all((seed, run) in records for run in runs):
@@ -95,7 +99,7 @@ def read_results(out: Path, name: str) -> Results:
     if len(seeds) < 2:
         raise ValueError(f"{out}: {name} is complete for {len(seeds)} seeds, two are needed: "
                          f"python -m tools.experiment {name} --out {out}")
-    return Results(records, seeds)
+    return Results(records, seeds, read_object(out / "recipe.json")["size"])
 
 
 def compared(table: Table) -> list[tuple[str, str]]:
@@ -158,13 +162,20 @@ def sensitivity(table: Table, results: Results) -> str:
             f"{len(differences) / 20:.1f} would be by chance.")
 
 
-def cost(name: str, results: Results) -> str:
+def cost(tables: list[Table], results: Results) -> str:
     """What an experiment takes, from the CPU seconds of its runs."""
-    runs = runs_of(name)
+    runs = runs_of(tables)
     seconds = sum(results.records[seed, run].seconds for seed in results.seeds for run in runs)
     seeds = ", ".join(map(str, results.seeds))
-    return (f"{len(runs)} runs a seed; seeds {seeds}: {seconds / 120:.0f} minutes on two cores "
-            "when run alone, text, documents and bases not counted")
+    return (f"{len(runs)} runs a seed; seeds {seeds}: {seconds / 120:.0f} minutes on two cores, if "
+            "no other experiment shares them.")
+
+
+def processor() -> str:
+    """The name of this machine's CPU."""
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", file.read_text()) if file.exists() else []
+    return names[0] if names else "an unknown CPU"
 
 
 def shared_cost(out: Path) -> str:
@@ -172,7 +183,8 @@ def shared_cost(out: Path) -> str:
     made = [record for record in read_records(out).values() if not record.values]
     seeds = len({record.seed for record in made})
     minutes = sum(record.seconds for record in made) / 120
-    return f"Text, documents and bases of {seeds} seeds: {minutes:.0f} minutes on two cores"
+    return (f"Text, documents and bases of {seeds} seeds, which all share: {minutes:.0f} minutes "
+            f"on two cores (torch {torch.__version__}, {processor()}).")
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -212,9 +224,11 @@ def dots_figure(table: Table, results: Results) -> bytes:
     down = math.ceil(len(titles) / across)
     size = (3 + 3.6 * across, down * (1.2 + 0.42 * len(table.rows)))
     figure = Figure(figsize=size, dpi=80, layout="constrained", facecolor="white")
-    panels = figure.subplots(down, across, squeeze=False, sharey=True)
-    for panel, title in zip(panels.flat, titles, strict=True):
+    panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    for panel, title in zip(panels[:len(titles)], titles, strict=True):
         draw_dots(panel, table, results, title)
+    for panel in panels[len(titles):]:
+        panel.set_axis_off()
     figure.supxlabel(f"{table.unit}: seeds (small), mean with its 95 % interval; filled: differs "
                      f"from “{table.reference}” (blue)", fontsize=13)
     return png(figure)
@@ -255,20 +269,64 @@ def draw(tables: list[Table], results: Results) -> bytes:
 # --------------------------------------------------------------------------------------------- page
 
 
-def experiment_section(name: str, out: Path, figures: Path, page: Path) -> str:
-    """Command, figure and tables of an experiment; the figure is written."""
-    results = read_results(out, name)
-    tables = EXPERIMENTS[name]
-    figure = figures / f"experiment-{name}.png"
-    write_complete(figure, draw(tables, results))
-    address = Path(os.path.relpath(figure, page.parent)).as_posix()
-    seeds = " ".join(map(str, results.seeds))
-    parts = [f"```bash\npython -m tools.experiment {name} --seeds {seeds} --out {out}\n```",
-             cost(name, results) + ".", f"![{name}]({address})"]
-    for table in tables:
-        parts += [means_table(table, results), differences_table(table, results),
-                  sensitivity(table, results)]
-    return "\n\n".join(parts)
+class Page(NamedTuple):
+    """Where the results of a page are, and where it and its figures go."""
+
+    experiments: Path
+    on_model: Path | None  # results with --model
+    figures: Path
+    out: Path
+
+    def experiment(self, name: str) -> str:
+        """Command, figure and tables of an experiment with the tiny model."""
+        tables = EXPERIMENTS[name]
+        results = read_results(self.experiments, name, tables)
+        command = f"python -m tools.experiment {name} --out {self.experiments}"
+        return self.section(f"experiment-{name}", tables, results, command, cost(tables, results))
+
+    def model(self, name: str) -> str:
+        """The same with a real checkpoint, if there are results."""
+        if not self.on_model:
+            return "Not measured: no GPU was at hand."
+        tables = MODEL_EXPERIMENTS[name]
+        results = read_results(self.on_model, name, tables)
+        command = f"python -m tools.experiment {name} --model $M --out {self.on_model}"
+        seeds = ", ".join(map(str, results.seeds))
+        return self.section(f"model-{name}", tables, results, command, f"Seeds {seeds}.")
+
+    def section(self, name: str, tables: list[Table], results: Results, command: str,
+                note: str) -> str:
+        """The Markdown of an experiment; its figure is written."""
+        figure = self.figures / f"{name}.png"
+        write_complete(figure, draw(tables, results))
+        address = Path(os.path.relpath(figure, self.out.parent)).as_posix()
+        seeds = " ".join(map(str, results.seeds))
+        parts = [f"```bash\n{command} --seeds {seeds}\n```", note, f"![{name}]({address})"]
+        for table in tables:
+            parts += [means_table(table, results), differences_table(table, results),
+                      sensitivity(table, results)]
+        return "\n\n".join(parts)
+
+    def fill(self, text: str) -> str:
+        """`text` with its {{...}} lines replaced."""
+        parts = []
+        for line in text.splitlines():
+            match = re.fullmatch(r"\{\{(\w+) ?(.*)\}\}", line)
+            kind, argument = match.groups() if match else ("", "")
+            if kind == "experiment" and argument in EXPERIMENTS:
+                line = self.experiment(argument)
+            elif kind == "model" and argument in MODEL_EXPERIMENTS:
+                line = self.model(argument)
+            elif kind == "output":
+                line = output_section(argument)
+            elif kind == "machine":
+                line = shared_cost(self.experiments)
+            elif match:
+                raise ValueError(f"{line}: unknown; use experiment with one of "
+                                 f"{', '.join(EXPERIMENTS)}, model with one of "
+                                 f"{', '.join(MODEL_EXPERIMENTS)}, output with a command, machine")
+            parts.append(line)
+        return "\n".join(parts) + "\n"
 
 
 def output_section(command: str) -> str:
@@ -282,36 +340,11 @@ def output_section(command: str) -> str:
     return f"```\n$ {command}\n{result.stdout.rstrip()}\n```"
 
 
-def processor() -> str:
-    """The name of this machine's CPU."""
-    file = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", file.read_text()) if file.exists() else []
-    return names[0] if names else "an unknown CPU"
-
-
-def fill(text: str, out: Path, figures: Path, page: Path) -> str:
-    """`text` with its {{...}} lines replaced."""
-    parts = []
-    for line in text.splitlines():
-        match = re.fullmatch(r"\{\{(\w+) ?(.*)\}\}", line)
-        kind, argument = match.groups() if match else ("", "")
-        if kind == "experiment" and argument in EXPERIMENTS:
-            line = experiment_section(argument, out, figures, page)
-        elif kind == "output":
-            line = output_section(argument)
-        elif kind == "machine":
-            line = (f"{shared_cost(out)} (torch {torch.__version__}, {processor()}).")
-        elif match:
-            raise ValueError(f"{line}: unknown; use experiment with one of "
-                             f"{', '.join(EXPERIMENTS)}, output with a command, or machine")
-        parts.append(line)
-    return "\n".join(parts) + "\n"
-
-
 def parser() -> Parser:
     parser = Parser("Write the page of all experiments.")
     add = parser.add_argument
     add("experiments", type=directory, help="--out of tools.experiment")
+    add("--on-model", type=existing, help="the same of its --model, where there is one")
     add("--text", type=existing, required=True, help="the page without numbers, see above")
     add("--out", type=writable, required=True, help="the page, Markdown")
     add("--figures", type=directory, required=True, help="directory for experiment-NAME.png")
@@ -321,8 +354,10 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         a = parser().parse_args(argv)
-        page = fill(a.text.read_text(), a.experiments, a.figures, a.out)
-        write_complete(a.out, page.encode())
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("figures need matplotlib: pip install -r requirements-dev.txt")
+        page = Page(a.experiments, a.on_model, a.figures, a.out)
+        write_complete(a.out, page.fill(a.text.read_text()).encode())
 
 
 if __name__ == "__main__":

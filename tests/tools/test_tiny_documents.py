@@ -53,7 +53,8 @@ def test_pieces_are_the_document_cut_between_facts(place):
     place, tokenizer = place
     more = ("--chat-share", 0, "--most-facts", 9, "--length", 600)
     whole = PackedDataset(made(place, "retrieval", "whole", *more), "train", 8, 0, "none")
-    cut = PackedDataset(made(place, "retrieval", "cut", *more, "--pieces", 3), "train", 8, 0, "none")
+    place_of_cut = made(place, "retrieval", "cut", *more, "--pieces", 3)
+    cut = PackedDataset(place_of_cut, "train", 8, 0, "none")
     tokens, mask = whole.document(0)
     ends = np.cumsum(cut.lengths)
     count = int(np.searchsorted(ends, len(tokens))) + 1  # pieces of the first document
