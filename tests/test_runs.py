@@ -18,6 +18,7 @@ import sft
 import train
 from parallel import Grid
 from tools import plan, ruler
+from tools.variants import EXPERIMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "runs").iterdir()
@@ -76,7 +77,7 @@ if program and "--out" in arguments:
 def environment(**changes: str) -> dict[str, str]:
     """This process's, without what the recipes read from it."""
     ours = {"GPU", "GPUS", "TP", "CP", "MEMORY", "LAUNCH", "WAIT", "SAMPLES", "NPROC", "BATCH",
-            "ROWS", "LR1", "LR2", "DTYPE"}
+            "ROWS", "LR1", "LR2", "DTYPE", "SEEDS", "SIZE"}
     return {name: value for name, value in os.environ.items() if name not in ours} | changes
 
 
@@ -538,11 +539,33 @@ def test_commands_of_tiny(record, processes):
     assert "-m tools.chat out/tiny-0/stage2/final" in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.parametrize("variables, page", [
+    ({}, "docs/experiments.md"),
+    ({"SIZE": "toy", "SEEDS": "0 1"}, "out/experiments/experiments.md"),
+])
+def test_commands_of_experiments(record, tmp_path, variables, page):
+    """All there are, then the page; a toy's is not put among the documents."""
+    for folder in ("docs", "assets", "out/experiments"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "docs" / "experiments_text.md").touch()
+    result, commands = record("runs/experiments.sh", **variables)
+    assert result.returncode == 0, result.stderr
+    check_all(commands)
+    made = of(commands, "tools.experiment")
+    assert sorted(parts(command)[2][0] for command in made) == sorted(EXPERIMENTS)
+    assert commands[:-1] == made
+    for command in made:
+        assert command[command.index("--seeds") + 1:][:2] == ["0", "1"]
+        assert value(command, "--size") == variables.get("SIZE", "full")
+    [report] = of(commands, "tools.report")
+    assert value(report, "--out") == page
+
+
 # ------------------------------------------------------------------------- README and docs
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/memory.md",
-                                  "docs/recipes.md", "docs/grids.md"])
+                                  "docs/recipes.md", "docs/grids.md", "docs/experiments.md"])
 def test_commands_of_the_documentation(page, record, tmp_path):
     """Every program in a page's code blocks exists, and takes the options that it is given there
     (but for benchmarks, which only have to be there)."""

@@ -202,7 +202,7 @@ def draw_dots(panel, table: Table, results: Results, column: str) -> None:
             differs = results.difference(table, row, column).excludes_zero
             edge = VERMILION if differs else GREY
             face = edge if differs else "white"
-        panel.plot(values, [place] * len(values), "o", color="#cccccc", markersize=4, zorder=1)
+        panel.plot(values, [place] * len(values), "o", color="#aaaaaa", markersize=4, zorder=1)
         panel.errorbar(mean, place, xerr=half, fmt="o", color=edge, markerfacecolor=face,
                        markersize=9, capsize=4, linewidth=2, zorder=2)
         if row == table.reference:
@@ -229,8 +229,8 @@ def dots_figure(table: Table, results: Results) -> bytes:
         draw_dots(panel, table, results, title)
     for panel in panels[len(titles):]:
         panel.set_axis_off()
-    figure.supxlabel(f"{table.unit}: seeds (small), mean with its 95 % interval; filled: differs "
-                     f"from “{table.reference}” (blue)", fontsize=13)
+    figure.supxlabel(f"{table.unit}: seeds (small), mean with its 95 % interval.  Filled: differs "
+                     f"from “{table.reference}” (blue), hollow: not seen to", fontsize=13)
     return png(figure)
 
 

@@ -239,12 +239,21 @@ def test_one_experiment_killed_and_continued(tmp_path):
     records = [json.loads(line) for line in lines]
     assert len({(record["seed"], *record["run"]) for record in records}) == len(records)
     assert len(records) == before + 2 * len(runs_of(EXPERIMENTS["steps"]))
-    assert not list((out / "work").iterdir())
     for record in records[before:]:
         assert {"needles 128", "needles 512", "needles 2048"} < record["values"].keys()
         assert record["seconds"] > 0
     said = (out / "log.txt").read_text()
     assert said.count("--new-window 512") == 2 * 2  # the first of two steps, twice a seed, at most
+
+    # the page
+    pytest.importorskip("matplotlib")
+    (tmp_path / "text.md").write_text("{{experiment steps}}\n")
+    report.main([str(out), "--text", str(tmp_path / "text.md"), "--out", str(tmp_path / "page.md"),
+                 "--figures", str(tmp_path)])
+    page = (tmp_path / "page.md").read_text()
+    assert "4 runs a seed; seeds 0, 1:" in page
+    for row in EXPERIMENTS["steps"][0].rows:
+        assert f"| {row} | 0.0 ± 0.0 | " in page
 
     # all is there: nothing runs
     experiment.main(words)
