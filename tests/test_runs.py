@@ -63,6 +63,7 @@ if program and "--out" in arguments:
         "tools.train_tokenizer": "tokenizer.model",
         "tools.prepare": "meta.json",
         "tools.chat_blend": "train.jsonl",
+        "tools.experiment": "runs.jsonl",
     }
     if program in ("train.py", "sft.py"):
         os.makedirs(os.path.join(out, "final"), exist_ok=True)
