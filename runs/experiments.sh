@@ -10,7 +10,7 @@ OUT=${1:-out/experiments} SEEDS=${SEEDS:-0 1 2 3 4} SIZE=${SIZE:-full}
 bash runs/setup.sh
 PATH="$PWD/.venv/bin:$PATH"
 
-for name in rope factor separator mask steps short base depth; do
+for name in rope factor separator mask steps short hops base depth; do
   python -m tools.experiment "$name" --seeds $SEEDS --size "$SIZE" --out "$OUT"
 done
 PAGE=docs FIGURES=assets

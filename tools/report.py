@@ -14,7 +14,6 @@ import importlib.util
 import math
 import os
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -331,10 +330,9 @@ class Page(NamedTuple):
 
 def output_section(command: str) -> str:
     """A command, and what it prints. ValueError if it fails."""
-    words = shlex.split(command)
-    if words[0] == "python":
-        words[0] = sys.executable
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # this python
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, text=True,
+                            capture_output=True, env=os.environ | {"PATH": path})
     if result.returncode:
         raise ValueError(f"{command}: {result.stderr.strip()}")
     return f"```\n$ {command}\n{result.stdout.rstrip()}\n```"

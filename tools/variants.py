@@ -199,22 +199,38 @@ def stage2(steps: str, out: str) -> str:
             f"--warmup-steps 0 {COMMON} --out {{run}}/{out}")
 
 
-def before_and_after_stage2() -> Table:
+def both_stages() -> Run:
     """One stage 1, and stage 2 on two numbers of samples; all asked in both ways."""
     run = [stage1(steps="{all}"), stage2("{few}", "few"), stage2("{many}", "many"), pairs("hops")]
-    rows = {"after stage 1": "stage1", "stage 2, 320 samples": "few",
-            "stage 2, 1,280 samples": "many"}
-    models = {f"{{run}}/{name}/final": name for name in rows.values()}
-    for model, name in models.items():
+    for name in ("stage1", "few", "many"):
+        model = f"{{run}}/{name}/final"
         run.append(needles(model, out=f"{name}-plain"))
         run.append(needles(model, more="--prompt chat", out=f"{name}-chat"))
+    return tuple(run)
+
+
+def facts_and_hops() -> Table:
+    """What needles of 100 % say: a needle alone, one of several facts, and two facts in a row."""
+    values = {"a needle alone": "stage1-plain 2048",
+              "one fact, three other numbers beside it": "hops one fact 2048",
+              "two facts": "hops two facts 2048"}
+    run = both_stages()
+    return Table({row: {"2,048": Cell(run, value)} for row, value in values.items()},
+                 "one fact, three other numbers beside it")
+
+
+def before_and_after_stage2() -> Table:
+    """A base, and what both stages make of it."""
+    rows = {"after stage 1": "stage1", "stage 2, 320 samples": "few",
+            "stage 2, 1,280 samples": "many"}
+    run = both_stages()
     untrained = {"plain": (needles(base(), YARN),),
                  "chat": (needles(base(), YARN, "--prompt chat"),)}
     cells = {"base with YaRN, untrained": {}}
     for form, of_base in untrained.items():
         cells["base with YaRN, untrained"] |= by_length(form, of_base)
         for row, name in rows.items():
-            cells.setdefault(row, {}).update(by_length(form, tuple(run), f"{name}-{form}"))
+            cells.setdefault(row, {}).update(by_length(form, run, f"{name}-{form}"))
     return Table(cells, "after stage 1")
 
 
@@ -286,6 +302,7 @@ EXPERIMENTS = {
         | by_length("120 steps", in_two_steps("{steps}")),
     }, "one step to 2,048")],
     "short": [before_and_after_stage2()],
+    "hops": [facts_and_hops()],
     "base": [Table({
         "no scaling": of_bases(""),
         "YaRN, s = 8": of_bases(yarn(8)),

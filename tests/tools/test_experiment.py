@@ -195,7 +195,7 @@ def test_the_page_has_the_text_and_what_was_measured(made_up):
 @pytest.mark.parametrize("line, message", [
     ("{{experiment nothing}}", "{{experiment nothing}}: unknown; use experiment with one of rope"),
     ("{{experiment rope}}", "rope is complete for 0 seeds, two are needed: python -m tools.exp"),
-    ("{{output python -c 1/0}}", "python -c 1/0: "),
+    ("{{output python -c 1/0 | cat}}", "python -c 1/0 | cat: "),
     ("{{what}}", "{{what}}: unknown"),
 ])
 def test_a_page_that_cannot_be_made_is_one_line_and_no_file(line, message, made_up):
