@@ -14,7 +14,16 @@ from pathlib import Path
 
 from model import ModelConfig, read_config
 from parallel import Grid
-from tools.plan import DEVICES, Device, Plan, fitting_plans, options_of, tokens_per_second
+from tools.plan import (
+    DEVICES,
+    Device,
+    Plan,
+    fitting_plans,
+    memory_parts,
+    options_of,
+    techniques,
+    tokens_per_second,
+)
 from train import forward_flops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,22 +101,14 @@ def main() -> None:
     for title, plan, device in others(config, read_config(ROOT / "runs" / "llama31_70b.json")):
         print(line(title, plan, device))
     print("\nwhere the memory goes: one of 8 ranks, tp 8, S = 1M, GiB")
-    plan = Plan(config, 2**20, 1, 1, 8, 1, 1, tile=2**40, kernel="cudnn")
-    steps = {"everything kept, no tiles": plan,
-             "blocks recomputed whole": replace(plan, recompute="block")}
-    steps["and tiles"] = replace(steps["blocks recomputed whole"], tile=None)
-    steps["out and lse kept (mlp)"] = replace(steps["and tiles"], recompute="mlp")
-    steps["mlp, kept on the host"] = replace(steps["out and lse kept (mlp)"], offload=True)
-    steps["and the optimizer"] = replace(steps["mlp, kept on the host"], offload_optimizer=True)
+    plan = Plan(config, 2**20, 1, 1, 8, 1, 1, kernel="cudnn")
+    steps = techniques(plan)
     print("| technique | weights, gradients, optimizer | kept by 32 blocks | at the worst moment "
           "beside it | total | on the host |")
     print("|---|---|---|---|---|---|")
     for name, step in steps.items():
-        memory = step.memory()
-        fixed = memory["weights"] + memory["gradients (float32)"] + memory["optimizer (float32)"]
-        kept = next(size for key, size in memory.items() if key.startswith("kept"))
-        total = sum(memory.values())
-        sizes = (fixed, kept, total - fixed - kept, total, step.on_host())
+        parts = memory_parts(step)
+        sizes = (*parts.values(), sum(parts.values()), step.on_host())
         cells = [f"{size / 2**30:.1f}" for size in sizes]
         print(f"| {name} | {' | '.join(cells)} |")
     print("\nthe last as a command: python -m tools.plan H100-80 --config runs/llama31_8b.json "

@@ -562,6 +562,39 @@ def cheapest(plan: Plan, device: Device, kernel_on: KernelOn) -> Plan | None:
     return None
 
 
+# ---------------------------------------------------------------------------- where memory goes
+
+
+def techniques(plan: Plan) -> dict[str, Plan]:
+    """What makes a long sequence fit, one technique after the other, from a plan of a grid."""
+    plain = replace(plan, tile=2**40)  # one tile holds everything
+    blocks = replace(plain, recompute="block")
+    tiles = replace(blocks, tile=None)
+    mlp = replace(tiles, recompute="mlp")
+    offload = replace(mlp, offload=True)
+    return {
+        "everything kept, no tiles": plain,
+        "blocks recomputed whole": blocks,
+        "and tiles": tiles,
+        "out and lse kept (mlp)": mlp,
+        "mlp, kept on the host": offload,
+        "and the optimizer": replace(offload, offload_optimizer=True),
+    }
+
+
+def memory_parts(plan: Plan) -> dict[str, float]:
+    """`Plan.memory` in three parts: what a step begins with, what its blocks leave for backward,
+    and what is there beside both at its worst moment."""
+    memory = plan.memory()
+    fixed = memory["weights"] + memory["gradients (float32)"] + memory["optimizer (float32)"]
+    kept = next((size for name, size in memory.items() if name.startswith("kept")), 0.0)
+    return {
+        "weights, gradients, optimizer": fixed,
+        f"kept by {plan.config.num_hidden_layers} blocks": kept,
+        "at the worst moment beside it": sum(memory.values()) - fixed - kept,
+    }
+
+
 # ----------------------------------------------------------------------------------------- tables
 
 

@@ -1,20 +1,23 @@
-"""Figures: heat maps of needles, curves of perplexity, several runs side by side, and what a RoPE
-rule does to each pair.
+"""Figures: heat maps of needles and curves of perplexity, several runs side by side; and pictures
+for a lecture, drawn from the code.
 
     python -m tools.plot compare before.json after.json --labels before "after stage 1" \\
         --figure compare.png
-    python -m tools.plot rope --factor 128 --figure yarn.png
+    python -m tools.plot rope --factor 128 --figure rope.png     # each pair before and after YaRN
+    python -m tools.plot ring --figure ring.png                  # who computes what, hop by hop
+    python -m tools.plot memory --figure memory.png              # where a GPU's memory goes
+    python -m tools.plot stream --figure stream.png              # documents become sequences
 
 The files are what --out of eval_niah.py or tools.perplexity has written; without --figure the
-tables alone are printed. `rope` has the options of rope_yarn.py.
+tables alone are printed. The pictures are those of tools/pictures.py; `rope` has the options of
+rope_yarn.py.
 """
 from __future__ import annotations
 
 import importlib.util
-import io
 import itertools
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +25,13 @@ import numpy as np
 from data import write_complete
 from eval_niah import accuracy_grid, lengths_inside, short_length, terminal_map
 from parallel import one_line_errors
-from rope_yarn import RopeScaling, add_rule_arguments, inverse_frequencies, shown_rule
+from rope_yarn import add_rule_arguments
 from tools.perplexity import perplexity_table
-from train import Parser, existing, option, positive, writable
+from tools.pictures import memory_picture, png, ring_picture, rope_picture, stream_picture
+from tools.plan import DEVICES
+from train import Parser, existing, nonnegative, nonnegative_number, option, positive, writable
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def draw_figure(runs: list[dict], labels: list[str]) -> bytes:
@@ -110,13 +117,6 @@ def draw_perplexity(runs: list[dict], labels: list[str]) -> bytes:
     return png(figure)
 
 
-def png(figure) -> bytes:
-    """A matplotlib figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def read_results(paths: list[Path], window: int | None) -> list[dict]:
     """What --out of needles or perplexity has written, all of one kind; `window` in place of their
     own. Raises ValueError."""
@@ -150,36 +150,15 @@ def accuracy_table(runs: list[dict], labels: list[str]) -> str:
     return "\n".join(lines)
 
 
-def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling) -> bytes:
-    """PNG of each pair's wavelength before and after, with the old window `length` and the new
-    one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    name = f"{scaling.kind}, s = {scaling.factor:g}"
-    for label, rule in (("RoPE", RopeScaling()), (name, scaling)):
-        inv_freq, _ = inverse_frequencies(head_dim, theta, rule)
-        wavelengths = 2 * math.pi / inv_freq
-        axes.semilogy(wavelengths.tolist(), marker=".", label=label)
-    axes.axhline(length, color="gray", linestyle=":", label=f"old window, {length:,}")
-    if scaling.kind != "llama3":  # whose factor is no ratio of windows
-        window = round(length * scaling.factor)
-        axes.axhline(window, color="gray", linestyle="--", label=f"new window, {window:,}")
-    axes.set(xlabel="frequency pair", ylabel="wavelength (tokens)",
-             title="What each frequency pair becomes")
-    axes.legend()
-    return png(figure)
-
-
 # ----------------------------------------------------------------------------------- command line
 
 
 png_file = option(writable, lambda path: path.suffix == ".png", "a PNG: a name that ends in .png")
+ring_size = option(int, lambda n: 2 <= n <= 4, "2, 3 or 4: more hops are not readable")
 
 
 def parser() -> Parser:
-    parser = Parser("Draw results side by side, or what a RoPE rule does to each pair.")
+    parser = Parser("Draw results side by side, or a picture for a lecture.")
     commands = parser.add_subparsers(dest="command", required=True)
     text = "results of eval_niah.py or tools.perplexity: a table, and a figure"
     compare = commands.add_parser("compare", help=text, description=text)
@@ -188,11 +167,43 @@ def parser() -> Parser:
     add("--labels", nargs="+", help="names of the runs (if not given: the files')")
     add("--window", type=positive, help="old window to mark (if not given: the results')")
     add("--figure", type=png_file, help="heat maps or curves, PNG")
+
     text = "wavelengths of each pair before and after a rule"
-    rope = commands.add_parser("rope", help=text, description=text)
+    rope = picture(commands, "rope", text, rope_picture)
     add_rule_arguments(rope)
-    rope.add_argument("--figure", type=png_file, required=True, help="PNG")
+
+    text = "who computes what at each hop of a ring, without and with documents masked apart"
+    add = picture(commands, "ring", text, ring_picture).add_argument
+    add("--cp", type=ring_size, default=4, help="ranks")
+    add("--documents", type=positive, nargs="+", metavar="TOKENS",
+        help="lengths of documents (if not given: three, whose borders halve chunks on 4 ranks)")
+
+    text = "where a GPU's memory goes, technique by technique"
+    add = picture(commands, "memory", text, memory_picture).add_argument
+    add("--config", type=existing, default=ROOT / "runs" / "llama31_8b.json", help="config.json")
+    add("--sequence-length", type=positive, default=2**20)
+    add("--tp", type=positive, default=8, help="tensor parallel")
+    add("--gpu", choices=tuple(DEVICES), default="H100-80")
+
+    text = "how documents become sequences, and how often each is drawn"
+    add = picture(commands, "stream", text, stream_picture).add_argument
+    add("--documents", type=positive, nargs="+", metavar="TOKENS", help="lengths of documents",
+        default=[24, 24, 24, 60, 60, 120])
+    add("--sequence-length", type=positive, default=100)
+    add("--short-length", type=nonnegative, default=40, help="documents below are short")
+    add("--long-length", type=nonnegative, default=80, help="documents above are long")
+    add("--short-weight", type=nonnegative_number, default=0.5, help="how often short ones occur")
+    add("--long-weight", type=nonnegative_number, default=2.0, help="how often long ones occur")
+    add("--seed", type=nonnegative, default=37)  # of many one whose first epoch shows it all
     return parser
+
+
+def picture(commands, name: str, text: str, draw: Callable) -> Parser:
+    """The command of a picture: `draw` makes a figure of the options."""
+    command = commands.add_parser(name, help=text, description=text)
+    command.add_argument("--figure", type=png_file, required=True, help="PNG")
+    command.set_defaults(draw=draw)
+    return command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -200,9 +211,8 @@ def main(argv: list[str] | None = None) -> None:
         a = parser().parse_args(argv)
         if a.figure and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--figure needs matplotlib: pip install -r requirements-dev.txt")
-        if a.command == "rope":
-            scaling = shown_rule(vars(a))
-            write_complete(a.figure, draw_rule(a.head_dim, a.theta, a.original_length, scaling))
+        if a.command != "compare":
+            write_complete(a.figure, png(a.draw(a), palette=True))
             return
         labels = a.labels or [path.stem for path in a.results]
         if len(labels) != len(a.results):
