@@ -7,6 +7,6 @@ and are imported by none.
     the paper's claims          experiment, report
 
 and, no programs, what they know of other people's data: records (files, and the documents in them),
-conversations (chat records), questions (benchmarks' records, and how an answer is scored); and
-variants (what is run in an experiment).
+conversations (chat records), questions (benchmarks' records, and how an answer is scored); and what
+two programs use: variants (the runs of experiments) and pictures (what plot draws for a lecture).
 """

@@ -25,14 +25,14 @@ import torch
 from data import read_object, write_complete
 from parallel import one_line_errors
 from tools.experiment import ROOT, Record, read_records
-from tools.plot import png
+from tools.pictures import BLUE, GREEN, GREY, VERMILION, png
 from tools.variants import EXPERIMENTS, MODEL_EXPERIMENTS, Cell, Run, Table, runs_of
 from train import Parser, directory, existing, writable
 
 # the 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
            2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064)
-BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"  # Okabe and Ito's
+
 
 # -------------------------------------------------------------------------------------- statistics
 
