@@ -232,7 +232,7 @@ def stage1_parser(planned: bool = False) -> Parser:
     add("--stored-order", action="store_true",
         help="ablation: documents as they stand in the corpus, not shuffled")
     add("--new-window", type=positive, help="ablation: tokens that the model is said to take (if "
-        "not given: old window x factor)")
+        "not given: old window x factor, which is what other programs expect)")
     add_extension_arguments(parser, "context extension (replaces the checkpoint's own)")
     return parser
 
