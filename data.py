@@ -896,7 +896,8 @@ class PackedDataset:
                  stored_order: bool = False) -> None:
         """tokenizer: the one the corpus was prepared with, which is checked (see read_meta);
         separator "none" needs none. short ... long_weight: see length_weights. stored_order: the
-        documents of an epoch as they stand in the corpus, where neighbours may be related."""
+        documents of an epoch as they stand in the corpus, where neighbours may be related.
+        ValueError with weights: a document that is drawn twice would follow its own copy."""
         meta = read_meta(directory, tokenizer)
         shards = meta["splits"].get(split)
         if not shards:
@@ -906,6 +907,9 @@ class PackedDataset:
         self.seed = seed
         self.document_mask = document_mask
         self.stored_order = stored_order
+        if stored_order and (short_weight, long_weight) != (1, 1):
+            raise ValueError("--stored-order with --short-weight or --long-weight: a document that "
+                             "is drawn twice would follow its own copy; leave both at 1")
         self.separator = separator_tokens(separator, tokenizer)  # (n,)
         # of each shard: (tokens, loss mask, lengths)
         self.arrays = [open_shard(Path(directory), shard) for shard in shards]
@@ -952,8 +956,8 @@ class PackedDataset:
         rounded = np.floor(shifted).astype(np.int64)
         repeats = np.diff(rounded, prepend=0)
         documents = np.repeat(np.arange(len(repeats)), repeats)  # (n,)
-        if self.stored_order:
-            return documents
+        if self.stored_order:  # from one on that the seed draws
+            return np.roll(documents, generator.integers(len(documents)))
         return documents[shuffled(len(documents), self.seed, epoch)]
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

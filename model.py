@@ -307,7 +307,10 @@ def rescale(config: ModelConfig, scaling: RopeScaling | None = None, theta: floa
     config = replace(config, rope_theta=theta or config.rope_theta)
     if scaling is not None:
         config = with_scaling(config, scaling)
-    return replace(config, max_position_embeddings=window or config.max_position_embeddings)
+    reached = config.max_position_embeddings
+    if window is not None and window < reached:  # a config.json with yarn could not say so
+        raise ValueError(f"--new-window {window} is below the {reached} that the model takes")
+    return replace(config, max_position_embeddings=window or reached)
 
 
 def with_scaling(config: ModelConfig, scaling: RopeScaling) -> ModelConfig:

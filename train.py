@@ -230,10 +230,10 @@ def stage1_parser(planned: bool = False) -> Parser:
     add("--cross-document-mask", dest="document_mask", action="store_true",
         help="ablation: documents do not see each other")
     add("--stored-order", action="store_true",
-        help="ablation: documents as they stand in the corpus, not shuffled")
+        help="ablation: training documents as they stand in a corpus, not shuffled")
     add("--new-window", type=positive, help="ablation: tokens that the model is said to take (if "
         "not given: old window x factor, which is what other programs expect)")
-    add_extension_arguments(parser, "context extension (replaces the checkpoint's own)")
+    add_extension_arguments(parser, "context extension (a rule replaces the checkpoint's own)")
     return parser
 
 
@@ -266,7 +266,7 @@ def stage1_datasets(options: Namespace, tokenizer: data.Tokenizer):
         return data.PackedDataset(
             path, split, options.sequence_length, options.seed, options.separator,
             options.short_length, options.long_length, short_weight, long_weight,
-            tokenizer, options.document_mask, options.stored_order)
+            tokenizer, options.document_mask, options.stored_order and split == "train")
 
     paths, weights = zip(*options.data, strict=True)
     drawn = (options.short_weight, options.long_weight)
@@ -663,6 +663,8 @@ def agreed_settings(options: Namespace, tokenizer: data.Tokenizer,
     settings = json.loads(json.dumps(settings, default=str, sort_keys=True))  # as a file has it
     for name, value in settings.items() if saved else ():
         before = saved["settings"].get(name)
+        if name not in saved["settings"] and not value:
+            continue  # of an earlier version, which had no such option
         if before != value:
             what = SPELLED.get(name, f"--{name.replace('_', '-')}")
             if name in ("model", "data", "tokenizer"):

@@ -27,7 +27,9 @@ import sys
 import sysconfig
 import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,7 +124,7 @@ class Laboratory:
     """Runs commands in a directory, each run once. What is there:
 
         recipe.json         what all runs have in common
-        text/               tokenizer, corpus, the bases' shapes; or corpus and RULER's prompts
+        text/               tokenizer, corpus, the bases' shapes; with --model the corpus alone
         seed-0/documents    documents of a seed
         seed-0/llama        a base; qwen2, qwen3
         work/               runs at work; each goes when its line is written
@@ -142,13 +144,17 @@ class Laboratory:
             "packages": sysconfig.get_paths()["purelib"]}
         content = json.dumps(recipe, indent=1).encode()
         file = self.out / "recipe.json"
-        if file.exists() and file.read_bytes() != content or not file.exists() and any(
-                path.name != LOCK for path in self.out.iterdir()):
-            raise ValueError(f"--out {out}: holds something else, or what another --size or an "
-                             "earlier version has made; choose another directory")
+        names = {path.name for path in self.out.iterdir()} - {LOCK}
+        if names and file.name not in names:
+            raise ValueError(f"--out {out}: holds files, but no experiments; choose another "
+                             "directory")
+        if names and file.read_bytes() != content:
+            raise ValueError(f"--out {out}: holds experiments of another --size or --model, or of "
+                             "an earlier version; choose another directory")
         write_complete(file, content)
-        shutil.rmtree(self.out / "work", ignore_errors=True)  # what a killed program has left
-        (self.out / "work").mkdir()
+        # what a killed program has left, whose last commands may still write there
+        shutil.rmtree(self.out / "work", ignore_errors=True)
+        (self.out / "work").mkdir(exist_ok=True)
         self.records = read_records(self.out)
         lines = [as_line(record) for record in self.records.values()]
         write_complete(self.out / "runs.jsonl", b"".join(lines))  # without one that is half
@@ -187,7 +193,10 @@ class Laboratory:
                 spoken = said.read().decode(errors="replace").replace("\r", "\n")
                 with open(self.out / "log.txt", "a") as log:
                     log.write(f"$ python {shlex.join(words)}\n{spoken}")
-        if child.returncode:
+        made = Path(words[words.index("--out") + 1])
+        if program in ("train.py", "sft.py"):  # stopped by a signal they end well, without it
+            made = made / "final"
+        if child.returncode or not made.exists():
             last = (spoken.strip().splitlines() or ["it said nothing"])[-1]
             raise ValueError(f"{program} has failed, see {self.out}/log.txt: {last}")
         return usage.ru_utime + usage.ru_stime
@@ -207,15 +216,19 @@ class Laboratory:
             if keep:
                 keep.parent.mkdir(exist_ok=True)
                 made.rename(keep)
-        with self.writing, open(self.out / "runs.jsonl", "ab") as file:
-            file.write(as_line(record))
+        with self.writing, open(self.out / "runs.jsonl", "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            line = as_line(record)
+            if file.write(line) < len(line):  # a full disk; half a line would spoil the next one
+                file.truncate(end)
+                raise OSError(f"{file.name}: not written, no space left on device")
             self.records[seed, run] = record
 
     def all(self, jobs: list[tuple], what: str) -> None:
         """`make` all of them, several at a time."""
         with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=len(jobs), desc=what) as bar:
-            futures = [pool.submit(self.make, *job) for job in jobs]
             try:
+                futures = [pool.submit(self.make, *job) for job in jobs]
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
@@ -254,17 +267,26 @@ def main(argv: list[str] | None = None) -> None:
         if a.name not in experiments:
             raise ValueError(f"{a.name} is none of {', '.join(experiments)}, which --model has")
         runs = runs_of(experiments[a.name])
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        seeds = list(dict.fromkeys(a.seeds))  # each once
         a.out.mkdir(parents=True, exist_ok=True)
-        with locked(a.out / LOCK):
+        with locked(a.out / LOCK), sigterm_as_ctrl_c():
             jobs = a.jobs or (1 if a.model else os.cpu_count())
             laboratory = Laboratory(a.out, a.size, a.model, jobs)
             text = laboratory.out / "text"
             laboratory.all([(MODEL_TEXT if a.model else TEXT, 0, text)], "text")
             if not a.model:
                 write_shapes(text)
-                prepare_seeds(laboratory, runs, a.seeds)
-            laboratory.all([(run, seed) for seed in a.seeds for run in runs], a.name)
+                prepare_seeds(laboratory, runs, seeds)
+            laboratory.all([(run, seed) for seed in seeds for run in runs], a.name)
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Both end the commands at work and the program, with one line."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGTERM, previous)
 
 

@@ -1,12 +1,12 @@
-"""Needles in pairs: two prompts that differ in one thing, so that its effect is measured alone.
+"""Needles in pairs: prompts that differ in one thing, so that its effect is measured alone.
 
     python -m tools.needle_pairs MODEL_DIR --pair border --haystack CORPUS --lengths 512 2048 \\
         --out border.json
 
 border: where does a document end? Either before the fact, so that fact and question stand in the
 same document, or between them. hops: how many facts does an answer take? One of five keys has the
-number of another; asked is for that other one's, or for its own. Numbers are those of the
-evaluation, in its words: see eval_niah.py.
+number of another; asked is for that other one's, or for its own; or, the third prompt, there is no
+fact but one. Numbers are those of the evaluation, in its words: see eval_niah.py.
 """
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tqdm import tqdm
 import data
 from data import Tokenizer
 from eval_niah import (
-    KEYS,
     OFFSETS,
     WORDING,
     Prompt,
@@ -52,7 +51,7 @@ def border_pair(tokenizer: Tokenizer, passage, length: int, depth: float, rng: r
                 task: str) -> tuple[Prompt, Prompt]:
     """A needle of `length` tokens with a border of documents in the middle of what stands before
     its fact, and the same with the border in the middle of what stands behind it."""
-    border = data.separator_tokens("<s>", tokenizer).tolist() + begin_of_text(tokenizer)
+    border = data.separator_tokens("<s>", tokenizer).tolist()
     prompt = build_prompt(tokenizer, passage, length - len(border), depth, rng, task)
     # 1. Where fact and question stand.
     wording = {name: part for name, part in WORDING[task].items() if name != "fact"}
@@ -74,63 +73,70 @@ def border_pair(tokenizer: Tokenizer, passage, length: int, depth: float, rng: r
     return tuple(pair)
 
 
-def hop_pair(tokenizer: Tokenizer, passage, length: int, depth: float, rng: random.Random,
-             task: str = "needle") -> tuple[Prompt, Prompt]:
-    """A prompt of `length` tokens that asks for the number of a key, whose fact is at `depth`, and
-    one that asks for the same number by way of a key that is said to have it. Three more keys
-    with other numbers are there: who guesses among numbers is right once in four."""
+def hop_prompts(tokenizer: Tokenizer, passage, length: int, depth: float, rng: random.Random,
+                task: str = "needle") -> tuple[Prompt, Prompt, Prompt]:
+    """Prompts of `length` tokens: with one fact, at `depth`; with three more keys and their
+    numbers, and a key that is said to have the first one's number; and the same, asked for that
+    key. Who guesses among the numbers is right once in four. What questions and facts leave is
+    text, the same one as far as there is room."""
     encode = tokenizer.encode_continued
     passage = passage[:length].tolist()
     text = tokenizer.decode_bytes(passage).lower()
     # 1. Keys and numbers that do not stand in the text, and what is said of them.
-    free = [key for key in KEYS if key.encode() not in text]
-    key, alias, *others = rng.sample(free, 2 + OTHERS)
-    numbers = set()
-    while len(numbers) < 1 + OTHERS:
-        numbers.add(draw_fact(rng, text, 5, "passkey")[1])
-    number, *wrong = rng.sample(sorted(numbers), 1 + OTHERS)
+    known = {}
+    while len(known) < 2 + OTHERS:
+        name, number = draw_fact(rng, text, 5, "needle")
+        if number not in known.values():
+            known[name] = number
+    (key, number), *others, (alias, _) = known.items()
 
     def stated(name: str, value: str) -> list[int]:
         opening, closing = WORDING["needle"]["fact"]
         return encode(opening.format(key=name)) + encode(value) + encode(closing)
 
     facts = [stated(key, number), encode(SAME_NUMBER.format(alias=alias, key=key))]
-    facts += [stated(*other) for other in zip(others, wrong, strict=True)]
+    facts += [stated(*other) for other in others]
     depths = [depth] + [rng.random() for _ in facts[1:]]
-    # 2. The same text for both, but for what the question takes.
-    pair = []
+    # 2. Where they go, in as much text as all of the prompts have.
+    head = begin_of_text(tokenizer)
+    answer = encode(number)
+    tails = {}
     for name in (key, alias):
         question, lead = (WORDING["needle"][part].format(key=name) for part in ("question", "lead"))
-        head = begin_of_text(tokenizer)
-        tail = encode(f"{question} {lead}")
-        answer = encode(number)
-        room = length - len(head) - len(tail) - len(answer) - sum(map(len, facts))
-        if room < 1:
-            raise ValueError(f"length {length} is too small for {len(facts)} facts and a question")
-        body = passage[:room]
-        places = [insertion_point(tokenizer, body, round(share * room)) for share in depths]
-        tokens = list(head)
+        tails[name] = encode(f"{question} {lead}")
+    room = length - len(head) - len(answer) - max(map(len, tails.values()))
+    common = room - sum(map(len, facts))
+    if common < 1:
+        raise ValueError(f"length {length} is too small for {len(facts)} facts and a question")
+    places = [insertion_point(tokenizer, passage[:common], round(x * common)) for x in depths]
+    # 3. The prompts.
+    prompts = []
+    for asked, count in ((key, 1), (key, len(facts)), (alias, len(facts))):
+        own = sorted(zip(places[:count], facts[:count], strict=True))
+        body = list(head)
         previous = 0
-        for place, fact in sorted(zip(places, facts, strict=True)):
-            tokens += body[previous:place]
+        for place, fact in own:
+            body += passage[previous:place]
             if fact is facts[0]:
-                needle_start = len(tokens)
-            tokens += fact
+                needle_start = len(body)
+            body += fact
             previous = place
-        tokens += body[previous:] + tail + answer
-        pair.append(Prompt(tokens, length - len(answer), needle_start, number, task, name))
-    return tuple(pair)
+        tail = tails[asked] + answer
+        left = length - len(body) - len(tail)
+        tokens = body + passage[previous:previous + left] + tail
+        prompts.append(Prompt(tokens, length - len(answer), needle_start, number, task, asked))
+    return tuple(prompts)
 
 
-PAIRS = {  # what makes them, and what the two are called
+PAIRS = {  # what makes them, and what they are called
     "border": (border_pair, ("same document", "another document")),
-    "hops": (hop_pair, ("one fact", "two facts")),
+    "hops": (hop_prompts, ("alone", "one fact", "two facts")),
 }
 
 
 def evaluate_pairs(model: Llama, tokenizer: Tokenizer, haystack, pair: str, lengths: list[int],
                    depths: list[float], samples: int, seed: int) -> dict[str, dict]:
-    """`eval_niah.summary` of the first prompts, and of the second ones, by what they are called."""
+    """`eval_niah.summary` of the first prompts, of the second ones, ..., by their names."""
     make, names = PAIRS[pair]
     reader = Reader(model)
     records = {name: {} for name in names}

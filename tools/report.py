@@ -152,7 +152,8 @@ def sensitivity(table: Table, results: Results) -> str:
     """How small a difference could have been seen, and how many were."""
     form = numbers(table)
     differences = [results.difference(table, *pair) for pair in compared(table)]
-    halves = sorted(difference.half for difference in differences)
+    # two rows that are one and the same model differ by 0 ± 0, which says nothing
+    halves = sorted(difference.half for difference in differences if difference.half)
     called = sum(difference.excludes_zero for difference in differences)
     unit = "points" if "%" in table.unit else "nats"
     return (f"A difference is seen from {halves[0]:{form}} to {halves[-1]:{form}} {unit} on, by "

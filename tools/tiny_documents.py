@@ -8,9 +8,10 @@
 A retrieval document is real text from the corpus's training split with facts hidden in it (worded
 as in the evaluation, numbers drawn anew) and questions about them at its end. Loss is on the
 answers and on a random share of the text, so that the model also learns to write text without the
-text drowning the few answers. With --pieces it is cut into several documents in a row, the last of
-which asks for facts of all. Chat samples are short: "what does this function do" from the corpus's
-own docstrings, and one in two a short retrieval document as a conversation.
+text drowning the few answers. With --relatives several documents in a row have the same facts, each
+in a text and in an order of its own, and each asks for them. Chat samples are short: "what does
+this function do" from the corpus's own docstrings, and one in two a short retrieval document as a
+conversation.
 """
 from __future__ import annotations
 
@@ -91,10 +92,10 @@ class Encoder:
 
 
 def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: random.Random,
-                       count: int, chat: bool, text_loss: float) -> tuple | None:
-    """(tokens, loss mask, places between facts where it may be cut) of exactly `length` tokens, or
-    None if so many facts do not fit."""
-    facts = draw_facts(rng, count)
+                       facts: list[Fact], begin: list[int], chat: bool,
+                       text_loss: float) -> tuple | None:
+    """(tokens, loss mask) of exactly `length` tokens, or None if these facts do not fit. `begin`:
+    the tokens with which it begins, if it is no chat."""
     # 1) the questions and their answers, which stand last
     tail, tail_mask = [], []
     for i, fact in enumerate(draw_questions(rng, facts)):
@@ -112,7 +113,7 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
     # 2) what is left for text; answers must also stand at the very last positions, so what follows
     #    the last one may be cut off
     cut = rng.randrange(len(after) + 1)
-    head = encode.open_user if chat else begin_of_text(encode.tokenizer)
+    head = encode.open_user if chat else begin
     hidden = [encode.with_number(fact.text, fact.number) for fact in facts]
     room = length + cut - len(head) - len(tail) - sum(map(len, hidden))
     if room < 0:
@@ -124,18 +125,15 @@ def retrieval_document(encode: Encoder, haystack: np.ndarray, length: int, rng: 
     places = sorted(rng.randrange(room + 1) for _ in hidden)
     tokens = list(head)
     mask = [False] * len(head)
-    borders = []
     previous = 0
     in_any_order = rng.sample(hidden, len(hidden))
     for place, fact in zip(places, in_any_order, strict=True):
-        tokens += window[previous:place]
-        borders.append(len(tokens))
-        tokens += fact
+        tokens += window[previous:place] + fact
         mask += window_mask[previous:place] + [False] * len(fact)  # nobody can guess a number
         previous = place
     tokens += window[previous:] + tail
     mask += window_mask[previous:] + tail_mask
-    return tokens[:length], mask[:length], borders
+    return tokens[:length], mask[:length]
 
 
 def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
@@ -146,23 +144,24 @@ def training_haystack(corpus: Path, tokenizer) -> np.ndarray:
 
 def retrieval_documents(tokenizer, haystack: np.ndarray, count: int, shortest: int, length: int,
                         most_facts: int, chat_share: float, text_loss: float, seed: int,
-                        pieces: int = 1):
-    """`count` documents for `write_corpus` of `length` tokens, or of any from `shortest` to it,
-    each cut into `pieces` documents at most: at places where a fact begins."""
+                        relatives: int = 1, begin: bool = True):
+    """`count` x `relatives` documents for `write_corpus` of `length` tokens, or of any from
+    `shortest` to it. `begin`: with begin-of-text, where the tokenizer has one."""
     encode = Encoder(tokenizer)
+    head = begin_of_text(tokenizer) if begin else []
     rng = random.Random(f"{seed} retrieval {length} {shortest}")
     for _ in range(count):
         size = round(math.exp(rng.uniform(math.log(shortest), math.log(length))))
-        document = None
-        while document is None:  # as many facts as fit
-            facts = rng.randint(1, most_facts)
+        documents = [None]
+        while None in documents:  # as many facts as fit
+            number = rng.randint(1, most_facts)
             chat = rng.random() < chat_share
-            document = retrieval_document(encode, haystack, size, rng, facts, chat, text_loss)
-        tokens, mask, borders = document
-        cuts = sorted(rng.sample(borders, min(pieces - 1, len(borders))))
-        for start, end in itertools.pairwise([0, *cuts, size]):
-            if start < end:  # two facts may stand side by side
-                yield "retrieval", tokens[start:end], mask[start:end]
+            facts = draw_facts(rng, number)
+            documents = [
+                retrieval_document(encode, haystack, size, rng, facts, head, chat, text_loss)
+                for _ in range(relatives)]
+        for document in documents:
+            yield ("retrieval", *document)
 
 
 def exchange(question: str, answer: str) -> list[dict]:
@@ -228,8 +227,10 @@ def parser() -> Parser:
     add("--most-facts", type=positive, default=3, help="of a retrieval document, 1 to this many")
     add("--chat-share", type=fraction, default=0.3, help="of retrieval documents, as conversations")
     add("--text-loss", type=fraction, default=0.1, help="share of a document's text with loss")
-    add("--pieces", type=positive, default=1,
-        help="retrieval: documents that each is cut into, in a row")
+    add("--relatives", type=positive, default=1,
+        help="retrieval: documents in a row that have the same facts, for each of --count")
+    add("--no-begin-of-text", dest="begin", action="store_false",
+        help="retrieval: documents that only their separator parts from the one before")
     add("--seed", type=int, default=0, help="another seed draws other documents")
     add("--out", type=Path, required=True, help="new corpus directory; chat: a .jsonl file")
     return parser
@@ -251,10 +252,10 @@ def main(argv: list[str] | None = None) -> None:
             haystack = training_haystack(a.corpus, tokenizer)
             documents = retrieval_documents(tokenizer, haystack, a.count, shortest, a.length,
                                             a.most_facts, a.chat_share, a.text_loss, a.seed,
-                                            a.pieces)
+                                            a.relatives, a.begin)
             write_corpus({"train": documents}, a.out, tokenizer)
-            print(f"wrote {a.out}: {a.count} retrieval documents of {shortest} to {a.length} "
-                  "tokens")
+            print(f"wrote {a.out}: {a.count * a.relatives} retrieval documents of {shortest} to "
+                  f"{a.length} tokens")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ MADE = "--corpus {text}/corpus --tokenizer {text}/tokenizer --seed {seed}"
 FACTS = f"tools.tiny_documents retrieval {MADE}"
 FOR_BASE = f"{FACTS} --chat-share 0.3 --count {{documents}}"
 FOR_STAGE1 = f"{FACTS} --text-loss 0.05"
+APART = f"{FOR_STAGE1} --chat-share 0 --no-begin-of-text"
 DOCUMENTS = (
     f"{FOR_BASE} --length 64 --most-facts 2 --out {{run}}/facts-64",
     f"{FOR_BASE} --length 128 --most-facts 4 --out {{run}}/facts-128",
@@ -54,9 +55,17 @@ DOCUMENTS = (
     "--out {run}/facts-long",
     f"{FOR_STAGE1} --shortest 64 --length 2045 --most-facts 24 --chat-share 0.4 --count {{mixed}} "
     "--out {run}/facts-mixed",
-    # four documents in a row, 2,048 tokens with their <s>: what the last asks, the first may know
-    f"{FOR_STAGE1} --length 2036 --most-facts 24 --chat-share 0 --pieces 4 --count {{long}} "
-    "--out {run}/pieces",
+    f"{FOR_STAGE1} --shortest 64 --length 509 --most-facts 8 --chat-share 0.4 --count {{mixed}} "
+    "--out {run}/facts-middle-mixed",
+    # without begin-of-text, and of lengths that fill no sequence: a separator alone parts them
+    f"{APART} --shortest 512 --length 2045 --most-facts 24 --count {{long}} "
+    "--out {run}/apart-long",
+    f"{APART} --shortest 64 --length 2045 --most-facts 24 --count {{mixed}} "
+    "--out {run}/apart-mixed",
+    f"{APART} --shortest 64 --length 125 --most-facts 4 --count {{short}} "
+    "--out {run}/apart-short",
+    f"{APART} --shortest 256 --length 600 --most-facts 6 --relatives 4 --count {{long}} "
+    "--out {run}/relatives",
     f"tools.tiny_documents chat {MADE} --length 128 --count {{documents}} --out {{run}}/chat.jsonl",
 )
 COMMON = "--seed {seed} --dtype float32 --weight-decay 0.05 --validation-sequences 0"
@@ -88,18 +97,21 @@ YARN = "--rope-kind yarn --rope-factor 16 --original-length 128"
 BLEND = ("{text}/corpus=0.04 {data}/facts-long=0.46 {data}/facts-mixed=0.28 "
          "{data}/facts-short=0.22 --short-length 1024 --short-weight 0.5 --long-length 2048 "
          "--long-weight 2")
-MIDDLE = BLEND.replace("facts-long", "facts-middle")
-# no up-sampling: a document that is drawn twice or not at all leaves its neighbours
-RELATED = "{text}/corpus=0.04 {data}/pieces=0.46 {data}/facts-mixed=0.28 {data}/facts-short=0.22"
+MIDDLE = BLEND.replace("facts-long", "facts-middle").replace("facts-mixed", "facts-middle-mixed")
+APART_BLEND = BLEND.replace("facts-", "apart-")
+RELATIVES = ("{text}/corpus=0.04 {data}/relatives=0.46 {data}/apart-mixed=0.28 "
+             "{data}/apart-short=0.22")
 
 
 def stage1(rule: str = YARN, more: str = "", steps: str = "{steps}", blend: str = BLEND,
-           length: int = 2048, model: str = base(), out: str = "stage1") -> str:
-    """Continued pretraining from `model`, 2,048 tokens a step."""
+           length: int = 2048, window: int = 2048, model: str = base(), warmup: int = 10,
+           out: str = "stage1") -> str:
+    """Continued pretraining from `model`, 2,048 tokens a step. `window`: what a rule reaches, if
+    that is more."""
     return words(
-        f"train.py --model {model} {rule} --new-window {length} --data {blend} "
+        f"train.py --model {model} {rule} --new-window {window} --data {blend} "
         f"--sequence-length {length} --batch-size {2048 // length} --steps {steps} "
-        f"--learning-rate 8e-4 --final-learning-rate 0.05 --warmup-steps 10 {more} {COMMON} "
+        f"--learning-rate 8e-4 --final-learning-rate 0.05 --warmup-steps {warmup} {more} {COMMON} "
         f"--out {{run}}/{out}")
 
 
@@ -155,18 +167,19 @@ def yarn(factor: int) -> str:
     return f"--rope-kind yarn --rope-factor {factor} --original-length 128"
 
 
-def with_rule(rule: str) -> dict[str, Cell]:
+def with_rule(rule: str, window: int = 2048) -> dict[str, Cell]:
     """A rule without training, and after stage 1."""
     untrained = (needles(base(), rule),)
-    trained = (stage1(rule), needles())
+    trained = (stage1(rule, window=window), needles())
     return by_length("untrained", untrained) | by_length("60 steps", trained)
 
 
 def with_separator(separator: str) -> dict[str, Cell]:
-    """One training, measured at each third of its steps."""
+    """One training, measured at each third of its steps; its documents begin with no token of
+    their own."""
     options = f"--separator {separator} --checkpoint-every {{third}} --keep-checkpoints 3"
     checkpoints = {"20": "{third:08}", "40": "{two_thirds:08}", "60": "{steps:08}"}
-    run = [stage1(more=options)]
+    run = [stage1(more=options, blend=APART_BLEND)]
     for steps, number in checkpoints.items():
         run.append(needles(f"{{run}}/stage1/checkpoint-{number}", out=steps))
     cells = {}
@@ -176,10 +189,11 @@ def with_separator(separator: str) -> dict[str, Cell]:
 
 
 def with_mask(options: str) -> dict[str, Cell]:
-    """Stage 1 on documents that follow their neighbours in a text, or on the same ones shuffled."""
+    """Stage 1 on documents that stand beside others of the same facts, or on the same ones
+    shuffled: what each asks for it says itself."""
     cells = {}
     for data, order in (("unrelated", ""), ("related", "--stored-order")):
-        train = stage1(more=f"{options} {order}", blend=RELATED)
+        train = stage1(more=f"{options} {order}", blend=RELATIVES)
         run = (train, needles(), pairs("border"))
         cells |= by_length(data, run, lengths=(128, 2048))
         for place in ("same document", "another document"):
@@ -188,9 +202,11 @@ def with_mask(options: str) -> dict[str, Cell]:
 
 
 def in_two_steps(half: str) -> Run:
-    """To 512 tokens with s = 4, and from there to 2,048 with s = 16; as many tokens each."""
-    first = stage1(yarn(4), steps=half, blend=MIDDLE, length=512, out="first")
-    return (first, stage1(steps=half, model="{run}/first/final"), needles())
+    """To 512 tokens with s = 4, and from there to 2,048 with s = 16; as many tokens each, and other
+    sequences: the second step has a seed of its own."""
+    first = stage1(yarn(4), steps=half, blend=MIDDLE, length=512, window=512, warmup=5, out="first")
+    second = stage1(steps=half, model="{run}/first/final", warmup=5)
+    return (first, second.replace("{seed}", "1{seed:03}"), needles())
 
 
 def stage2(steps: str, out: str) -> str:
@@ -210,13 +226,13 @@ def both_stages() -> Run:
 
 
 def facts_and_hops() -> Table:
-    """What needles of 100 % say: a needle alone, one of several facts, and two facts in a row."""
-    values = {"a needle alone": "stage1-plain 2048",
-              "one fact, three other numbers beside it": "hops one fact 2048",
+    """What needles of 100 % say: a fact alone, one of several, and two facts in a row."""
+    values = {"a fact alone": "hops alone 2048",
+              "one fact of four": "hops one fact 2048",
               "two facts": "hops two facts 2048"}
     run = both_stages()
     return Table({row: {"2,048": Cell(run, value)} for row, value in values.items()},
-                 "one fact, three other numbers beside it")
+                 "one fact of four")
 
 
 def before_and_after_stage2() -> Table:
@@ -278,8 +294,8 @@ EXPERIMENTS = {
     "factor": [Table({
         "s = 16, beta_fast 4": with_rule(YARN),
         "s = 8": with_rule(yarn(8)),
-        "s = 32": with_rule(yarn(32)),
-        "s = 64": with_rule(yarn(64)),
+        "s = 32": with_rule(yarn(32), window=4096),
+        "s = 64": with_rule(yarn(64), window=8192),
         "beta_fast 6": with_rule(f"{YARN} --beta-fast 6"),
         "beta_fast 32": with_rule(f"{YARN} --beta-fast 32"),
         "no temperature": with_rule(f"{YARN} --no-attention-temperature"),
@@ -319,9 +335,6 @@ EXPERIMENTS = {
 MODEL_TEXT = (
     "tools.prepare --source code=stdlib packages={packages} --tokenizer {model} "
     "--out {run}/corpus",
-    "tools.ruler --tokenizer {model} --tasks niah_single_2 niah_multikey_1 vt --prompt chat "
-    "--lengths {old} {twice} {four_times} {new} --samples {questions} --haystack {run}/corpus "
-    "--out {run}/ruler.jsonl",
 )
 REAL_YARN = "--rope-kind yarn --rope-factor 8 --original-length {old}"
 ASKED = {  # column -> value
@@ -337,17 +350,20 @@ def model_stage1(rule: str = REAL_YARN, more: str = "") -> str:
     """Continued pretraining at eight times the window, one sequence a step."""
     return words(
         f"train.py --model {{model}} {rule} --new-window {{new}} --data {{text}}/corpus "
-        "--short-length 4096 --long-length 8192 --sequence-length {new} --steps {steps} "
+        "--sequence-length {new} --steps {steps} "
         f"--learning-rate 1e-4 --warmup-steps 5 --recompute mlp --validation-sequences 0 {more} "
         "--seed {seed} --timeout 7200 --out {run}/stage1")
 
 
 def ask_model(model: str = "{run}/stage1/final", rule: str = "") -> Run:
     return (
+        "tools.ruler --tokenizer {model} --tasks niah_single_2 niah_multikey_1 vt --prompt chat "
+        "--lengths {old} {twice} {four_times} {new} --samples {questions} --seed 9{seed:03} "
+        "--haystack {text}/corpus --out {run}/prompts.jsonl",
         words(f"eval_niah.py {model} {rule} --haystack {{text}}/corpus --task mixed "
               "--lengths {old} {twice} {four_times} {new} --depths 5 --samples {samples} "
               "--seed 9{seed:03} --timeout 7200 --out {run}/needles.json"),
-        words(f"tools.answer {model} {rule} --jsonl {{text}}/ruler.jsonl --prompt chat "
+        words(f"tools.answer {model} {rule} --jsonl {{run}}/prompts.jsonl --prompt chat "
               "--max-length {new} --timeout 7200 --out {run}/ruler.jsonl"),
     )
 
