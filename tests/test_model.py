@@ -436,6 +436,17 @@ def test_base_and_window_may_change_with_a_rule_or_alone(tiny_model, tmp_path):
     assert (both.rope_theta, both.max_position_embeddings) == (5e5, 256)
     assert both.rope_scaling == RopeScaling("yarn", 2.0, 64)  # of the old window, not the new
 
+    with pytest.raises(ValueError, match="--new-window 64 is below the 128 that the model takes"):
+        rescale(config, RopeScaling("yarn", 2.0), window=64)
+    model = tiny_model()
+    for factor in (2.0, 8.0):  # as told, and beyond what the rule reaches
+        model.config = rescale(config, RopeScaling("yarn", factor), window=512)
+        model.save_pretrained(tmp_path / f"{factor}")
+        again = read_config(tmp_path / f"{factor}")
+        assert again.max_position_embeddings == 512
+        assert again.rope_scaling.factor == factor
+        assert again.window_before() == 64
+
     model = tiny_model()
     model.save_pretrained(tmp_path / "a")
     asked = Llama.from_pretrained(tmp_path / "a", rope_theta=5e5)

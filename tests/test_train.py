@@ -540,12 +540,31 @@ def test_another_base_and_window_are_trained_exported_and_part_of_the_run(workpl
     assert config.max_position_embeddings == 256
 
 
+def test_a_checkpoint_of_before_an_option_resumes_without_it(workplace, tmp_path):
+    stage1(*command(workplace, tmp_path / "run", steps=2))
+    shutil.rmtree(tmp_path / "run" / "final")
+    [checkpoint] = train.checkpoints(tmp_path / "run")
+    progress = json.loads((checkpoint / "training.json").read_text())
+    for name in ("rope_theta", "new_window", "stored_order"):
+        del progress["settings"][name]
+    (checkpoint / "training.json").write_text(json.dumps(progress))
+    with pytest.raises(SystemExit, match="--stored-order is True, but .* has None"):
+        stage1(*command(workplace, tmp_path / "run", "--stored-order", "--resume", steps=2))
+    stage1(*command(workplace, tmp_path / "run", "--resume", steps=2))
+    assert (tmp_path / "run" / "final").exists()
+
+
 def test_stored_order_reaches_the_data(workplace, tmp_path):
-    """Documents as they stand in the corpus: the first step's loss is that of its first tokens."""
+    """Training documents as they stand in the corpus: the first step's loss is that of these
+    tokens; held-out ones are shuffled as ever."""
     losses = {}
     for name, more in (("shuffled", ()), ("stored", ("--stored-order",))):
         stage1(*command(workplace, tmp_path / name, *more, steps=1))
         losses[name] = metrics(tmp_path / name)[0]
+        stage1(*command(workplace, tmp_path / f"{name}-unchanged", "--learning-rate", 0, *more,
+                        steps=1))
+    held_out = [metrics(tmp_path / f"{name}-unchanged", "validation_loss") for name in losses]
+    assert held_out[0] == held_out[1]
     tokenizer = data.load_tokenizer(workplace / "tokenizer")
     corpus = data.PackedDataset(workplace / "corpus", "train", 64, 0, tokenizer=tokenizer,
                                 stored_order=True)

@@ -78,7 +78,7 @@ def hop_prompts(tokenizer: Tokenizer, passage, length: int, depth: float, rng: r
     """Prompts of `length` tokens: with one fact, at `depth`; with three more keys and their
     numbers, and a key that is said to have the first one's number; and the same, asked for that
     key. Who guesses among the numbers is right once in four. What questions and facts leave is
-    text, the same one as far as there is room."""
+    text, the same one as far as there is room for it."""
     encode = tokenizer.encode_continued
     passage = passage[:length].tolist()
     text = tokenizer.decode_bytes(passage).lower()
@@ -97,33 +97,34 @@ def hop_prompts(tokenizer: Tokenizer, passage, length: int, depth: float, rng: r
     facts = [stated(key, number), encode(SAME_NUMBER.format(alias=alias, key=key))]
     facts += [stated(*other) for other in others]
     depths = [depth] + [rng.random() for _ in facts[1:]]
-    # 2. Where they go, in as much text as all of the prompts have.
+    # 2. The questions; the longer one's length is left for both.
     head = begin_of_text(tokenizer)
     answer = encode(number)
     tails = {}
     for name in (key, alias):
         question, lead = (WORDING["needle"][part].format(key=name) for part in ("question", "lead"))
         tails[name] = encode(f"{question} {lead}")
-    room = length - len(head) - len(answer) - max(map(len, tails.values()))
-    common = room - sum(map(len, facts))
-    if common < 1:
-        raise ValueError(f"length {length} is too small for {len(facts)} facts and a question")
-    places = [insertion_point(tokenizer, passage[:common], round(x * common)) for x in depths]
+    left = length - len(head) - len(answer) - max(map(len, tails.values()))
     # 3. The prompts.
     prompts = []
-    for asked, count in ((key, 1), (key, len(facts)), (alias, len(facts))):
-        own = sorted(zip(places[:count], facts[:count], strict=True))
+    for asked, stated_facts in ((key, facts[:1]), (key, facts), (alias, facts)):
+        room = left - sum(map(len, stated_facts))
+        if room < 1:
+            raise ValueError(f"length {length} is too small for {len(facts)} facts and a question")
+        places = []
+        for share in depths[:len(stated_facts)]:
+            places.append(insertion_point(tokenizer, passage[:room], round(share * room)))
         body = list(head)
         previous = 0
-        for place, fact in own:
+        for place, fact in sorted(zip(places, stated_facts, strict=True)):
             body += passage[previous:place]
             if fact is facts[0]:
                 needle_start = len(body)
             body += fact
             previous = place
         tail = tails[asked] + answer
-        left = length - len(body) - len(tail)
-        tokens = body + passage[previous:previous + left] + tail
+        rest = length - len(body) - len(tail)
+        tokens = body + passage[previous:previous + rest] + tail
         prompts.append(Prompt(tokens, length - len(answer), needle_start, number, task, asked))
     return tuple(prompts)
 

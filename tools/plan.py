@@ -755,6 +755,9 @@ def parse(argv: list[str] | None) -> Namespace:
         raise ValueError("--pack is sft.py's: add --stage 2")
     if a.document_mask and a.stage == 2:
         raise ValueError("--cross-document-mask is train.py's: sft.py's is --pack")
+    if a.stage == 2 and (a.stored_order or a.new_window or a.rope_theta):
+        raise ValueError("--stored-order, --new-window and --rope-theta are train.py's: sft.py has "
+                         "no such options")
     a.document_mask = a.document_mask or a.pack
     return a
 

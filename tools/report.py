@@ -26,7 +26,7 @@ from data import read_object, write_complete
 from parallel import one_line_errors
 from tools.experiment import ROOT, Record, read_records
 from tools.pictures import BLUE, GREEN, GREY, VERMILION, png
-from tools.variants import EXPERIMENTS, MODEL_EXPERIMENTS, Cell, Run, Table, runs_of
+from tools.variants import DOCUMENTS, EXPERIMENTS, MODEL_EXPERIMENTS, Cell, Run, Table, runs_of
 from train import Parser, directory, existing, writable
 
 # the 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
@@ -149,17 +149,17 @@ def differences_table(table: Table, results: Results) -> str:
 
 
 def sensitivity(table: Table, results: Results) -> str:
-    """How small a difference could have been seen, and how many were."""
+    """How small a difference would have been called, and how many were."""
     form = numbers(table)
     differences = [results.difference(table, *pair) for pair in compared(table)]
     # two rows that are one and the same model differ by 0 ± 0, which says nothing
     halves = sorted(difference.half for difference in differences if difference.half)
     called = sum(difference.excludes_zero for difference in differences)
     unit = "points" if "%" in table.unit else "nats"
-    return (f"A difference is seen from {halves[0]:{form}} to {halves[-1]:{form}} {unit} on, by "
-            f"cell (median {statistics.median(halves):{form}}): half its interval. Of "
-            f"{len(differences)} differences {called} are called (bold); were there none at all, "
-            f"{len(differences) / 20:.1f} would be by chance.")
+    return (f"Half of an interval, from which on an observed difference is called, is "
+            f"{statistics.median(halves):{form}} {unit} in the median ({halves[0]:{form}} to "
+            f"{halves[-1]:{form}}). Of {len(differences)} differences {called} are called (bold); "
+            f"were there none at all, {len(differences) / 20:.1f} would be by chance.")
 
 
 def cost(tables: list[Table], results: Results) -> str:
@@ -181,7 +181,7 @@ def processor() -> str:
 def shared_cost(out: Path) -> str:
     """What text, documents and bases take, which all experiments share."""
     made = [record for record in read_records(out).values() if not record.values]
-    seeds = len({record.seed for record in made})
+    seeds = sum(record.run == DOCUMENTS for record in made)
     minutes = sum(record.seconds for record in made) / 120
     return (f"Text, documents and bases of {seeds} seeds, which all share: {minutes:.0f} minutes "
             f"on two cores (torch {torch.__version__}, {processor()}).")
@@ -220,7 +220,7 @@ def dots_figure(table: Table, results: Results) -> bytes:
     from matplotlib.figure import Figure
 
     titles = list(table.rows[table.reference])
-    across = 4 if len(titles) % 4 == 0 else 3
+    across = min(len(titles), 4 if len(titles) % 4 == 0 else 3)
     down = math.ceil(len(titles) / across)
     size = (3 + 3.6 * across, down * (1.2 + 0.42 * len(table.rows)))
     figure = Figure(figsize=size, dpi=80, layout="constrained", facecolor="white")
@@ -311,7 +311,7 @@ class Page(NamedTuple):
         """`text` with its {{...}} lines replaced."""
         parts = []
         for line in text.splitlines():
-            match = re.fullmatch(r"\{\{(\w+) ?(.*)\}\}", line)
+            match = re.fullmatch(r"\{\{(\w+) ?(.*)\}\}", line) if "{{" in line else None
             kind, argument = match.groups() if match else ("", "")
             if kind == "experiment" and argument in EXPERIMENTS:
                 line = self.experiment(argument)
@@ -321,7 +321,7 @@ class Page(NamedTuple):
                 line = output_section(argument)
             elif kind == "machine":
                 line = shared_cost(self.experiments)
-            elif match:
+            elif "{{" in line:
                 raise ValueError(f"{line}: unknown; use experiment with one of "
                                  f"{', '.join(EXPERIMENTS)}, model with one of "
                                  f"{', '.join(MODEL_EXPERIMENTS)}, output with a command, machine")

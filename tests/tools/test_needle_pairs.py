@@ -5,10 +5,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from texts import TEXT, make_tokenizer
 
 from data import separator_tokens
-from eval_niah import begin_of_text
+from eval_niah import KEYS
+from parallel import Grid
 from tools import needle_pairs
 
 
@@ -25,7 +27,7 @@ def passage(tokenizer):
 @pytest.mark.parametrize("task", ["passkey", "needle"])
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 def test_the_border_moves_and_nothing_else(tokenizer, passage, depth, task):
-    border = separator_tokens("<s>", tokenizer).tolist() + begin_of_text(tokenizer)
+    border = separator_tokens("<s>", tokenizer).tolist()
     rng = random.Random(f"{depth} {task}")
     same, other = needle_pairs.border_pair(tokenizer, passage, 400, depth, rng, task)
     assert len(same.tokens) == len(other.tokens) == 400
@@ -44,33 +46,46 @@ def test_the_border_moves_and_nothing_else(tokenizer, passage, depth, task):
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_both_ask_for_one_number_directly_or_by_way_of_another_key(tokenizer, passage, depth):
-    one, two = needle_pairs.hop_pair(tokenizer, passage, 500, depth, random.Random(3))
-    assert one.answer == two.answer
-    assert one.key != two.key
-    for prompt in (one, two):
+def test_one_number_is_asked_for_alone_among_others_and_by_way_of_another_key(tokenizer, passage,
+                                                                              depth):
+    alone, one, two = needle_pairs.hop_prompts(tokenizer, passage, 500, depth, random.Random(3))
+    assert alone.answer == one.answer == two.answer
+    assert alone.key == one.key != two.key
+    for prompt in (alone, one, two):
         assert len(prompt.tokens) == 500
         text = tokenizer.decode(prompt.tokens)
-        stated = dict(re.findall(r"The magic number of (\w+) is (\d{5})\.", text))
-        same = dict(re.findall(r"The magic number of (\w+) is that of (\w+)\.", text))
-        assert len(stated) == 1 + needle_pairs.OTHERS
+        stated = dict(re.findall(r"The magic number of (\S+) is (\d{5})\.", text))
+        same = dict(re.findall(r"The magic number of (\S+) is that of (\S+)\.", text))
+        assert len(stated) == (1 if prompt is alone else 1 + needle_pairs.OTHERS)
         assert len(set(stated.values())) == len(stated)
-        assert list(same) == [two.key]
+        assert list(same) == ([] if prompt is alone else [two.key])
         assert stated[same.get(prompt.key, prompt.key)] == prompt.answer
         assert text.endswith(f"What is the magic number of {prompt.key}? The magic number of "
                              f"{prompt.key} is {prompt.answer}")
         fact = tokenizer.decode(prompt.tokens[prompt.needle_start:])
         assert fact.startswith(f"\nThe magic number of {one.key} is {one.answer}.")
+    # but for the question, and the text that it leaves room for, the last two are one prompt
+    shared = [a == b for a, b in zip(one.tokens, two.tokens, strict=True)].index(False)
+    assert shared > 400
+    # the fact is near its depth
+    assert abs(alone.needle_start - depth * 415) < 30
+
+
+def test_a_passage_that_holds_all_words_gets_compound_keys(tokenizer):
+    text = " ".join(KEYS) + TEXT
+    passage = np.array(tokenizer.encode_ordinary(text))
+    prompts = needle_pairs.hop_prompts(tokenizer, passage, 800, 0.5, random.Random(3))
+    assert all("-" in prompt.key for prompt in prompts)
 
 
 def test_a_prompt_without_room_is_refused(tokenizer, passage):
     with pytest.raises(ValueError, match="length 60 is too small for 5 facts and a question"):
-        needle_pairs.hop_pair(tokenizer, passage, 60, 0.5, random.Random(3))
+        needle_pairs.hop_prompts(tokenizer, passage, 60, 0.5, random.Random(3))
 
 
 @pytest.mark.parametrize("pair, names", [
     ("border", ["same document", "another document"]),
-    ("hops", ["one fact", "two facts"]),
+    ("hops", ["alone", "one fact", "two facts"]),
 ])
 def test_both_are_measured(pair, names, model_directory, text_file, tmp_path, capsys):
     out = tmp_path / "pairs.json"
@@ -83,7 +98,31 @@ def test_both_are_measured(pair, names, model_directory, text_file, tmp_path, ca
         assert [mean["length"] for mean in twin["means"]] == [300, 400]
         assert len(twin["cells"]) == 2 * 3
         assert all(len(cell["prompts"]) == 2 for cell in twin["cells"])
-    assert f"{names[1]}, 400 tokens: 0.0 %" in capsys.readouterr().out
+    assert f"{names[-1]}, 400 tokens: 0.0 %" in capsys.readouterr().out
+
+
+def test_each_name_has_its_own_prompts(tokenizer, passage, monkeypatch):
+    """A model that is right where the fact stands in the question's document alone."""
+    def predict(reader, prompts):
+        border = separator_tokens("<s>", tokenizer).tolist()
+        reader.read = reader.computed = 1
+        said = []
+        for prompt in prompts:
+            answer = prompt.tokens[prompt.answer_start:]
+            place = tokenizer.decode(prompt.tokens).index("<s>")
+            right = place < tokenizer.decode(prompt.tokens).index(prompt.answer)
+            said.append((answer if right else border) + tokenizer.encode_continued("."))
+        return said
+
+    class Model:
+        grid = Grid()
+        head_weight = torch.zeros(1)
+
+    monkeypatch.setattr(needle_pairs, "predict", predict)
+    twins = needle_pairs.evaluate_pairs(Model(), tokenizer, passage, "border", [400, 300],
+                                        [0.0, 1.0], 4, seed=1)
+    assert [mean["accuracy"] for mean in twins["same document"]["means"]] == [100, 100]
+    assert [mean["accuracy"] for mean in twins["another document"]["means"]] == [0, 0]
 
 
 @pytest.mark.parametrize("change, message", [

@@ -49,25 +49,23 @@ def test_retrieval_documents_have_their_lengths_and_lose_on_answers_that_they_co
             assert answer in text
 
 
-def test_pieces_are_the_document_cut_between_facts(place):
+def test_relatives_have_the_same_facts_and_texts_of_their_own(place):
+    """The first of them is the document that it is without relatives."""
     place, tokenizer = place
-    more = ("--chat-share", 0, "--most-facts", 9, "--length", 600)
-    whole = PackedDataset(made(place, "retrieval", "whole", *more), "train", 8, 0, "none")
-    place_of_cut = made(place, "retrieval", "cut", *more, "--pieces", 3)
-    cut = PackedDataset(place_of_cut, "train", 8, 0, "none")
-    tokens, mask = whole.document(0)
-    ends = np.cumsum(cut.lengths)
-    count = int(np.searchsorted(ends, len(tokens))) + 1  # pieces of the first document
-    assert ends[count - 1] == len(tokens)
-    assert 1 < count <= 3
-    pieces = [cut.document(i) for i in range(count)]
-    assert np.array_equal(np.concatenate([piece for piece, _ in pieces]), tokens)
-    assert np.array_equal(np.concatenate([loss for _, loss in pieces]), mask)
-    texts = [tokenizer.decode(piece.tolist()) for piece, _ in pieces]
-    facts = re.findall(r"The (?:magic number of \w+|pass key) is \d{5}\.", "".join(texts))
-    assert sum(text.count(fact) for text in texts for fact in set(facts)) == len(facts)
-    assert not any("What is" in text for text in texts[:-1])
-    assert len(cut.lengths) > 20
+    more = ("--chat-share", 0, "--most-facts", 4, "--no-begin-of-text")
+    alone = PackedDataset(made(place, "retrieval", "alone", *more), "train", 8, 0, "none")
+    related = made(place, "retrieval", "related", *more, "--relatives", 3)
+    dataset = PackedDataset(related, "train", 8, 0, "none")
+    assert len(dataset.lengths) == 3 * 20
+    assert np.array_equal(dataset.document(0)[0], alone.document(0)[0])
+    texts = [tokenizer.decode(dataset.document(i)[0].tolist()) for i in range(60)]
+    assert not any("<|begin_of_text|>" in text for text in texts)
+    facts = [set(re.findall(r"The (?:magic number of \w+|pass key) is \d{5}\.", text))
+             for text in texts]
+    for first in range(0, 60, 3):
+        assert facts[first] == facts[first + 1] == facts[first + 2]
+        assert len({text[:100] for text in texts[first:first + 3]}) == 3
+    assert facts[0].isdisjoint(facts[3])
 
 
 def test_every_second_chat_sample_hides_a_fact_and_all_fit(place):
