@@ -36,11 +36,12 @@ def commands():
 def places(tmp_path_factory):
     """What {...} stands for, and what commands look for before they run."""
     place = tmp_path_factory.mktemp("places")
-    names = ["text/corpus", "data", "bases", "run/tokenizer", "run/prompts.jsonl", "model"]
+    names = ["text/corpus", "data", "bases", "run/tokenizer", "model"]
     names += [f"data/{word.partition('/')[2].partition('=')[0]}" for command in commands()
               for word in command.split() if word.startswith("{data}/")]
     for name in names:
         (place / name).mkdir(parents=True, exist_ok=True)
+    (place / "run" / "prompts.jsonl").touch()
     size = variants.MODEL_SIZES["full"] | variants.SIZES["full"]
     paths = {name: place / name for name in ("run", "text", "data", "bases", "model")}
     return size | paths | {"seed": 7, "packages": place}
