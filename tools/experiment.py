@@ -47,6 +47,7 @@ from tools.variants import (
     SIZES,
     TEXT,
     Run,
+    base,
     base_model,
     runs_of,
 )
@@ -198,7 +199,8 @@ class Laboratory:
             made = made / "final"
         if child.returncode or not made.exists():
             last = (spoken.strip().splitlines() or ["it said nothing"])[-1]
-            raise ValueError(f"{program} has failed, see {self.out}/log.txt: {last}")
+            raise ValueError(f"{program} has failed (seed {places['seed']}), see "
+                             f"{self.out}/log.txt: {last}")
         return usage.ru_utime + usage.ru_stime
 
     def make(self, run: Run, seed: int, keep: Path | None = None) -> None:
@@ -292,7 +294,8 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 def prepare_seeds(laboratory: Laboratory, runs: list[Run], seeds: list[int]) -> None:
     """Documents of each seed, and the bases from which these runs start."""
-    families = [family for family in BASES if f"/{family}/" in str(runs)]
+    commands = list(itertools.chain.from_iterable(runs))
+    families = [family for family in BASES if any(base(family) in text for text in commands)]
     documents = []
     bases = []
     for seed in seeds:

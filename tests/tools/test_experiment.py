@@ -406,7 +406,7 @@ def test_a_command_that_fails_ends_all_with_its_last_words(tmp_path, monkeypatch
     monkeypatch.setattr(experiment, "TEXT", nowhere)
     with pytest.raises(SystemExit) as caught:
         experiment.main(["steps", "--out", str(tmp_path / "out"), "--size", "toy"])
-    assert str(caught.value).startswith("error: tools.prepare has failed, see ")
+    assert str(caught.value).startswith("error: tools.prepare has failed (seed 0), see ")
     assert "log.txt: error: --source nowhere: write it as NAME=PATH" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not lines_of(tmp_path / "out")
