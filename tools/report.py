@@ -154,6 +154,8 @@ def sensitivity(table: Table, results: Results) -> str:
     differences = [results.difference(table, *pair) for pair in compared(table)]
     # two rows that are one and the same model differ by 0 ± 0, which says nothing
     halves = sorted(difference.half for difference in differences if difference.half)
+    if not halves:
+        return "No two rows differ in anything."
     called = sum(difference.excludes_zero for difference in differences)
     unit = "points" if "%" in table.unit else "nats"
     return (f"Half of an interval, from which on an observed difference is called, is "
