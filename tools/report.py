@@ -232,7 +232,7 @@ def dots_figure(table: Table, results: Results) -> bytes:
     for panel in panels[len(titles):]:
         panel.set_axis_off()
     figure.supxlabel(f"{table.unit}: seeds (small), mean with its 95 % interval.  Filled: differs "
-                     f"from “{table.reference}” (blue), hollow: not seen to", fontsize=13)
+                     f"from “{table.reference}” (blue); hollow: no difference seen", fontsize=13)
     return png(figure)
 
 
