@@ -240,13 +240,12 @@ def before_and_after_stage2() -> Table:
     rows = {"after stage 1": "stage1", "stage 2, 320 samples": "few",
             "stage 2, 1,280 samples": "many"}
     run = both_stages()
-    untrained = {"plain": (needles(base(), YARN),),
-                 "chat": (needles(base(), YARN, "--prompt chat"),)}
-    cells = {"base with YaRN, untrained": {}}
-    for form, of_base in untrained.items():
-        cells["base with YaRN, untrained"] |= by_length(form, of_base)
+    cells = {row: {} for row in ("base", "base with YaRN, untrained", *rows)}
+    for form, more in (("plain", ""), ("chat", "--prompt chat")):
+        for row, rule in (("base", ""), ("base with YaRN, untrained", YARN)):
+            cells[row] |= by_length(form, (needles(base(), rule, more),))
         for row, name in rows.items():
-            cells.setdefault(row, {}).update(by_length(form, run, f"{name}-{form}"))
+            cells[row] |= by_length(form, run, f"{name}-{form}")
     return Table(cells, "after stage 1")
 
 
