@@ -289,7 +289,7 @@ class Page(NamedTuple):
     def model(self, name: str) -> str:
         """The same with a real checkpoint, if there are results."""
         if not self.on_model:
-            return "Not measured: no GPU was at hand."
+            return f"{name}: not measured, no GPU was at hand."
         tables = MODEL_EXPERIMENTS[name]
         results = read_results(self.on_model, name, tables)
         command = f"python -m tools.experiment {name} --model $M --out {self.on_model}"

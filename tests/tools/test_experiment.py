@@ -259,7 +259,7 @@ def test_the_page_has_the_text_and_what_was_measured(made_up):
     page = (made_up / "page.md").read_text()
     command = f"python -m tools.experiment steps --out {made_up} --seeds 0 1"
     assert page.startswith(f"# Said\n\n```bash\n{command}\n```\n")
-    assert page.endswith("\nNot measured: no GPU was at hand.\n")
+    assert page.endswith("\nrope: not measured, no GPU was at hand.\n")
     assert "2 runs a seed; seeds 0, 1: 2 minutes on two cores" in page
     assert "![experiment-steps](experiment-steps.png)" in page
     assert "| exact match, % | x | y |\n|---|---|---|\n" in page
