@@ -257,6 +257,8 @@ def curves_figure(tables: list[Table], results: Results) -> bytes:
         panel.set_xticks(range(len(titles)), titles, fontsize=11, rotation=35, ha="right")
         panel.tick_params(axis="y", labelsize=12)
         panel.set_ylabel(table.unit, fontsize=14)
+        if "%" in table.unit:
+            panel.set_ylim(-4, 104)
         panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, fontsize=12)
     return png(figure)

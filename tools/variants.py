@@ -277,7 +277,7 @@ def by_depth_and_position() -> tuple[Table, Table]:
         depths[row] = {f"{depth} %": Cell(run, f"depth 2048 at {depth} %") for depth in DEPTHS}
         losses[row] = {f"{start:,} to {start + 128:,}": Cell(run, f"loss {start}-{start + 128}")
                        for start in STRETCHES}
-    return (Table(depths, "s = 16, 60 steps"),
+    return (Table(depths, "s = 16, 60 steps", "exact match, %, by depth of the fact"),
             Table(losses, "s = 16, 60 steps", "loss, nats a token, by position"))
 
 

@@ -298,7 +298,7 @@ def test_two_tables_are_two_panels_and_a_models_page_has_its_own_results(tmp_pat
              "--out", tmp_path / "page.md", "--figures", tmp_path]
     report.main([str(word) for word in words])
     page = (tmp_path / "page.md").read_text()
-    assert page.count("| exact match, % | 0 % | 12.5 % |") == 1
+    assert page.count("| exact match, %, by depth of the fact | 0 % | 12.5 % |") == 1
     assert page.count("| loss, nats a token, by position | 0 to 128 |") == 1
     run = MODEL_EXPERIMENTS["mask"][0].rows["mask"]["needles, 8x"].run
     column = [values[seed, run]["needles 65536"] for seed in (4, 5, 6)]
