@@ -204,7 +204,8 @@ class Laboratory:
         return usage.ru_utime + usage.ru_stime
 
     def make(self, run: Run, seed: int, keep: Path | None = None) -> None:
-        """Run it and write its line, unless that has been done; or make the directory `keep`."""
+        """Run it and write its line, unless that has been done; `keep`: where what it makes goes,
+        and is found."""
         if keep.exists() if keep else (seed, run) in self.records:
             return
         with tempfile.TemporaryDirectory(dir=self.out / "work") as place:
@@ -252,12 +253,15 @@ def parser() -> Parser:
     parser = Parser("Run an experiment, or what is not yet there of it.")
     add = parser.add_argument
     add("name", choices=tuple(EXPERIMENTS), help="what is asked: see docs/experiments.md")
-    add("--seeds", type=nonnegative, nargs="+", default=[0, 1, 2, 3, 4], help="a run of all each")
-    add("--out", type=directory, required=True, help="of all experiments: they share runs")
+    add("--seeds", type=nonnegative, nargs="+", default=[0, 1, 2, 3, 4],
+        help="every run is made once for each")
+    add("--out", type=directory, required=True,
+        help="directory; experiments in it share runs")
     add("--model", type=existing, help="a real checkpoint (SmolLM2-135M-Instruct) as the base")
     add("--jobs", type=positive,
         help="runs at a time (if not given: one a core; with --model one)")
-    add("--size", choices=tuple(SIZES), default="full", help="toy: shows only that all runs")
+    add("--size", choices=tuple(SIZES), default="full",
+        help="toy: to see that all runs; its numbers mean nothing")
     return parser
 
 
@@ -267,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
         a = parser().parse_args(argv)
         experiments = MODEL_EXPERIMENTS if a.model else EXPERIMENTS
         if a.name not in experiments:
-            raise ValueError(f"{a.name} is none of {', '.join(experiments)}, which --model has")
+            raise ValueError(f"--model has {', '.join(experiments)}, not {a.name}")
         runs = runs_of(experiments[a.name])
         seeds = list(dict.fromkeys(a.seeds))  # each once
         a.out.mkdir(parents=True, exist_ok=True)
@@ -280,6 +284,7 @@ def main(argv: list[str] | None = None) -> None:
                 write_shapes(text)
                 prepare_seeds(laboratory, runs, seeds)
             laboratory.all([(run, seed) for seed in seeds for run in runs], a.name)
+        print(f"{a.out} has {a.name} for seeds {' '.join(map(str, seeds))}; tools.report shows it")
 
 
 @contextmanager

@@ -4,9 +4,9 @@
         --out border.json
 
 border: where does a document end? Either before the fact, so that fact and question stand in the
-same document, or between them. hops: how many facts does an answer take? One of five keys has the
-number of another; asked is for that other one's, or for its own; or, the third prompt, there is no
-fact but one. Numbers are those of the evaluation, in its words: see eval_niah.py.
+same document, or between them. hops, three prompts: a fact alone; the same fact among five keys,
+one of which is said to have its number; and these, asked for that one (two facts). Numbers are
+those of the evaluation, in its words: see eval_niah.py.
 """
 from __future__ import annotations
 

@@ -130,7 +130,8 @@ def draw_rule(head_dim: int, theta: float, length: int, scaling: RopeScaling):
         windows["new window"] = round(length * scaling.factor)
     for title, window in windows.items():
         panel.axhline(window, color=INK, linewidth=2, linestyle=DASHED)
-        write(panel, 0, 1.15 * window, f"{title}: {window:,} tokens", va="bottom")
+        write(panel, 0, 1.15 * window, f"{title}: {window:,} tokens", va="bottom",
+              bbox=behind("white"))
 
     # The ramp: which pairs are kept, blended, interpolated.
     above = panel.get_xaxis_transform()  # y: a share of the panel's height
@@ -283,8 +284,8 @@ def draw_ring(cp: int, documents: list[int]):
     for panel in below:
         name_documents(panel, documents)
         panel.set_xlabel("keys' chunks", fontsize=NORMAL)
-    above[0].set_ylabel("no mask", fontsize=NORMAL, labelpad=100)
-    below[0].set_ylabel("documents masked", fontsize=NORMAL, labelpad=100)
+    above[0].set_ylabel("causal", fontsize=NORMAL, labelpad=100)
+    below[0].set_ylabel("documents apart", fontsize=NORMAL, labelpad=100)
     meaning = [Patch(color=INK, label="computed"), Patch(color="#cccccc", label="only at hand")]
     figure.legend(handles=meaning, loc="upper right", ncols=2, fontsize=NORMAL, frameon=False)
     return figure
@@ -304,7 +305,7 @@ def name_queries(panel, owners: list[int]) -> None:
 def write_shares(panel, shares: list[float]) -> None:
     """At the right: what share of all the work each rank has."""
     right = 1.2 * 2 * len(shares)
-    write(panel, right, -0.2, "work", SMALL, va="bottom")
+    write(panel, right, -0.2, "share", SMALL, va="bottom")
     for rank, share in enumerate(shares):
         write(panel, right, 2 * rank + 1, f"{100 * share:.0f} %")
 

@@ -181,20 +181,21 @@ def parser() -> Parser:
     text = "where a GPU's memory goes, technique by technique"
     add = picture(commands, "memory", text, memory_picture).add_argument
     add("--config", type=existing, default=ROOT / "runs" / "llama31_8b.json", help="config.json")
-    add("--sequence-length", type=positive, default=2**20)
+    add("--sequence-length", type=positive, default=2**20, help="tokens")
     add("--tp", type=positive, default=8, help="tensor parallel")
-    add("--gpu", choices=tuple(DEVICES), default="H100-80")
+    add("--gpu", choices=tuple(DEVICES), default="H100-80", help="whose memory is the line")
 
     text = "how documents become sequences, and how often each is drawn"
     add = picture(commands, "stream", text, stream_picture).add_argument
     add("--documents", type=positive, nargs="+", metavar="TOKENS", help="lengths of documents",
         default=[24, 24, 24, 60, 60, 120])
-    add("--sequence-length", type=positive, default=100)
+    add("--sequence-length", type=positive, default=100, help="tokens")
     add("--short-length", type=nonnegative, default=40, help="documents below are short")
     add("--long-length", type=nonnegative, default=80, help="documents above are long")
     add("--short-weight", type=nonnegative_number, default=0.5, help="how often short ones occur")
     add("--long-weight", type=nonnegative_number, default=2.0, help="how often long ones occur")
-    add("--seed", type=nonnegative, default=37)  # of many one whose first epoch shows it all
+    add("--seed", type=nonnegative, default=37,  # of many one whose first epoch shows it all
+        help="of the order")
     return parser
 
 

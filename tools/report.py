@@ -1,12 +1,13 @@
-"""The page of all experiments: tables with intervals, figures, and what commands print.
+"""The page of experiments: tables with intervals, figures, and what commands print.
 
     python -m tools.report out/experiments --text docs/experiments_text.md \\
         --out docs/experiments.md --figures assets
 
-What people say stands in --text, so a new run loses none of it. Lines of it stand for what is
-measured: {{experiment NAME}}, {{model NAME}}, {{output COMMAND}}, {{machine}}. A mean is given
-with its 95 % interval over seeds (Student's t). Rows are compared in pairs: both of a pair have the
-same seed, and so base, data and prompts; a difference is called one if its interval excludes zero.
+The prose is in --text, so running again loses none of it. Lines of it stand for what is measured:
+{{experiment NAME}}, {{model NAME}}, {{output COMMAND}}, {{machine}}; a text of the one line
+{{experiment hops}} shows one experiment. A mean is given with its 95 % interval over seeds
+(Student's t). Rows are compared in pairs: both of a pair have the same seed, and so base, data and
+prompts; a difference is significant if its interval excludes zero.
 """
 from __future__ import annotations
 
@@ -26,7 +27,17 @@ from data import read_object, write_complete
 from parallel import one_line_errors
 from tools.experiment import ROOT, Record, read_records
 from tools.pictures import BLUE, GREEN, GREY, VERMILION, png
-from tools.variants import DOCUMENTS, EXPERIMENTS, MODEL_EXPERIMENTS, Cell, Run, Table, runs_of
+from tools.variants import (
+    DOCUMENTS,
+    EXPERIMENTS,
+    MODEL_EXPERIMENTS,
+    MODEL_SIZES,
+    SIZES,
+    Cell,
+    Run,
+    Table,
+    runs_of,
+)
 from train import Parser, directory, existing, writable
 
 # the 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
@@ -91,13 +102,15 @@ def read_results(out: Path, name: str, tables: list[Table]) -> Results:
     """ValueError if an experiment is not complete for two seeds."""
     records = read_records(out)
     runs = runs_of(tables)
+    if not records:
+        raise ValueError(f"{out}: no experiments there")
     seeds = []
     for seed in sorted({seed for seed, _ in records}):
         if all((seed, run) in records for run in runs):
             seeds.append(seed)
     if len(seeds) < 2:
-        raise ValueError(f"{out}: {name} is complete for {len(seeds)} seeds, two are needed: "
-                         f"python -m tools.experiment {name} --out {out}")
+        raise ValueError(f"{out}: {name} is complete for {len(seeds)} of the two seeds that are "
+                         "needed; run tools.experiment again, or take it out of the text")
     return Results(records, seeds, read_object(out / "recipe.json")["size"])
 
 
@@ -144,24 +157,24 @@ def differences_table(table: Table, results: Results) -> str:
         mark = "**" if difference.excludes_zero else ""
         text = f"{mark}{difference.mean:+{form}}{mark} ± {difference.half:{form}}"
         rows.setdefault(row, []).append(text.replace("-", "−"))
-    title = f"less “{table.reference}”".replace("<s>", "`<s>`")
+    title = f"difference from “{table.reference}”".replace("<s>", "`<s>`")
     return markdown(title, list(table.rows[table.reference]), rows)
 
 
 def sensitivity(table: Table, results: Results) -> str:
-    """How small a difference would have been called, and how many were."""
+    """From which size on a difference would have been significant, and how many are."""
     form = numbers(table)
     differences = [results.difference(table, *pair) for pair in compared(table)]
     # two rows that are one and the same model differ by 0 ± 0, which says nothing
     halves = sorted(difference.half for difference in differences if difference.half)
     if not halves:
-        return "No two rows differ in anything."
-    called = sum(difference.excludes_zero for difference in differences)
+        return "All rows are equal."
+    significant = sum(difference.excludes_zero for difference in differences)
     unit = "points" if "%" in table.unit else "nats"
-    return (f"Half of an interval, from which on an observed difference is called, is "
-            f"{statistics.median(halves):{form}} {unit} in the median ({halves[0]:{form}} to "
-            f"{halves[-1]:{form}}). Of {len(differences)} differences {called} are called (bold); "
-            f"were there none at all, {len(differences) / 20:.1f} would be by chance.")
+    return (f"An observed difference is significant (bold) from half of its interval on: "
+            f"{statistics.median(halves):{form}} {unit} in the median, {halves[0]:{form}} to "
+            f"{halves[-1]:{form}} by cell. {significant} of {len(differences)} are; if none were "
+            f"real, {len(differences) / 20:.1f} would be by chance.")
 
 
 def cost(tables: list[Table], results: Results) -> str:
@@ -224,7 +237,7 @@ def dots_figure(table: Table, results: Results) -> bytes:
     titles = list(table.rows[table.reference])
     across = min(len(titles), 4 if len(titles) % 4 == 0 else 3)
     down = math.ceil(len(titles) / across)
-    size = (3 + 3.6 * across, down * (1.2 + 0.42 * len(table.rows)))
+    size = (max(13.8, 3 + 3.6 * across), down * (1.2 + 0.42 * len(table.rows)))
     figure = Figure(figsize=size, dpi=80, layout="constrained", facecolor="white")
     panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     for panel, title in zip(panels[:len(titles)], titles, strict=True):
@@ -260,7 +273,8 @@ def curves_figure(tables: list[Table], results: Results) -> bytes:
         if "%" in table.unit:
             panel.set_ylim(-4, 104)
         panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=12)
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=13)
     return png(figure)
 
 
@@ -291,7 +305,7 @@ class Page(NamedTuple):
     def model(self, name: str) -> str:
         """The same with a real checkpoint, if there are results."""
         if not self.on_model:
-            return f"{name}: not measured, no GPU was at hand."
+            return f"{name}: not measured yet."
         tables = MODEL_EXPERIMENTS[name]
         results = read_results(self.on_model, name, tables)
         command = f"python -m tools.experiment {name} --model $M --out {self.on_model}"
@@ -305,6 +319,9 @@ class Page(NamedTuple):
         write_complete(figure, draw(tables, results))
         address = Path(os.path.relpath(figure, self.out.parent)).as_posix()
         seeds = " ".join(map(str, results.seeds))
+        if results.size in (SIZES["toy"], MODEL_SIZES["toy"]):
+            command += " --size toy"
+            note += " Of size toy: these numbers mean nothing."
         parts = [f"```bash\n{command} --seeds {seeds}\n```", note, f"![{name}]({address})"]
         for table in tables:
             parts += [means_table(table, results), differences_table(table, results),
@@ -359,6 +376,7 @@ def main(argv: list[str] | None = None) -> None:
         a = parser().parse_args(argv)
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("figures need matplotlib: pip install -r requirements-dev.txt")
+        a.figures.mkdir(parents=True, exist_ok=True)
         page = Page(a.experiments, a.on_model, a.figures, a.out)
         write_complete(a.out, page.fill(a.text.read_text()).encode())
 

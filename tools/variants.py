@@ -106,8 +106,8 @@ RELATIVES = ("{text}/corpus=0.04 {data}/relatives=0.46 {data}/apart-mixed=0.28 "
 def stage1(rule: str = YARN, more: str = "", steps: str = "{steps}", blend: str = BLEND,
            length: int = 2048, window: int = 2048, model: str = base(), warmup: int = 10,
            out: str = "stage1") -> str:
-    """Continued pretraining from `model`, 2,048 tokens a step. `window`: what a rule reaches, if
-    that is more."""
+    """Continued pretraining from `model`, 2,048 tokens a step. `window`: the old one x factor,
+    where that is above 2,048; train.py refuses less."""
     return words(
         f"train.py --model {model} {rule} --new-window {window} --data {blend} "
         f"--sequence-length {length} --batch-size {2048 // length} --steps {steps} "
@@ -231,7 +231,7 @@ def facts_and_hops() -> Table:
               "one fact of four": "hops one fact 2048",
               "two facts": "hops two facts 2048"}
     run = both_stages()
-    return Table({row: {"2,048": Cell(run, value)} for row, value in values.items()},
+    return Table({row: {"2,048 tokens": Cell(run, value)} for row, value in values.items()},
                  "one fact of four")
 
 

@@ -56,6 +56,9 @@ def options_of(command, places):
 @pytest.mark.parametrize("command", commands())
 def test_every_option_exists(command, places):
     program, options = options_of(command, places)
+    if "--new-window" in command:  # train.py takes no less than a rule reaches
+        reached = (options.original_length or 1) * (options.rope_factor or 1)
+        assert options.new_window >= max(reached, options.sequence_length)
     if program == "train.py" and options.model != places["model"]:
         assert options.batch_size * options.sequence_length in (16 * 64, 16 * 128, 2048)
     if "--seed" in command:
@@ -259,15 +262,15 @@ def test_the_page_has_the_text_and_what_was_measured(made_up):
     page = (made_up / "page.md").read_text()
     command = f"python -m tools.experiment steps --out {made_up} --seeds 0 1"
     assert page.startswith(f"# Said\n\n```bash\n{command}\n```\n")
-    assert page.endswith("\nrope: not measured, no GPU was at hand.\n")
+    assert page.endswith("\nrope: not measured yet.\n")
     assert "2 runs a seed; seeds 0, 1: 2 minutes on two cores" in page
     assert "![experiment-steps](experiment-steps.png)" in page
     assert "| exact match, % | x | y |\n|---|---|---|\n" in page
     assert "| a | 51.0 ± 12.7 | 15.0 ± 63.5 |" in page
     # 10 and 11 are 10.5 ± 6.4, called; 2 and -5 are -1.5 ± 44.5, not
     assert "| b `<s>` | **+10.5** ± 6.4 | −1.5 ± 44.5 |" in page
-    assert "is called, is 25.4 points in the median (6.4 to 44.5)." in page
-    assert "Of 2 differences 1 are called (bold); were there none at all, 0.1 would be" in page
+    assert "half of its interval on: 25.4 points in the median, 6.4 to 44.5 by cell." in page
+    assert " 1 of 2 are; if none were real, 0.1 would be by chance." in page
     assert "\nHonestly.\n```\n$ python -c \"print(6 * 7)\"\n42\n```\n" in page
     assert (made_up / "experiment-steps.png").read_bytes().startswith(b"\x89PNG")
 
@@ -311,7 +314,7 @@ def test_two_tables_are_two_panels_and_a_models_page_has_its_own_results(tmp_pat
 
 @pytest.mark.parametrize("line, message", [
     ("{{experiment nothing}}", "{{experiment nothing}}: unknown; use experiment with one of rope"),
-    ("{{experiment rope}}", "rope is complete for 0 seeds, two are needed: python -m tools.exp"),
+    ("{{experiment rope}}", "rope is complete for 0 of the two seeds that are needed"),
     ("{{output python -c 1/0 | cat}}", "python -c 1/0 | cat: "),
     ("{{what}}", "{{what}}: unknown"),
     ("  {{experiment steps}} ", "{{experiment steps}} : unknown"),
@@ -384,6 +387,7 @@ def test_one_experiment_killed_and_continued(tmp_path):
                  "--figures", str(tmp_path)])
     page = (tmp_path / "page.md").read_text()
     assert "4 runs a seed; seeds 0, 1:" in page
+    assert "--seeds 0 1\n```\n" in page and " --size toy" in page and "mean nothing" in page
     for row in EXPERIMENTS["steps"][0].rows:
         assert f"| {row} | 0.0 ± 0.0 | " in page
 
@@ -391,7 +395,7 @@ def test_one_experiment_killed_and_continued(tmp_path):
     experiment.main(words)
     assert lines_of(out) == lines
     for wrong, message in ((["--size", "full"], "holds experiments of another --size or --model"),
-                           (["--model", str(tmp_path)], "steps is none of rope, separator, mask"),
+                           (["--model", str(tmp_path)], "--model has rope, separator, mask, not"),
                            (["--seeds", "-1"], "--seeds -1 must be a whole number"),
                            (["--out", str(tmp_path / "other")], "holds files, but no experiments")):
         (tmp_path / "other").mkdir(exist_ok=True)
