@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the paper claims and its readers ask, as experiments with a model of 0.7M parameters; then docs/experiments.md,
 # its tables and figures. Killed anywhere, the same command goes on: no run is made twice.
-#     bash runs/experiments.sh [OUT]                              # OUT out/experiments; about two hours on two free cores
+#     bash runs/experiments.sh [OUT]                              # OUT out/experiments; an hour and a half on two free cores
 #     SEEDS="0 1 2 3 4 5 6 7" bash runs/experiments.sh            # more seeds see smaller effects
 #     SIZE=toy SEEDS="0 1" bash runs/experiments.sh out/toy       # shows in ten minutes that all runs, and measures nothing
 set -euo pipefail
