@@ -354,11 +354,14 @@ def model_stage1(rule: str = REAL_YARN, more: str = "") -> str:
         "--seed {seed} --timeout 7200 --out {run}/stage1")
 
 
+RULER = (
+    "tools.ruler --tokenizer {model} --tasks niah_single_2 niah_multikey_1 vt --prompt chat "
+    "--lengths {new} --samples {questions} --seed 9{seed:03} --haystack {text}/corpus "
+    "--out {run}/prompts.jsonl")
+
+
 def ask_model(model: str = "{run}/stage1/final", rule: str = "") -> Run:
     return (
-        "tools.ruler --tokenizer {model} --tasks niah_single_2 niah_multikey_1 vt --prompt chat "
-        "--lengths {old} {twice} {four_times} {new} --samples {questions} --seed 9{seed:03} "
-        "--haystack {text}/corpus --out {run}/prompts.jsonl",
         words(f"eval_niah.py {model} {rule} --haystack {{text}}/corpus --task mixed "
               "--lengths {old} {twice} {four_times} {new} --depths 5 --samples {samples} "
               "--seed 9{seed:03} --timeout 7200 --out {run}/needles.json"),
@@ -368,12 +371,12 @@ def ask_model(model: str = "{run}/stage1/final", rule: str = "") -> Run:
 
 
 def model_row(train: str) -> dict[str, Cell]:
-    run = (train, *ask_model())
+    run = (RULER, train, *ask_model())
     return {column: Cell(run, value) for column, value in ASKED.items()}
 
 
 def model_rule(rule: str) -> dict[str, Cell]:
-    untrained = ask_model("{model}", rule)
+    untrained = (RULER, *ask_model("{model}", rule))
     cells = {f"untrained, {column}": Cell(untrained, value) for column, value in ASKED.items()}
     return cells | model_row(model_stage1(rule))
 
