@@ -551,7 +551,7 @@ def draw_table(panel, stream: Stream, looks: list[tuple[str, str, str]]) -> None
     means = 94
     panel.barh(len(looks) / 2 - 0.5, 3.4, len(looks), left=epochs[0] - 1.7, color="#dddddd")
     drawn = f"drawn in epoch 0 (above), 1, ... {EPOCHS - 1}"
-    for place, title in ((5, "length"), (weights, "weight"), (66, drawn), (means, "mean")):
+    for place, title in ((5, "length"), (weights, "weight, scaled"), (66, drawn), (means, "mean")):
         write(panel, place, -0.6, title, va="bottom", ha="center")
 
     # 2. A row a document.
