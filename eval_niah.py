@@ -104,18 +104,15 @@ def build_prompt(tokenizer: Tokenizer, haystack_tokens, length: int, depth: floa
     key, number = draw_fact(rng, text, digits, task)
     # 2. All that is no haystack.
     encode = tokenizer.encode_continued  # each follows other text
-    wording = WORDING[task]
-    opening, closing = wording["fact"]
-    question = wording["question"].format(key=key)
-    lead = wording["lead"].format(key=key)
     answer = encode(number)
-    fact = encode(opening.format(key=key)) + answer + encode(closing)
+    fact = fact_tokens(tokenizer, task, key, number)
     if chat:
         head, turn = chat_frame(tokenizer, system)
+        question, lead = asked(task, key)
         tail = encode(question) + turn + encode(lead)
     else:
         head = begin_of_text(tokenizer)
-        tail = encode(f"{question} {lead}")
+        tail = question_tokens(tokenizer, task, key)
     # 3. As much haystack as there is room for.
     others = len(head + fact + tail + answer)
     room = length - others
@@ -127,6 +124,24 @@ def build_prompt(tokenizer: Tokenizer, haystack_tokens, length: int, depth: floa
     tokens = head + passage[:place] + fact + passage[place:] + tail + answer
     answer_start = length - len(answer)
     return Prompt(tokens, answer_start, len(head) + place, number, task, key)
+
+
+def fact_tokens(tokenizer: Tokenizer, task: str, key: str | None, number: str) -> list[int]:
+    """A fact as it is hidden, its number in tokens of its own."""
+    encode = tokenizer.encode_continued
+    opening, closing = WORDING[task]["fact"]
+    return encode(opening.format(key=key)) + encode(number) + encode(closing)
+
+
+def asked(task: str, key: str | None) -> tuple[str, str]:
+    """How a fact is asked for, and how its answer begins."""
+    wording = WORDING[task]
+    return wording["question"].format(key=key), wording["lead"].format(key=key)
+
+
+def question_tokens(tokenizer: Tokenizer, task: str, key: str | None) -> list[int]:
+    """What stands before the answer of a plain prompt."""
+    return tokenizer.encode_continued(" ".join(asked(task, key)))
 
 
 def draw_fact(rng: random.Random, text: bytes, digits: int, task: str) -> tuple[str | None, str]:
@@ -550,6 +565,22 @@ def load_haystack(path: Path, tokenizer: Tokenizer, needed: int) -> np.ndarray:
     return np.array(tokens, dtype=np.int64)
 
 
+def haystack_for(path: Path, tokenizer: Tokenizer, longest: int) -> np.ndarray:
+    """`load_haystack` for prompts of up to `longest` tokens. ValueError if it is shorter."""
+    haystack = load_haystack(path, tokenizer, OFFSETS + longest)
+    if len(haystack) < longest:
+        raise ValueError(f"--haystack {path}: {len(haystack)} tokens; length {longest} needs as "
+                         "many")
+    return haystack
+
+
+def even_depths(count: int) -> list[float]:
+    """So many from 0 to 1; one alone is in the middle."""
+    if count == 1:
+        return [0.5]
+    return [round(i / (count - 1), 6) for i in range(count)]
+
+
 def parser() -> Parser:
     """The options of an evaluation with needles."""
     needles = checkpoint_parser("Needles over lengths and depths.")
@@ -581,14 +612,8 @@ def main(argv: list[str] | None = None) -> None:
         config, tokenizer = read_checkpoint(options, grid)
         longest = max(options.lengths)
         note_lengths(config, longest)
-        haystack = load_haystack(options.haystack, tokenizer, OFFSETS + longest)
-        if len(haystack) < longest:
-            raise ValueError(f"--haystack {options.haystack}: {len(haystack)} tokens; "
-                             f"length {longest} needs as many")
-        depths = [0.5]
-        if options.depths > 1:
-            last = options.depths - 1
-            depths = [round(i / last, 6) for i in range(options.depths)]
+        haystack = haystack_for(options.haystack, tokenizer, longest)
+        depths = even_depths(options.depths)
         prompt_options = {"seed": options.seed, "task": options.task, "digits": options.digits,
                           "chat": options.prompt == "chat", "system": options.system}
         # a length that is too small shows here, before the weights are read

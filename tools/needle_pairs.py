@@ -13,14 +13,12 @@ from __future__ import annotations
 import itertools
 import random
 
-import torch
 from tqdm import tqdm
 
 import data
 from data import Tokenizer
 from eval_niah import (
     OFFSETS,
-    WORDING,
     Prompt,
     Reader,
     as_json,
@@ -28,12 +26,15 @@ from eval_niah import (
     build_prompt,
     checkpoint_parser,
     draw_fact,
+    even_depths,
+    fact_tokens,
+    haystack_for,
     insertion_point,
-    load_haystack,
     load_model,
     note_lengths,
     predict,
     print_saved,
+    question_tokens,
     read_checkpoint,
     results_header,
     score,
@@ -54,13 +55,9 @@ def border_pair(tokenizer: Tokenizer, passage, length: int, depth: float, rng: r
     border = data.separator_tokens("<s>", tokenizer).tolist()
     prompt = build_prompt(tokenizer, passage, length - len(border), depth, rng, task)
     # 1. Where fact and question stand.
-    wording = {name: part for name, part in WORDING[task].items() if name != "fact"}
-    opening, closing = WORDING[task]["fact"]
-    encode = tokenizer.encode_continued
-    fact = encode(opening.format(key=prompt.key)) + encode(prompt.answer) + encode(closing)
-    tail = encode("{question} {lead}".format(**wording).format(key=prompt.key))
+    fact = fact_tokens(tokenizer, task, prompt.key, prompt.answer)
     fact_end = prompt.needle_start + len(fact)
-    question = prompt.answer_start - len(tail)
+    question = prompt.answer_start - len(question_tokens(tokenizer, task, prompt.key))
     # 2. A border before the one, or before the other.
     before = (len(begin_of_text(tokenizer)) + prompt.needle_start) // 2
     behind = (fact_end + question) // 2
@@ -74,7 +71,7 @@ def border_pair(tokenizer: Tokenizer, passage, length: int, depth: float, rng: r
 
 
 def hop_prompts(tokenizer: Tokenizer, passage, length: int, depth: float, rng: random.Random,
-                task: str = "needle") -> tuple[Prompt, Prompt, Prompt]:
+                task: str) -> tuple[Prompt, Prompt, Prompt]:
     """Prompts of `length` tokens: with one fact, at `depth`; with three more keys and their
     numbers, and a key that is said to have the first one's number; and the same, asked for that
     key. Who guesses among the numbers is right once in four. What questions and facts leave is
@@ -85,29 +82,23 @@ def hop_prompts(tokenizer: Tokenizer, passage, length: int, depth: float, rng: r
     # 1. Keys and numbers that do not stand in the text, and what is said of them.
     known = {}
     while len(known) < 2 + OTHERS:
-        name, number = draw_fact(rng, text, 5, "needle")
+        drawn, number = draw_fact(rng, text, 5, task)
         if number not in known.values():
-            known[name] = number
+            known[drawn] = number
     (key, number), *others, (alias, _) = known.items()
 
-    def stated(name: str, value: str) -> list[int]:
-        opening, closing = WORDING["needle"]["fact"]
-        return encode(opening.format(key=name)) + encode(value) + encode(closing)
-
-    facts = [stated(key, number), encode(SAME_NUMBER.format(alias=alias, key=key))]
-    facts += [stated(*other) for other in others]
+    facts = [fact_tokens(tokenizer, task, key, number),
+             encode(SAME_NUMBER.format(alias=alias, key=key))]
+    facts += [fact_tokens(tokenizer, task, *other) for other in others]
     depths = [depth] + [rng.random() for _ in facts[1:]]
     # 2. The questions; the longer one's length is left for both.
     head = begin_of_text(tokenizer)
     answer = encode(number)
-    tails = {}
-    for name in (key, alias):
-        question, lead = (WORDING["needle"][part].format(key=name) for part in ("question", "lead"))
-        tails[name] = encode(f"{question} {lead}")
+    tails = {name: question_tokens(tokenizer, task, name) for name in (key, alias)}
     left = length - len(head) - len(answer) - max(map(len, tails.values()))
     # 3. The prompts.
     prompts = []
-    for asked, stated_facts in ((key, facts[:1]), (key, facts), (alias, facts)):
+    for name, stated_facts in ((key, facts[:1]), (key, facts), (alias, facts)):
         room = left - sum(map(len, stated_facts))
         if room < 1:
             raise ValueError(f"length {length} is too small for {len(facts)} facts and a question")
@@ -122,10 +113,10 @@ def hop_prompts(tokenizer: Tokenizer, passage, length: int, depth: float, rng: r
                 needle_start = len(body)
             body += fact
             previous = place
-        tail = tails[asked] + answer
+        tail = tails[name] + answer
         rest = length - len(body) - len(tail)
         tokens = body + passage[previous:previous + rest] + tail
-        prompts.append(Prompt(tokens, length - len(answer), needle_start, number, task, asked))
+        prompts.append(Prompt(tokens, length - len(answer), needle_start, number, task, name))
     return tuple(prompts)
 
 
@@ -184,17 +175,13 @@ def main(argv: list[str] | None = None) -> None:
         config, tokenizer = read_checkpoint(a, grid)
         longest = max(a.lengths)
         note_lengths(config, longest)
-        haystack = load_haystack(a.haystack, tokenizer, OFFSETS + longest)
-        if len(haystack) < longest:
-            raise ValueError(f"--haystack {a.haystack}: {len(haystack)} tokens; "
-                             f"length {longest} needs as many")
-        depths = [0.5] if a.depths == 1 else torch.linspace(0, 1, a.depths).tolist()
+        haystack = haystack_for(a.haystack, tokenizer, longest)
         # a length that is too small shows here, before the weights are read
         make, _ = PAIRS[a.pair]
         make(tokenizer, haystack, min(a.lengths), 0.5, random.Random(a.seed), "needle")
         results = results_header(a, config, grid)
         results["twins"] = evaluate_pairs(load_model(a, grid), tokenizer, haystack, a.pair,
-                                          a.lengths, depths, a.samples, a.seed)
+                                          a.lengths, even_depths(a.depths), a.samples, a.seed)
         for name, twin in results["twins"].items():
             for mean in twin["means"]:
                 print_once(f"{name}, {mean['length']} tokens: {mean['accuracy']:.1f} % ± "

@@ -93,7 +93,11 @@ def base(family: str = "llama") -> str:
     return f"{{bases}}/{family}/base/final"
 
 
-YARN = "--rope-kind yarn --rope-factor 16 --original-length 128"
+def yarn(factor: int) -> str:
+    return f"--rope-kind yarn --rope-factor {factor} --original-length 128"
+
+
+YARN = yarn(16)
 BLEND = ("{text}/corpus=0.04 {data}/facts-long=0.46 {data}/facts-mixed=0.28 "
          "{data}/facts-short=0.22 --short-length 1024 --short-weight 0.5 --long-length 2048 "
          "--long-weight 2")
@@ -161,10 +165,6 @@ def by_length(title: str, run: Run, name: str = "needles",
               lengths: tuple[int, ...] = LENGTHS) -> dict[str, Cell]:
     """Columns: needles of each length."""
     return {f"{title}, {length:,}": Cell(run, f"{name} {length}") for length in lengths}
-
-
-def yarn(factor: int) -> str:
-    return f"--rope-kind yarn --rope-factor {factor} --original-length 128"
 
 
 def with_rule(rule: str, window: int = 2048) -> dict[str, Cell]:

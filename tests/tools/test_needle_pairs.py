@@ -48,7 +48,8 @@ def test_the_border_moves_and_nothing_else(tokenizer, passage, depth, task):
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_one_number_is_asked_for_alone_among_others_and_by_way_of_another_key(tokenizer, passage,
                                                                               depth):
-    alone, one, two = needle_pairs.hop_prompts(tokenizer, passage, 500, depth, random.Random(3))
+    rng = random.Random(3)
+    alone, one, two = needle_pairs.hop_prompts(tokenizer, passage, 500, depth, rng, "needle")
     assert alone.answer == one.answer == two.answer
     assert alone.key == one.key != two.key
     for prompt in (alone, one, two):
@@ -74,13 +75,13 @@ def test_one_number_is_asked_for_alone_among_others_and_by_way_of_another_key(to
 def test_a_passage_that_holds_all_words_gets_compound_keys(tokenizer):
     text = " ".join(KEYS) + TEXT
     passage = np.array(tokenizer.encode_ordinary(text))
-    prompts = needle_pairs.hop_prompts(tokenizer, passage, 800, 0.5, random.Random(3))
+    prompts = needle_pairs.hop_prompts(tokenizer, passage, 800, 0.5, random.Random(3), "needle")
     assert all("-" in prompt.key for prompt in prompts)
 
 
 def test_a_prompt_without_room_is_refused(tokenizer, passage):
     with pytest.raises(ValueError, match="length 60 is too small for 5 facts and a question"):
-        needle_pairs.hop_prompts(tokenizer, passage, 60, 0.5, random.Random(3))
+        needle_pairs.hop_prompts(tokenizer, passage, 60, 0.5, random.Random(3), "needle")
 
 
 @pytest.mark.parametrize("pair, names", [
